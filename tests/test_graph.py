@@ -1,0 +1,92 @@
+"""The graph builder, its data file, and matrices in float32 and int8, through onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from tinyalign_edge.export.graph import PAGE_BYTES, DataFile, Graph
+from tinyalign_edge.export.product import lookup, product, quantize_rows
+
+Floats = NDArray[np.float32]
+
+
+def normal(*shape: int) -> Floats:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def run_product(folder: Path, x: Floats, rows: Floats, bias: Floats | None = None, **options: Any) -> Floats:
+    graph = Graph("product")
+    graph.input("x", np.float32, ("T", rows.shape[1]))
+    graph.output(product(graph, "x", rows, bias, name="linear", **options), np.float32, ("T", rows.shape[0]))
+    graph.save(folder / "product.onnx")
+    found: Floats = ort.InferenceSession(folder / "product.onnx").run(None, {"x": x})[0]
+    return found
+
+
+def worst(found: Floats, wanted: Floats) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def test_a_data_file_keeps_equal_arrays_once_and_starts_each_on_a_page(tmp_path: Path) -> None:
+    data = DataFile(tmp_path / "data")
+    a, b = normal(40, 50), normal(30, 50) + 1
+    first, second = data.add(a), data.add(b)
+    assert data.add(a.copy()) == first
+    assert (first.offset, first.length, second.offset) == (0, 8000, 2 * PAGE_BYTES)
+    content = (tmp_path / "data").read_bytes()
+    assert len(content) == 2 * PAGE_BYTES + 6000
+    assert content[2 * PAGE_BYTES :] == b.tobytes()
+
+
+def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
+    table, data = normal(100, 64), DataFile(tmp_path / "shared.data")
+    find, head = Graph("find"), Graph("head")
+    find.input("ids", np.int64, ("B", "T"))
+    lookup(find, "ids", table, name="table", int8=True, output="rows")
+    find.output("rows", np.float32, ("B", "T", 64))
+    head.input("x", np.float32, ("T", 64))
+    head.output(product(head, "x", table, name="head", int8=True, as_table=True), np.float32, ("T", 100))
+    for graph, name in ((find, "find.onnx"), (head, "head.onnx")):
+        graph.save(tmp_path / name, data=data)
+    assert (tmp_path / "shared.data").stat().st_size == table.size
+    levels, scales = quantize_rows(table)
+    rows = ort.InferenceSession(tmp_path / "find.onnx").run(None, {"ids": np.array([[7, 99]])})[0]
+    assert np.array_equal(rows[0], (levels * scales[:, None])[[7, 99]])
+    products = ort.InferenceSession(tmp_path / "head.onnx").run(None, {"x": table[:3]})[0]
+    assert worst(products, table[:3] @ table.T) < 0.02
+
+
+@pytest.mark.parametrize(("options", "bound"), [({"int8": False}, 1e-6), ({"int8": True}, 0.02)])
+@pytest.mark.parametrize("level", [False, True])
+def test_a_product_is_that_of_numpy(options: dict[str, bool], bound: float, level: bool, tmp_path: Path) -> None:
+    x, rows, bias = normal(5, 64), normal(32, 64)[::-1], normal(32)
+    assert worst(run_product(tmp_path, x, rows, bias, level=level, **options), x @ rows.T + bias) < bound
+
+
+def test_levelling_keeps_a_large_row_from_spoiling_the_others(tmp_path: Path) -> None:
+    x, rows = normal(6, 64), normal(32, 64)[::-1]
+    x[0] *= 300
+    x[5] = 0
+    errors = [
+        worst(run_product(tmp_path, x, rows, int8=True, level=level)[1:], x[1:] @ rows.T) for level in (False, True)
+    ]
+    assert errors[0] > 0.3 > 0.02 > errors[1]
+
+
+def test_int8_rows_are_symmetric_and_a_row_of_zeros_stays_zero() -> None:
+    levels, scales = quantize_rows(np.array([[1.27, -0.5, 0.004], [0, 0, 0]], np.float32))
+    assert levels.tolist() == [[127, -50, 0], [0, 0, 0]]
+    assert scales[0] == pytest.approx(0.01)
+
+
+def test_a_name_used_twice_is_an_error() -> None:
+    graph = Graph("twice")
+    graph.constant("a", normal(1))
+    with pytest.raises(ValueError, match="constant 'a' is there already"):
+        graph.constant("a", normal(1))

@@ -1,0 +1,254 @@
+"""The bundle: the folder that `export` writes and the runtime reads, and its manifest `bundle.json`.
+
+The manifest is the only contract between export and runtime. Nothing else in the folder is opened before its
+SHA-256 has been compared with the manifest; paths are plain relative names, links are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from tinyalign_edge.config import MemoryKind, from_json, read_json
+from tinyalign_edge.errors import BundleError, InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+MEMORY_DIR = "memory"
+
+Precision = Literal["int8", "fp32"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file outside `memory/`: its size and SHA-256 (hex)."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a picture becomes `pixel_values` (1, 3, height, width) float32; the order is that of the fields."""
+
+    height: int
+    width: int
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+    resize: Literal["exact", "shortest_edge", "none"] = "exact"
+    resize_to: int = 0  # length of the shortest edge, for "shortest_edge"
+    center_crop: bool = False
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a question becomes token ids: see `tinyalign_edge.prompt`."""
+
+    chat_template: str
+    prepend_bos: bool
+    bos_token: str
+    eos_token: str
+    eos_token_ids: tuple[int, ...]
+    max_context_tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of the answer loop; decoding is greedy."""
+
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class VisionBlock:
+    """Vision encoder, connector and retrieval key in one graph.
+
+    Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32 and
+    `key` (B, key_dim) float32 of unit length.
+    """
+
+    file: str
+    precision: Precision
+    visual_tokens: int
+    key_dim: int
+    inputs: tuple[str, ...] = ("pixel_values",)
+    outputs: tuple[str, ...] = ("visual_tokens", "key")
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """The language model as two graphs that share their weights file.
+
+    `embed_file`: `input_ids` (B, T) int64 -> `embeddings` (B, T, D) float32.
+
+    `file`: `inputs_embeds` (B, T, D) float32, `seqlens_k` (B,) int32 (keys valid after this call, minus one),
+    `total_sequence_length` () int32, `num_logits` () int64, and per layer a key and a value buffer
+    (B, kv_heads, S, head_dim) float32 of fixed capacity S -> `logits` (B, num_logits, V) float32 of the last
+    `num_logits` positions, and the same buffers, which must be bound to the same memory as the inputs.
+    """
+
+    file: str
+    embed_file: str
+    data_files: tuple[str, ...]
+    precision: Precision
+    layers: int
+    width: int
+    kv_heads: int
+    head_dim: int  # of the buffers: padded to what the attention operator takes
+    vocab_size: int
+    max_positions: int
+    past_key: str = "past_key_values.%d.key"
+    past_value: str = "past_key_values.%d.value"
+    present_key: str = "present.%d.key"
+    present_value: str = "present.%d.value"
+
+
+@dataclass(frozen=True)
+class MemoryBlock:
+    """How retrieved entries become memory tokens (M, D); `kind` "none" has neither bank nor graph.
+
+    The graph takes `values` (M, value_dim) float32, `rank` (M,) int64, which entry each row belongs to, the most
+    similar first, and `similarity` (M,) float32, and gives `memory_tokens` (M, D) float32. For "tokens" the values
+    are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers.
+    """
+
+    kind: MemoryKind
+    k: int = 0
+    floor: float = -1.0  # entries less similar than this are left out
+    metric: Literal["cosine"] = "cosine"
+    key_dim: int = 0
+    key_dtype: Literal["int8"] = "int8"
+    value_tokens: int = 0  # "tokens": the most ids kept of one entry
+    latents: int = 0  # "latents": L
+    latent_dim: int = 0
+    fingerprint: str = ""  # of the encoder and key projection the bank was built with
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What `export` measured on held-out samples before it wrote the bundle."""
+
+    passed: bool
+    answers: int
+    tokens: int
+    fp32_max_logit_error: float
+    int8_mean_kl: float
+    int8_top1_agreement: float
+    int8_nll_change: float
+    int8_visual_cosine_min: float
+    int8_visual_cosine_mean: float
+    answers_equal: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`bundle.json`."""
+
+    schema_version: int
+    name: str
+    image: ImageConfig
+    prompt: PromptConfig
+    generation: GenerationConfig
+    vision: VisionBlock
+    decoder: DecoderBlock
+    memory: MemoryBlock
+    tokenizer_file: str
+    probe_file: str
+    gate: GateResult | None
+    licences: dict[str, str]
+    tool_versions: dict[str, str]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+
+def open_bundle(path: str | Path, *, expect_sha256: str | None = None) -> Manifest:
+    """Read the manifest and compare every file outside `memory/` with it, before any parser sees the file.
+
+    Raises:
+        InputError: `path` is not a bundle.
+        BundleError: damaged, hostile or written by a newer version; or not the bundle of `expect_sha256`.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such bundle folder; make one with 'tinyalign-edge export'")
+    if not manifest_path.is_file() or manifest_path.is_symlink():
+        raise InputError(f"{folder}: not a bundle (no {MANIFEST}); make one with 'tinyalign-edge export'")
+    if expect_sha256 is not None and file_sha256(manifest_path) != expect_sha256.lower():
+        raise BundleError(
+            f"{manifest_path}: SHA-256 is {file_sha256(manifest_path)}, expected {expect_sha256}; fetch the bundle again"
+        )
+    data = read_json(manifest_path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{manifest_path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest this version reads; "
+            "upgrade tinyalign-edge"
+        )
+    manifest = from_json(Manifest, data, str(manifest_path))
+    check_files(folder, manifest.files)
+    _check_references(manifest, manifest_path)
+    return manifest
+
+
+def _check_references(manifest: Manifest, where: Path) -> None:
+    """Every file that a block names must be one whose hash has been compared."""
+    named = [manifest.vision.file, manifest.decoder.file, manifest.decoder.embed_file, *manifest.decoder.data_files]
+    named += [manifest.tokenizer_file, manifest.probe_file]
+    named += [manifest.memory.file] if manifest.memory.file else []
+    for name in named:
+        if name not in manifest.files:
+            raise BundleError(f"{where}: names the file {name!r} but gives no hash of it; export the bundle again")
+
+
+def check_files(folder: Path, files: dict[str, FileEntry]) -> None:
+    """Compare files below `folder` with their size and SHA-256.
+
+    Raises:
+        BundleError: a path that leaves the folder, a link, a missing, resized or changed file.
+    """
+    for name, entry in files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise BundleError(f"{path}: the manifest lists it but it is missing; copy the folder again")
+        if path.stat().st_size != entry.bytes:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; copy it again")
+        if file_sha256(path) != entry.sha256:
+            raise BundleError(f"{path}: its SHA-256 is not the manifest's, it was changed; copy the folder again")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` for a plain relative name.
+
+    Raises:
+        BundleError: the name is absolute, has a parent part, or passes through a link.
+    """
+    relative = PurePosixPath(name)
+    if not name or "\\" in name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
+        raise BundleError(f"{folder}: the manifest names {name!r}, which is not a plain path inside the folder")
+    path = folder
+    for part in relative.parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{path}: is a link; bundles hold plain files only")
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(folder: Path, *, skip: str = MEMORY_DIR) -> dict[str, FileEntry]:
+    """Size and hash of every file below `folder` but the manifest and the folder `skip`, sorted by name."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and not name.startswith(skip + "/"):
+            entries[name] = FileEntry(path.stat().st_size, file_sha256(path))
+    return entries

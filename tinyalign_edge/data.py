@@ -1,0 +1,125 @@
+"""LLaVA conversation files: JSON lists or JSON lines of `{"id", "image", "conversations", "caption"?}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tinyalign_edge.errors import InputError
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its reference answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture and what is asked about it; `where` is file and row for messages."""
+
+    id: str
+    image: str  # relative to the images folder, POSIX
+    path: Path
+    turns: tuple[Turn, ...]
+    caption: str | None
+    where: str
+
+    @property
+    def memory_text(self) -> str:
+        """What the memory bank keeps of this row: its caption, else its first answer."""
+        return self.caption or self.turns[0].answer
+
+    @property
+    def memory_question(self) -> str:
+        """The question that `memory_text` answers; empty for a caption."""
+        return "" if self.caption else self.turns[0].question
+
+
+def read_rows(data: Path, images: Path) -> list[Row]:
+    """Read a whole conversation file.
+
+    Raises:
+        InputError: missing file, malformed JSON (with line and column), a bad row (with its number and id), or a
+            missing picture (named, with its row).
+    """
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of images")
+    rows = []
+    for number, item in enumerate(_items(data), start=1):
+        rows.append(_row(item, f"{data} row {number}", images))
+    if not rows:
+        raise InputError(f"{data}: holds no rows")
+    return rows
+
+
+def _items(data: Path) -> Iterator[Any]:
+    try:
+        with data.open(encoding="utf-8") as file:
+            if data.suffix == ".jsonl":
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _parse(line, data, number - 1)
+                return
+            items = _parse(file.read(), data, 0)
+    except FileNotFoundError:
+        raise InputError(f"{data}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{data}: cannot be read ({error})") from None
+    if not isinstance(items, list):
+        raise InputError(f"{data}: need a list of rows, found {type(items).__name__}; JSON lines must end in .jsonl")
+    yield from items
+
+
+def _parse(text: str, data: Path, lines_before: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{data}:{error.lineno + lines_before}:{error.colno}"
+        raise InputError(f"{place}: not valid JSON ({error.msg})") from None
+
+
+def _row(item: Any, where: str, images: Path) -> Row:
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: need an object, found {type(item).__name__}")
+    name = str(item.get("id", where))
+    where = f"{where} (id {name})"
+    image = item.get("image")
+    if not isinstance(image, str) or not image:
+        raise InputError(f"{where}: key 'image' must name a file, found {image!r}")
+    relative = PurePosixPath(image)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise InputError(f"{where}: image {image!r} leaves the images folder; use a path inside it")
+    path = images / relative
+    if not path.is_file():
+        raise InputError(f"{where}: image {path} does not exist")
+    caption = item.get("caption")
+    if caption is not None and not (isinstance(caption, str) and caption.strip()):
+        raise InputError(f"{where}: key 'caption' must be a text, found {caption!r}")
+    return Row(name, image, path, _turns(item.get("conversations"), where), caption, where)
+
+
+def _turns(conversations: Any, where: str) -> tuple[Turn, ...]:
+    if not isinstance(conversations, list) or not conversations or len(conversations) % 2:
+        raise InputError(f"{where}: 'conversations' must be human and gpt messages in pairs")
+    turns = []
+    for human, gpt in zip(conversations[::2], conversations[1::2], strict=True):
+        question = _message(human, "human", where).replace(IMAGE, " ").strip()
+        answer = _message(gpt, "gpt", where).strip()
+        if not question or not answer:
+            raise InputError(f"{where}: an empty question or answer")
+        turns.append(Turn(question, answer))
+    return tuple(turns)
+
+
+def _message(message: Any, sender: str, where: str) -> str:
+    if not isinstance(message, dict) or message.get("from") != sender or not isinstance(message.get("value"), str):
+        raise InputError(f"{where}: expected a message {{'from': {sender!r}, 'value': text}}, found {message!r:.80}")
+    return str(message["value"])

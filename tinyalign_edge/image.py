@@ -1,0 +1,136 @@
+"""Pictures from anywhere to `pixel_values`, the same code for training and on the device.
+
+Follows the Hugging Face image processors (resize with Pillow on uint8, rescale, normalise), without them.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from tinyalign_edge.bundle import ImageConfig
+from tinyalign_edge.errors import InputError, UnsupportedError
+
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """Decode to an upright RGB picture: EXIF orientation applied, first frame of animations, alpha dropped.
+
+    Args:
+        image: a path, the bytes of a file, a PIL picture, or an array (height, width, 3) uint8.
+
+    Raises:
+        InputError: missing, truncated, not a picture, or over 64 MiB or 50 megapixels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise InputError(f"image array: need (height, width, 3) uint8, got {image.shape} {image.dtype}")
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return _upright_rgb(image, "image")
+    name = "image bytes" if isinstance(image, bytes) else str(image)
+    data = image if isinstance(image, bytes) else _read_bytes(Path(image))
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{name}: {len(data)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            return _upright_rgb(opened, name)
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than the {MAX_PIXELS} pixels allowed; make it smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{name}: truncated or damaged picture ({error})") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: {width} x {height} pixels, more than the {MAX_PIXELS} allowed; make it smaller")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def preprocess(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.float32]:
+    """An RGB picture to `pixel_values` (1, 3, height, width) float32."""
+    resample = Image.Resampling(RESAMPLE[config.resample])
+    if config.resize == "exact":
+        image = image.resize((config.width, config.height), resample)
+    elif config.resize == "shortest_edge":
+        image = image.resize(_shortest_edge_size(image.size, config.resize_to), resample)
+    if config.center_crop:
+        image = _center_crop(image, config.width, config.height)
+    if image.size != (config.width, config.height):
+        raise InputError(f"image is {image.size[0]} x {image.size[1]}, the encoder takes {config.width} x {config.height}")
+    pixels = (np.asarray(image, np.float64) * config.rescale).astype(np.float32)  # (height, width, 3)
+    pixels = (pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def _shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:
+    width, height = size
+    longest = int(shortest * max(size) / min(size))
+    return (shortest, longest) if width <= height else (longest, shortest)
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def image_config(processor: dict[str, Any]) -> ImageConfig:
+    """Read the fields of a Hugging Face `preprocessor_config.json`.
+
+    Raises:
+        UnsupportedError: a kind of resizing or padding that `preprocess` does not do.
+    """
+    size = processor.get("size") or {}
+    crop = processor.get("crop_size") or {}
+    if processor.get("do_pad"):
+        raise UnsupportedError("image processor: do_pad is not supported; known: resize, center crop, rescale, normalise")
+    do_resize, do_crop = processor.get("do_resize", True), bool(processor.get("do_center_crop", False))
+    resize: Literal["exact", "shortest_edge", "none"]
+    if "shortest_edge" in size:
+        resize, side = "shortest_edge", size["shortest_edge"]
+        target = {"height": side, "width": side}
+        if not do_crop:
+            raise UnsupportedError("image processor: shortest_edge without center crop gives pictures of many sizes")
+    elif {"height", "width"} <= set(size):
+        resize, target, side = "exact", size, 0
+    else:
+        raise UnsupportedError(f"image processor: size {size!r} is not supported; known: height and width, shortest_edge")
+    target = crop if do_crop else target
+    names = {code: name for name, code in RESAMPLE.items()}
+    normalise = processor.get("do_normalize", True)
+    return ImageConfig(
+        height=int(target["height"]),
+        width=int(target["width"]),
+        resample=cast("Any", names[int(processor.get("resample", 2))]),
+        resize=resize if do_resize else "none",
+        resize_to=int(side),
+        center_crop=do_crop,
+        rescale=float(processor["rescale_factor"]) if processor.get("do_rescale", True) else 1.0,
+        mean=tuple(float(x) for x in processor["image_mean"]) if normalise else (0.0, 0.0, 0.0),
+        std=tuple(float(x) for x in processor["image_std"]) if normalise else (1.0, 1.0, 1.0),
+    )

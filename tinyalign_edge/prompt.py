@@ -1,0 +1,122 @@
+"""Questions to token ids: the chat template, the place of the picture, and back to text.
+
+The sequence the language model reads is `before | visual tokens | memory tokens | after | answer`, where `before`
+is the same for every question (so that the prefix up to the memory tokens can be computed once a picture).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from tinyalign_edge.bundle import PromptConfig
+from tinyalign_edge.data import IMAGE
+from tinyalign_edge.errors import BundleError, InputError
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }} Answer:"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """Token ids of one question: `before` the picture and `after` it."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class Prompt:
+    """A chat template and a tokenizer."""
+
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            self._template = environment.from_string(config.chat_template)
+        except jinja2.TemplateError as error:
+            raise BundleError(f"chat template: not valid ({error})") from None
+
+    def question(self, question: str) -> PromptIds:
+        """Token ids of a question about a picture.
+
+        Raises:
+            InputError: the question is empty.
+        """
+        before, after = self._split(self._render(question))
+        if self.config.prepend_bos and not before.startswith(self.config.bos_token):
+            before = self.config.bos_token + before
+        return PromptIds(self._encode(before), self._encode(after))
+
+    def answer(self, question: str, answer: str) -> tuple[int, ...]:
+        """Token ids of the answer as they follow `question(question).after`, closed by the end-of-answer token."""
+        prompt, full = self._render(question), self._render(question, answer)
+        if not full.startswith(prompt):
+            raise BundleError("chat template: the answer does not follow the generation prompt; use another template")
+        ids = self._encode(full[len(prompt) :])
+        for position, token in enumerate(ids):
+            if token in self.config.eos_token_ids:
+                return ids[: position + 1]
+        return (*ids, self.config.eos_token_ids[0])
+
+    def text_ids(self, text: str, limit: int) -> tuple[int, ...]:
+        """The first `limit` token ids of a text as it stands in the middle of a sentence (memory entries)."""
+        return self._encode(" " + text.strip())[:limit]
+
+    def stream(self) -> DecodeStream:
+        """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""
+        return DecodeStream(skip_special_tokens=True)
+
+    def _split(self, rendered: str) -> tuple[str, str]:
+        before, found, after = rendered.partition(IMAGE)
+        if not found:
+            raise BundleError("chat template: it drops the user's message; use another template")
+        return before, after
+
+    def _render(self, question: str, answer: str | None = None) -> str:
+        question = question.replace(IMAGE, " ").strip()
+        if not question:
+            raise InputError("question: it is empty; ask something")
+        messages = [{"role": "user", "content": IMAGE + question}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer.strip()})
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=answer is None,
+                bos_token=self.config.bos_token,
+                eos_token=self.config.eos_token,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise BundleError(f"chat template: it fails on a question ({error})") from None
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Open a `tokenizer.json`.
+
+    Raises:
+        BundleError: it is missing or not a tokenizer.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BundleError(f"{path}: not a tokenizer file ({error})") from None
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise jinja2.TemplateError(str(message))

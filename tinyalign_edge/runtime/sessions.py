@@ -1,0 +1,44 @@
+"""Opening onnxruntime sessions and translating what onnxruntime raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnxruntime as ort
+
+from tinyalign_edge.errors import BundleError
+
+LOG_ERRORS = 3
+
+
+def open_session(path: Path, *, threads: int | None = None, spinning: bool = True) -> ort.InferenceSession:
+    """Load an ONNX file for the CPU.
+
+    Args:
+        path: the model; its external data lie beside it.
+        threads: of one operator; None leaves the number to onnxruntime (one a physical core).
+        spinning: let idle threads wait busily for the next operator: faster, at the price of power.
+
+    Raises:
+        BundleError: onnxruntime does not take the file.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = LOG_ERRORS
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    with onnxruntime_errors(path):
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def onnxruntime_errors(path: Path) -> Iterator[None]:
+    """Turn whatever onnxruntime raises inside into a BundleError of one line that names `path`."""
+    try:
+        yield
+    except Exception as error:  # its exceptions have no base class in common
+        first = str(error).strip().partition("\n")[0]
+        raise BundleError(f"{path}: onnxruntime refuses it ({first:.300})") from error

@@ -1,0 +1,131 @@
+"""The trained parts: connector, memory connector, value encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
+
+
+def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
+    """Average pooling of a (height, width) grid to `tokens` cells as a matrix (tokens, height * width).
+
+    The cells form a grid as square as `tokens` allows; their borders are those of adaptive average pooling.
+    """
+    rows = max(r for r in range(1, int(tokens**0.5) + 1) if tokens % r == 0)
+    identity = torch.eye(height * width).reshape(1, height * width, height, width)
+    pooled = nn.functional.adaptive_avg_pool2d(identity, (rows, tokens // rows))
+    return pooled.reshape(height * width, tokens).T.contiguous()
+
+
+class Connector(nn.Module):
+    """Pooled patch features (B, N, C) to visual tokens (B, N, D): LayerNorm and a two-layer GELU MLP."""
+
+    def __init__(self, settings: ConnectorSettings, embedding_rms: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(settings.feature_dim)
+        self.up = nn.Linear(settings.feature_dim, settings.width)
+        self.down = nn.Linear(settings.width, settings.width)
+        with torch.no_grad():  # begin at the scale of the language model's own embeddings
+            self.down.weight.mul_(embedding_rms / 0.3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.down(nn.functional.gelu(self.up(self.norm(features))))
+        return out
+
+
+class MemoryConnector(nn.Module):
+    """Values of retrieved entries to memory tokens (M, D).
+
+    Token values arrive as embeddings of width D; latents are first brought to width D by `expand`. Each token is
+    then told the rank of its entry and how similar that entry is, and passes a residual bottleneck MLP that begins
+    at zero, so that before training a memory token is the plain embedding of the retrieved text.
+    """
+
+    def __init__(self, settings: MemorySettings, embeddings: Tensor) -> None:
+        super().__init__()
+        width = embeddings.shape[1]
+        self.expand = nn.Linear(settings.latent_dim, width) if settings.kind == "latents" else None
+        if self.expand is not None:
+            mean, basis = principal_axes(embeddings, settings.latent_dim)
+            with torch.no_grad():
+                self.expand.weight.copy_(basis.T)
+                self.expand.bias.copy_(mean)
+        self.rank = nn.Parameter(torch.zeros(settings.k, width))
+        self.similarity = nn.Parameter(torch.zeros(width))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, max(64, width // 4))
+        self.down = nn.Linear(max(64, width // 4), width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, values: Tensor, rank: Tensor, similarity: Tensor) -> Tensor:
+        """`values` (M, D or latent_dim), `rank` (M,) int64, `similarity` (M,) float32 -> (M, D)."""
+        if self.expand is not None:
+            values = self.expand(values)
+        values = values + self.rank[rank] + similarity[:, None] * self.similarity
+        out: Tensor = values + self.down(nn.functional.gelu(self.up(self.norm(values))))
+        return out
+
+
+class ValueEncoder(nn.Module):
+    """A picture's pooled features and its text's embeddings to L latents.
+
+    Latent i begins as the compressed embedding of the text's i-th token (principal axes of the embedding table);
+    one step of cross attention over features and text, closed at first, learns what else to keep.
+    """
+
+    def __init__(self, settings: MemorySettings, feature_dim: int, embeddings: Tensor, heads: int = 4) -> None:
+        super().__init__()
+        self.latents, dim = settings.latents, settings.latent_dim
+        mean, basis = principal_axes(embeddings, dim)
+        self.mean = nn.Parameter(mean)
+        self.compress = nn.Parameter(basis)
+        self.see = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, dim))
+        self.query = nn.Parameter(torch.randn(settings.latents, dim) * 0.02)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, features: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """`features` (E, N, C), `text` (E, T, D), `text_mask` (E, T) bool -> latents (E, L, latent_dim)."""
+        words = ((text - self.mean) @ self.compress.T) * text_mask[..., None]  # (E, T, latent_dim)
+        start = nn.functional.pad(words, (0, 0, 0, max(0, self.latents - words.shape[1])))[:, : self.latents]
+        context = torch.cat([self.see(features), words], dim=1)
+        hidden = torch.cat([text_mask.new_zeros(features.shape[:2]), ~text_mask], dim=1)
+        read, _ = self.attention(start + self.query, context, context, key_padding_mask=hidden, need_weights=False)
+        out: Tensor = start + self.gate * read
+        return out
+
+
+def principal_axes(embeddings: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the first `dim` principal axes (dim, D) of an embedding table (V, D); orthonormal rows."""
+    table = embeddings.detach().float()
+    mean = table.mean(dim=0)
+    centred = table - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    axes = vectors.flip(1)[:, :dim].T.contiguous()
+    if axes.shape[0] < dim:  # more latent dimensions than the model is wide: the rest is free
+        axes = torch.cat([axes, torch.zeros(dim - axes.shape[0], axes.shape[1])])
+    return mean, axes
+
+
+class KeyProjection(nn.Module):
+    """Mean-pooled features (B, C) to retrieval keys (B, key_dim): centred, principal axes, unit length."""
+
+    mean: Tensor
+    axes: Tensor
+
+    def __init__(self, feature_dim: int, key_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("axes", torch.zeros(key_dim, feature_dim))
+
+    def fit(self, pooled: Tensor) -> None:
+        """Take mean and axes from pooled features (E, C)."""
+        mean, axes = principal_axes(pooled, self.axes.shape[0])
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return nn.functional.normalize((pooled - self.mean) @ self.axes.T, dim=-1)

@@ -1,0 +1,125 @@
+"""Frozen towers and trained connectors as one module: packed batches in, loss or answers out.
+
+One row of a batch is `before | visual tokens | memory tokens | turn 0 | turn 1 | ...`. Every turn attends to the part
+before the turns and to itself, never to another turn, and its positions begin where that part ends: each question
+is trained exactly as it is asked alone, for the price of one pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, ValueEncoder, pooling_matrix
+from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
+
+SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
+PADDING = -1
+IGNORED = -100
+
+
+class MemoryInputs(TypedDict):
+    """Values of all entries that the rows of a batch retrieved, one after another (M tokens in all)."""
+
+    rank: Tensor  # (M,) int64
+    similarity: Tensor  # (M,) float32
+    token_ids: Tensor  # "tokens": (M,) int64; "latents": (E, T) int64, the entries' texts, padded
+    token_mask: Tensor  # "latents": (E, T) bool
+    features: Tensor | None  # "latents": (E, N, C) float32
+
+
+class AlignModel(nn.Module):
+    """A language model, never trained here, and the parts that are."""
+
+    pooling: Tensor
+    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean over answer tokens
+
+    def __init__(self, language: Any, connector: ConnectorSettings, memory: MemorySettings) -> None:
+        super().__init__()
+        embeddings = language.get_input_embeddings().weight.detach()
+        self.language = language
+        self.memory_settings = memory
+        self.register_buffer(
+            "pooling", pooling_matrix(connector.grid_height, connector.grid_width, connector.visual_tokens)
+        )
+        self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
+        self.key = KeyProjection(connector.feature_dim, memory.key_dim)
+        self.memory_connector = MemoryConnector(memory, embeddings) if memory.kind != "none" else None
+        self.value_encoder = (
+            ValueEncoder(memory, connector.feature_dim, embeddings) if memory.kind == "latents" else None
+        )
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The state of everything but the language model: what a checkpoint keeps."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("language.")}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Undo `own_state`; raises RuntimeError where names or shapes differ."""
+        language = {name: value for name, value in self.state_dict().items() if name.startswith("language.")}
+        self.load_state_dict({**language, **state}, strict=True)
+
+    def pool(self, grid: Tensor) -> Tensor:
+        """Patch features (B, H, W, C) to pooled features (B, N, C)."""
+        out: Tensor = self.pooling @ grid.flatten(1, 2)
+        return out
+
+    def values(self, memory: MemoryInputs) -> Tensor:
+        """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
+        text: Tensor = self.language.get_input_embeddings()(memory["token_ids"])
+        if self.value_encoder is None:
+            return text
+        latents: Tensor = self.value_encoder(memory["features"], text, memory["token_mask"])  # (E, L, latent_dim)
+        return latents.flatten(0, 1)
+
+    def inputs_embeds(self, input_ids: Tensor, visual_mask: Tensor, visual: Tensor, memory_mask: Tensor,
+                      memory: MemoryInputs | None) -> Tensor:  # fmt: skip
+        """Embeddings (B, S, D) with visual tokens (B, N, D) and memory tokens put where the masks say."""
+        embeds: Tensor = self.language.get_input_embeddings()(input_ids)
+        embeds = embeds.masked_scatter(visual_mask[..., None], visual.to(embeds.dtype))
+        if self.memory_connector is not None and memory is not None and memory["rank"].numel():
+            tokens = self.memory_connector(self.values(memory), memory["rank"], memory["similarity"])
+            embeds = embeds.masked_scatter(memory_mask[..., None], tokens.to(embeds.dtype))
+        return embeds
+
+    def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor) -> Tensor:
+        """Logits (W, V) at the positions where `wanted` (B, S) is true."""
+        decoder = self.language.get_decoder()
+        hidden = decoder(
+            inputs_embeds=embeds,
+            attention_mask=attention_bias(block, embeds.dtype),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        logits: Tensor = self.language.get_output_embeddings()(hidden[wanted]).float()
+        cap = getattr(self.language.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def answer_losses(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
+                      visual_mask: Tensor, memory_mask: Tensor, features: Tensor,
+                      memory: MemoryInputs | None = None) -> Tensor:  # fmt: skip
+        """Negative log-likelihood of every answer token of a batch, in row-major order, in nats: (W,).
+
+        A label stands at the position that predicts it; other positions hold `IGNORED`.
+        """
+        embeds = self.inputs_embeds(input_ids, visual_mask, self.connector(features), memory_mask, memory)
+        wanted = labels != IGNORED
+        return nn.functional.cross_entropy(
+            self.logits(embeds, position_ids, block, wanted), labels[wanted], reduction="none"
+        )
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """Mean loss over the answer tokens of a batch, as the Trainer wants it."""
+        return {"loss": self.answer_losses(**batch).mean()}
+
+
+def attention_bias(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, S, S): causal, own block and the shared one only, no padding."""
+    size = block.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=block.device).tril()
+    seen = (block[:, None, :] == SHARED) | (block[:, None, :] == block[:, :, None])
+    allowed = causal & seen & (block[:, None, :] != PADDING)
+    allowed = allowed | torch.eye(size, dtype=torch.bool, device=block.device)  # no row is empty
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=block.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,62 @@
+"""Who is retrieved for whom during training: never the example itself, nor its near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.data import Row
+from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
+from tinyalign_edge.train.settings import MemorySettings
+
+EXTRA = 16  # looked up beyond k, to have k left when the example's own entries are dropped
+FLOOR_PERCENTILE = 1.0
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Neighbours in the bank of the training rows (leave-one-out) and of the held-out rows, and the floor."""
+
+    training: Neighbours
+    held_out: Neighbours
+    floor: float
+
+
+def retrieve(
+    rows: Sequence[Row],
+    keys: npt.NDArray[np.float32],
+    held_out_keys: npt.NDArray[np.float32],
+    settings: MemorySettings,
+) -> Retrieved:
+    """Look up the neighbours of every row among the training rows' keys (E, key_dim).
+
+    The floor is the similarity that 99 % of the training rows' nearest neighbours reach.
+    """
+    if settings.kind == "none":
+        return Retrieved(_none(len(keys)), _none(len(held_out_keys)), -1.0)
+    quantised, scales = quantize_keys(keys)
+    found = nearest(quantised, scales, keys, settings.k + EXTRA)
+    images = np.array([row.image for row in rows])
+    own = images[found.rows] == images[:, None]  # (E, K + EXTRA)
+    drop = own | (found.similarity >= settings.duplicate_similarity) | (found.rows < 0)
+    training = _keep_first(found, ~drop, settings.k)
+    best = training.similarity[training.rows[:, 0] >= 0, 0]
+    floor = float(np.percentile(best, FLOOR_PERCENTILE)) if len(best) else -1.0
+    training = _keep_first(training, (training.rows >= 0) & (training.similarity >= floor), settings.k)
+    return Retrieved(training, nearest(quantised, scales, held_out_keys, settings.k, floor=floor), floor)
+
+
+def _keep_first(found: Neighbours, keep: npt.NDArray[np.bool_], k: int) -> Neighbours:
+    """The first `k` neighbours of each row for which `keep` is true."""
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+    kept = np.take_along_axis(keep, order, axis=1)
+    rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
+    similarity = np.where(kept, np.take_along_axis(found.similarity, order, axis=1), -1.0)
+    return Neighbours(rows, similarity.astype(np.float32))
+
+
+def _none(count: int) -> Neighbours:
+    return Neighbours(np.full((count, 1), -1, np.int64), np.full((count, 1), -1.0, np.float32))

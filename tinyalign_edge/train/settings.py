@@ -1,0 +1,79 @@
+"""What a checkpoint's `config.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinyalign_edge.bundle import ImageConfig, PromptConfig
+from tinyalign_edge.config import MemoryKind
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class TowerRef:
+    """A frozen tower: where it was loaded from and which weights it had."""
+
+    path: str
+    sha256: str
+    model_type: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class ConnectorSettings:
+    """Sizes of the visual path: the encoder's grid (H, W, C) is pooled to `visual_tokens` vectors of LM width."""
+
+    grid_height: int
+    grid_width: int
+    feature_dim: int
+    visual_tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none."""
+
+    kind: MemoryKind = "tokens"
+    k: int = 4
+    key_dim: int = 128
+    floor: float = -1.0
+    value_tokens: int = 24
+    latents: int = 8
+    latent_dim: int = 96
+    dropout: float = 0.25
+    duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The training run."""
+
+    data: str
+    images: str
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    fraction: float = 1.0
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    eval_every: int = 50
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`config.json` of a checkpoint."""
+
+    schema_version: int
+    vision: TowerRef
+    language: TowerRef
+    image: ImageConfig
+    prompt: PromptConfig
+    connector: ConnectorSettings
+    memory: MemorySettings
+    training: TrainSettings
