@@ -178,10 +178,9 @@ def open_bundle(path: str | Path, *, expect_sha256: str | None = None) -> Manife
         raise InputError(f"{folder}: no such bundle folder; make one with 'tinyalign-edge export'")
     if not manifest_path.is_file() or manifest_path.is_symlink():
         raise InputError(f"{folder}: not a bundle (no {MANIFEST}); make one with 'tinyalign-edge export'")
-    if expect_sha256 is not None and file_sha256(manifest_path) != expect_sha256.lower():
-        raise BundleError(
-            f"{manifest_path}: SHA-256 is {file_sha256(manifest_path)}, expected {expect_sha256}; fetch the bundle again"
-        )
+    found = file_sha256(manifest_path)
+    if expect_sha256 is not None and found != expect_sha256.lower():
+        raise BundleError(f"{manifest_path}: SHA-256 is {found}, expected {expect_sha256}; fetch the bundle again")
     data = read_json(manifest_path)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

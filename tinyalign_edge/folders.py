@@ -40,7 +40,9 @@ def whole_folder(target: Path, *, marker: str) -> Iterator[Path]:
                     _sync(path)
             _replace(temporary, target)
         except OSError as error:
-            raise TinyAlignError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from error
+            raise TinyAlignError(
+                f"{target}: cannot be written ({error.strerror or error}); nothing was changed"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.errors import InputError, UnsupportedError
@@ -46,7 +46,7 @@ def open_image(image: ImageLike) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             return _upright_rgb(opened, name)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than the {MAX_PIXELS} pixels allowed; make it smaller") from None
@@ -82,10 +82,12 @@ def preprocess(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.float3
     if config.center_crop:
         image = _center_crop(image, config.width, config.height)
     if image.size != (config.width, config.height):
-        raise InputError(f"image is {image.size[0]} x {image.size[1]}, the encoder takes {config.width} x {config.height}")
+        raise InputError(
+            f"image is {image.size[0]} x {image.size[1]}, the encoder takes {config.width} x {config.height}"
+        )
     pixels = (np.asarray(image, np.float64) * config.rescale).astype(np.float32)  # (height, width, 3)
-    pixels = (pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)[None], np.float32)
 
 
 def _shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:
@@ -108,7 +110,9 @@ def image_config(processor: dict[str, Any]) -> ImageConfig:
     size = processor.get("size") or {}
     crop = processor.get("crop_size") or {}
     if processor.get("do_pad"):
-        raise UnsupportedError("image processor: do_pad is not supported; known: resize, center crop, rescale, normalise")
+        raise UnsupportedError(
+            "image processor: do_pad is not supported; known: resize, center crop, rescale, normalise"
+        )
     do_resize, do_crop = processor.get("do_resize", True), bool(processor.get("do_center_crop", False))
     resize: Literal["exact", "shortest_edge", "none"]
     if "shortest_edge" in size:
@@ -119,7 +123,9 @@ def image_config(processor: dict[str, Any]) -> ImageConfig:
     elif {"height", "width"} <= set(size):
         resize, target, side = "exact", size, 0
     else:
-        raise UnsupportedError(f"image processor: size {size!r} is not supported; known: height and width, shortest_edge")
+        raise UnsupportedError(
+            f"image processor: size {size!r} is not supported; known: height and width, shortest_edge"
+        )
     target = crop if do_crop else target
     names = {code: name for name, code in RESAMPLE.items()}
     normalise = processor.get("do_normalize", True)

@@ -12,7 +12,14 @@ Advance = Callable[[int, str], None]
 def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     """Show one bar; the block calls `advance(steps=1, note="")`, the note is a short figure such as a loss."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<26}"),

@@ -7,6 +7,7 @@ is the same for every question (so that the prefix up to the memory tokens can b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,6 +75,10 @@ class Prompt:
     def text_ids(self, text: str, limit: int) -> tuple[int, ...]:
         """The first `limit` token ids of a text as it stands in the middle of a sentence (memory entries)."""
         return self._encode(" " + text.strip())[:limit]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids, as `stream` gives it piece by piece."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def stream(self) -> DecodeStream:
         """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""

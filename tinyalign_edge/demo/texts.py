@@ -13,6 +13,7 @@ COUNTS = ("zero", "one", "two", "three")
 NAMES = tuple(f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES))
 RELATIONS = {"row": ("left of", "right of"), "column": ("above", "below")}
 SIDES = {"row": ("on the left", "on the right"), "column": ("at the top", "at the bottom")}
+FARTHER = {"row": ("farther left", "farther right"), "column": ("higher", "lower")}
 ENDS = {"row": ("left", "right"), "column": ("top", "bottom")}
 
 
@@ -107,12 +108,12 @@ def _attribute(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question:
-    """Whether one object stands before or after another along the axis; yes half the time."""
+    """Which of two objects stands farther to one end; the one named first half the time."""
     i, j = rng.sample(range(len(scene.objects)), 2)
-    told = rng.random() < 0.5
-    relation = RELATIONS[scene.axis][0 if told else 1]
-    answer = "yes" if (i < j) == told else "no"
-    return Question(f"Is the {scene.objects[i].name} {relation} the {scene.objects[j].name}?", answer, "relation")
+    end = rng.randrange(2)
+    winner = scene.objects[max(i, j) if end else min(i, j)]
+    text = f"Which is {FARTHER[scene.axis][end]}, the {scene.objects[i].name} or the {scene.objects[j].name}?"
+    return Question(text, winner.name, "relation")
 
 
 def _beside(scene: Scene, rng: random.Random) -> Question:

@@ -6,7 +6,6 @@ it. The cosine of two mean-pooled outputs is that of the two scenes' contents, s
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -86,7 +86,9 @@ class Bank:
         start, end = self._value_offsets[row : row + 2].tolist()
         ids = np.array(self._values[start:end], np.int32)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.manifest.vocab_size:
-            raise BundleError(f"{self.folder}: entry {row} holds a token id outside the vocabulary; build the bank again")
+            raise BundleError(
+                f"{self.folder}: entry {row} holds a token id outside the vocabulary; build the bank again"
+            )
         return ids
 
     def _record(self, row: int) -> dict[str, str]:

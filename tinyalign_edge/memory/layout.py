@@ -1,13 +1,13 @@
 """The files of a bank folder and its manifest. All numbers are little-endian, all arrays C-ordered.
 
-    manifest.json        the Manifest below; names the SHA-256 of every other file
-    keys.i8              (count, key_dim) int8
-    key_scales.f32       (count,) float32; key = int8 row * scale, of unit length
-    values.bin           "tokens": int32 token ids, one entry after another; "latents": (count, latents, latent_dim) int8
-    value_offsets.u64    "tokens": (count + 1,) uint64, the first id of each entry and the end
-    value_scales.f32     "latents": (count, latents) float32
-    records.jsonl        one JSON object an entry: text, question, source
-    record_offsets.u64   (count + 1,) uint64, the first byte of each record and the end
+manifest.json        the Manifest below; names the SHA-256 of every other file
+keys.i8              (count, key_dim) int8
+key_scales.f32       (count,) float32; key = int8 row * scale, of unit length
+values.bin           "tokens": int32 token ids, one entry after another; "latents": (count, latents, latent_dim) int8
+value_offsets.u64    "tokens": (count + 1,) uint64, the first id of each entry and the end
+value_scales.f32     "latents": (count, latents) float32
+records.jsonl        one JSON object an entry: text, question, source
+record_offsets.u64   (count + 1,) uint64, the first byte of each record and the end
 """
 
 from __future__ import annotations

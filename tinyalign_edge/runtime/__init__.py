@@ -1,0 +1,1 @@
+"""Answering on the device; no torch."""

@@ -30,6 +30,7 @@ def open_session(path: Path, *, threads: int | None = None, spinning: bool = Tru
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = LOG_ERRORS
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
     with onnxruntime_errors(path):
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -1,0 +1,1 @@
+"""Training: the only part, with export, that needs torch."""

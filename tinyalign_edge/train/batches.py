@@ -40,10 +40,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Values:
-    """What the bank's entries carry, for training: token ids of every text and the features of every picture."""
+    """What the bank's entries carry: token ids of every text, and for latents either the picture's features, from
+    which the value encoder makes them while it is trained, or the finished latents."""
 
     token_ids: Sequence[tuple[int, ...]]
-    features: npt.NDArray[np.floating[Any]]  # (E, N, C)
+    features: npt.NDArray[np.floating[Any]] | None = None  # (E, N, C)
+    latents: npt.NDArray[np.float32] | None = None  # (E, L, latent_dim)
 
 
 def tokenize(turns: Sequence[Turn], prompt: Prompt) -> tuple[tuple[int, ...], tuple[TokenTurn, ...]]:
@@ -74,7 +76,9 @@ class Rows(Dataset[Example]):
         for row, (before, turns) in zip(rows, self.tokens, strict=True):
             longest = len(before) + max(len(t.question) + len(t.answer) for t in turns)
             if longest > max_tokens:
-                raise InputError(f"{row.where}: {longest} text tokens, the context leaves {max_tokens}; shorten the row")
+                raise InputError(
+                    f"{row.where}: {longest} text tokens, the context leaves {max_tokens}; shorten the row"
+                )
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""
@@ -150,14 +154,17 @@ class Collate:
         counts = torch.tensor([self._value_length(row) for row, _, _ in pairs])
         rank = torch.tensor([rank for _, rank, _ in pairs]).repeat_interleave(counts)
         similarity = torch.tensor([s for _, _, s in pairs], dtype=torch.float32).repeat_interleave(counts)
-        texts = [self.values.token_ids[row] for row, _, _ in pairs]
+        memory: MemoryInputs = {"rank": rank, "similarity": similarity}
+        entries = [row for row, _, _ in pairs]
         if self.memory.kind == "tokens":
-            ids = torch.tensor([i for text in texts for i in text], dtype=torch.int64)
-            return {"rank": rank, "similarity": similarity, "token_ids": ids, "token_mask": ids.bool(), "features": None}
-        padded, mask = _pad(texts)
-        features = self.values.features[[row for row, _, _ in pairs]]
-        seen = torch.from_numpy(np.asarray(features, np.float32))
-        return {"rank": rank, "similarity": similarity, "token_ids": padded, "token_mask": mask, "features": seen}
+            memory["token_ids"] = torch.tensor([i for row in entries for i in self.values.token_ids[row]])
+        elif self.values.latents is not None:
+            memory["latents"] = torch.from_numpy(self.values.latents[entries].reshape(len(rank), -1))
+        else:
+            assert self.values.features is not None
+            memory["token_ids"], memory["token_mask"] = _pad([self.values.token_ids[row] for row in entries])
+            memory["features"] = torch.from_numpy(np.asarray(self.values.features[entries], np.float32))
+        return memory
 
 
 def _pad(texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """A checkpoint folder: `config.json`, `model.safetensors` (all that was trained), the tokenizer, the bank, samples.
 
-    config.json         CheckpointConfig
-    model.safetensors   connector, key projection, memory connector, value encoder
-    tokenizer.json      the language model's
-    memory/             the bank (not with `--memory none`)
-    metrics.jsonl       one line an evaluation: step, held-out loss, training loss
-    samples/            held-out and calibration pictures with their questions, for the exporter's gate
+config.json         CheckpointConfig
+model.safetensors   connector, key projection, memory connector, value encoder
+tokenizer.json      the language model's
+memory/             the bank (not with `--memory none`)
+metrics.jsonl       one line an evaluation: step, held-out loss, training loss
+samples/            held-out and calibration pictures with their questions, for the exporter's gate
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         BundleError: written by a newer version, damaged, or a tower is not the one it was trained with.
     """
     if not is_checkpoint(folder):
-        raise InputError(f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'")
+        raise InputError(
+            f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'"
+        )
     data = read_json(folder / CONFIG)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

@@ -128,4 +128,6 @@ class KeyProjection(nn.Module):
         self.axes.copy_(axes)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return nn.functional.normalize((pooled - self.mean) @ self.axes.T, dim=-1)
+        key: Tensor = (pooled - self.mean) @ self.axes.T
+        length: Tensor = key.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return key / length

@@ -77,7 +77,7 @@ class AlignTrainer(Trainer):
     """Saves and loads the trained parts only; the frozen language model is not written again and again."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self._own().own_state().items()}
         save_file(state, folder / STATE_WEIGHTS)

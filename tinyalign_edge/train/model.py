@@ -7,7 +7,7 @@ is trained exactly as it is asked alone, for the price of one pass.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ class MemoryInputs(TypedDict):
 
     rank: Tensor  # (M,) int64
     similarity: Tensor  # (M,) float32
-    token_ids: Tensor  # "tokens": (M,) int64; "latents": (E, T) int64, the entries' texts, padded
-    token_mask: Tensor  # "latents": (E, T) bool
-    features: Tensor | None  # "latents": (E, N, C) float32
+    token_ids: NotRequired[Tensor]  # "tokens": (M,) int64; "latents" in training: (E, T) int64, padded
+    token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool
+    features: NotRequired[Tensor]  # "latents" in training: (E, N, C) float32
+    latents: NotRequired[Tensor]  # "latents" from a bank: (M, latent_dim) float32
 
 
 class AlignModel(nn.Module):
@@ -67,6 +68,8 @@ class AlignModel(nn.Module):
 
     def values(self, memory: MemoryInputs) -> Tensor:
         """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
+        if "latents" in memory:
+            return memory["latents"]
         text: Tensor = self.language.get_input_embeddings()(memory["token_ids"])
         if self.value_encoder is None:
             return text

@@ -15,11 +15,11 @@ import torch
 
 from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
 from tinyalign_edge.data import Row, read_rows
-from tinyalign_edge.errors import InputError, TinyAlignError
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.memory.write import Record, write_bank
 from tinyalign_edge.prompt import Prompt
-from tinyalign_edge.train.batches import Collate, Example, Rows, Values, tokenize
+from tinyalign_edge.train.batches import Collate, Example, Rows, Values
 from tinyalign_edge.train.checkpoint import MEMORY, METRICS, SAMPLES, is_checkpoint, save_checkpoint
 from tinyalign_edge.train.encode import Encoded, encode_rows
 from tinyalign_edge.train.loop import fit
@@ -121,7 +121,12 @@ class _Run:
         memory = self._memory_settings(connector)
         model = AlignModel(self.language.model, connector, memory)
         seen = encode_rows(
-            self.vision.model, self.vision.image, model.pooling, [*self.rows, *self.held_out_rows], device=self.device
+            self.vision.model,
+            self.vision.image,
+            model.pooling,
+            [*self.rows, *self.held_out_rows],
+            device=self.device,
+            dtype=np.float16,  # half the memory; the connector's LayerNorm makes the rounding harmless
         )
         count = len(self.rows)
         model.key.fit(torch.from_numpy(seen.mean[:count]))
@@ -191,7 +196,9 @@ class _Run:
                 if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
             )
             if changed:
-                raise InputError(f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same")
+                raise InputError(
+                    f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
+                )
             return
         run.parent.mkdir(parents=True, exist_ok=True)
         write_json(run, config)
@@ -224,7 +231,7 @@ def encode_values(model: AlignModel, values: Values, batch: int = 64) -> npt.NDA
     with torch.inference_mode():
         for start in range(0, len(values.token_ids), batch):
             rows = tuple(range(start, min(start + batch, len(values.token_ids))))
-            example = Example((), (), values.features[start], rows, (1.0,) * len(rows))
+            example = Example((), (), np.zeros((0, 0)), rows, (1.0,) * len(rows))
             memory = collate.memory_inputs([example])
             assert memory is not None
             out.append(model.values(memory).unflatten(0, (len(rows), -1)).numpy())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig, file_sha256
 from tinyalign_edge.config import read_json
@@ -70,7 +70,9 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     output = model(pixel_values=pixel_values)
     hidden = getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
-        raise UnsupportedError(f"vision encoder {type(model).__name__}: gives no last_hidden_state; use an encoder that does")
+        raise UnsupportedError(
+            f"vision encoder {type(model).__name__}: gives no last_hidden_state; use an encoder that does"
+        )
     if hidden.ndim == 4:  # (B, C, H, W)
         return hidden.permute(0, 2, 3, 1)
     batch, tokens, channels = hidden.shape
@@ -95,7 +97,9 @@ def load_language(path: str) -> LanguageTower:
     tokenizer = _load(AutoTokenizer, path, "language model", use_fast=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UnsupportedError(f"language model {path}: its tokenizer has no fast form (tokenizer.json); convert it first")
+        raise UnsupportedError(
+            f"language model {path}: its tokenizer has no fast form (tokenizer.json); convert it first"
+        )
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
     backend.no_truncation()
@@ -135,7 +139,11 @@ def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "check the folder" if Path(path).is_dir() else "no such folder, and the hub could not give it; check the name and the network"
+        hint = (
+            "check the folder"
+            if Path(path).is_dir()
+            else "no such folder, and the hub could not give it; check the name and the network"
+        )
         raise InputError(f"{what} {path}: cannot be loaded ({first}); {hint}") from None
 
 
@@ -143,7 +151,9 @@ def _must_exist(path: str, what: str) -> None:
     """A path that looks local must be a folder, so that a typing error is not looked up on the hub."""
     looks_local = path.startswith((".", "/", "~", os.sep)) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
-        raise InputError(f"{what} {path}: no such folder; give a folder in Hugging Face format or a hub id such as org/name")
+        raise InputError(
+            f"{what} {path}: no such folder; give a folder in Hugging Face format or a hub id such as org/name"
+        )
 
 
 def _file(path: str, name: str, what: str) -> Path:

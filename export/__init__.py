@@ -1,0 +1,1 @@
+"""Export a checkpoint to a bundle of ONNX graphs."""

@@ -1,0 +1,95 @@
+"""Vision encoder, connector and retrieval key as one ONNX graph. The only file that uses optimum, which traces it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import onnx
+from optimum.exporters.onnx import export
+from optimum.exporters.tasks import TasksManager
+from torch import Tensor, nn
+
+from tinyalign_edge.errors import UnsupportedError
+from tinyalign_edge.export.fold import fold_constants
+from tinyalign_edge.train.checkpoint import Checkpoint
+from tinyalign_edge.train.towers import patch_features
+
+OPSET = 18
+
+
+class _Eye(nn.Module):
+    """`pixel_values` (B, 3, height, width) -> `visual_tokens` (B, N, D) and `key` (B, key_dim)."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.config: Any = checkpoint.vision.model.config
+        self.vision = checkpoint.vision.model
+        self.pooling = nn.Buffer(checkpoint.model.pooling)
+        self.connector = checkpoint.model.connector
+        self.key = checkpoint.model.key
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        grid = patch_features(self.vision, pixel_values)
+        visual = self.connector(self.pooling @ grid.flatten(1, 2))
+        return {"visual_tokens": visual, "key": self.key(grid.mean(dim=(1, 2)))}
+
+
+def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """The float32 graph, constants folded for the checkpoint's image size; the batch size is free.
+
+    Raises:
+        UnsupportedError: an encoder that optimum does not know; the message lists those it does.
+    """
+    eye = _Eye(checkpoint).eval()
+    image = checkpoint.config.image
+    config = _config(eye)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "encoder.onnx"
+        export(eye, config, path, opset=OPSET, input_shapes={"height": image.height, "width": image.width})
+        graph = onnx.load(path)
+    _fix_image_size(graph, image.height, image.width)
+    return fold_constants(graph)
+
+
+def _config(eye: _Eye) -> Any:
+    """optimum's description of the encoder, with our outputs in place of its own."""
+    kind = str(eye.config.model_type)
+    try:
+        constructor = TasksManager.get_exporter_config_constructor(
+            "onnx", model_type=kind.replace("_", "-"), task="feature-extraction", library_name="transformers"
+        )
+    except (KeyError, ValueError):
+        try:
+            constructor = TasksManager.get_exporter_config_constructor(
+                "onnx", model_type=kind, task="feature-extraction", library_name="transformers"
+            )
+        except (KeyError, ValueError) as error:
+            raise UnsupportedError(
+                f"vision encoder of type {kind!r}: optimum has no ONNX export for it ({error})"
+            ) from None
+    config = constructor(eye.config)
+    outputs = OrderedDict(visual_tokens={0: "B"}, key={0: "B"})
+    described = type(config)
+    config.__class__ = type(described.__name__, (described,), {"outputs": property(lambda _: outputs)})
+    return config
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801
+    """Keeps the tracer's warnings about fixed sizes, which are meant, from the reader."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.getLogger("optimum").setLevel(logging.ERROR)
+
+
+def _fix_image_size(graph: onnx.ModelProto, height: int, width: int) -> None:
+    sizes = graph.graph.input[0].type.tensor_type.shape.dim
+    sizes[0].dim_param = "B"
+    for dim, size in zip(list(sizes)[1:], (3, height, width), strict=True):
+        dim.dim_value = size

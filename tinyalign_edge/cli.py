@@ -1,0 +1,221 @@
+"""The command line: parse, call one public function, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError
+
+app = typer.Typer(
+    name="tinyalign-edge",
+    help="Train, export to int8 ONNX and run small vision-language models with a compact memory, on CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+NoMemory = Annotated[bool, typer.Option("--no-memory", help="Answer from the picture alone.")]
+DataFile = Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")]
+ImagesFolder = Annotated[Path, typer.Option(help="The folder that the rows' image paths start from.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where bundle, data, report and pictures go.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of the world and of training.")] = 0,
+) -> None:
+    """Make a small model from nothing, export it to int8, ask it ten questions."""
+    from tinyalign_edge.demo.run import run_demo
+
+    run_demo(out, seed=seed)
+
+
+@app.command()
+def train(
+    data: DataFile,
+    images: ImagesFolder,
+    vision: Annotated[str, typer.Option(help="Vision encoder: a folder in Hugging Face format, or a hub id.")],
+    lm: Annotated[str, typer.Option(help="Language model: a folder in Hugging Face format, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    memory: Annotated[str, typer.Option(help="What the memory keeps: tokens, latents or none.")] = "tokens",
+    fraction: Annotated[float, typer.Option(help="Share of the pictures to train on; the bank holds it too.")] = 1.0,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data (default 3).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak; warmed up, then cosine.")] = 1e-3,
+    visual_tokens: Annotated[int, typer.Option(help="Tokens a picture is pooled to.")] = 16,
+    neighbours: Annotated[int, typer.Option("-k", "--neighbours", help="Memory entries read for a picture.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the split, the order and the weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+) -> None:
+    """Train connector and memory between a frozen vision encoder and a frozen language model."""
+    from tinyalign_edge.train.run import TrainOptions
+    from tinyalign_edge.train.run import train as run
+
+    options = TrainOptions(
+        memory=_one_of("--memory", memory, "tokens", "latents", "none"),
+        fraction=fraction,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        visual_tokens=visual_tokens,
+        k=neighbours,
+        device=_one_of("--device", device, "auto", "cpu", "cuda"),
+        seed=seed,
+    )
+    run(data=data, images=images, vision=vision, lm=lm, out=out, options=options, resume=resume)
+    print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that 'train' wrote.")],
+    out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
+    precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
+) -> None:
+    """Write a bundle, proved against torch on held-out samples."""
+    from tinyalign_edge.export.run import export as run
+    from tinyalign_edge.report import print_gate
+
+    manifest = run(checkpoint, out, precision=_one_of("--precision", precision, "int8", "fp32"))
+    print_gate(manifest)
+    print(f"bundle: {out}\nnext: tinyalign-edge ask {out} IMAGE QUESTION")
+
+
+@app.command()
+def ask(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")],
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    no_memory: NoMemory = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture, as it is generated."""
+    from tinyalign_edge.report import answer_json
+    from tinyalign_edge.runtime.model import load
+
+    with load(bundle, memory=not no_memory) as model:
+        stream = model.stream(image, question)
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+        print() if not as_json else print(json.dumps(answer_json(stream.result()), ensure_ascii=False))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A checkpoint or a bundle.")],
+    data: DataFile,
+    images: ImagesFolder,
+    no_memory: NoMemory = False,
+    shuffle_memory: Annotated[bool, typer.Option("--shuffle-memory", help="Another picture's memories.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Ask only the first questions.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask every question of a file, each alone, and score the answers."""
+    from dataclasses import asdict
+
+    from tinyalign_edge.evaluate import evaluate as run
+    from tinyalign_edge.report import print_scores
+
+    if no_memory and shuffle_memory:
+        raise InputError("--no-memory and --shuffle-memory: give one of them")
+    mode = "none" if no_memory else "shuffled" if shuffle_memory else "own"
+    scores = run(target, data=data, images=images, memory=mode, limit=limit)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(asdict(scores)))
+    else:
+        print_scores(scores)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")],
+    expect_sha256: Annotated[str | None, typer.Option(help="SHA-256 that bundle.json must have.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle's hashes and shapes, and that this machine computes what the exporter saw."""
+    from dataclasses import asdict
+
+    from tinyalign_edge.report import print_verified
+    from tinyalign_edge.runtime.verify import verify as run
+
+    verified = run(bundle, expect_sha256=expect_sha256)
+    if as_json:
+        print(json.dumps(asdict(verified)))
+    else:
+        print_verified(verified)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a bundle."""
+    from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.config import to_json
+    from tinyalign_edge.report import print_bundle
+
+    manifest = open_bundle(bundle)
+    if as_json:
+        print(json.dumps(to_json(manifest), ensure_ascii=False))
+    else:
+        print_bundle(bundle, manifest)
+
+
+def _one_of(option: str, value: str, *known: str) -> Any:
+    if value not in known:
+        raise InputError(f"{option} {value}: not one of {', '.join(known)}")
+    return value
+
+
+def main() -> None:
+    """Run the command line; every error is one line on standard error."""
+    try:
+        sys.exit(_run())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run() -> int:
+    try:
+        app()
+    except TinyAlignError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        return _fail(str(_missing_extra(error)), MissingExtraError.exit_code)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("TINYALIGN_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        return _fail(f"{type(error).__name__}: {first} (set TINYALIGN_DEBUG=1 for the traceback)", 1)
+    return 0
+
+
+def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
+    extra = "export" if error.name in ("onnx", "optimum") else "train"
+    return MissingExtraError(f"this command needs {error.name}: pip install 'tinyalign-edge[{extra}]'")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the command line shows people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest
+from tinyalign_edge.evaluate import Scores
+from tinyalign_edge.runtime.model import Answer
+from tinyalign_edge.runtime.verify import Verified
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """The object that `ask --json` prints."""
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "timings_ms": {stage: round(value, 3) for stage, value in answer.timings_ms.items()},
+        "memories": [
+            {"text": m.text, "source": m.source, "similarity": round(m.similarity, 4)} for m in answer.memories
+        ],
+    }
+
+
+def print_table(rows: Iterable[tuple[str, str]], title: str = "") -> None:
+    """Two columns: what, and its value."""
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def print_scores(scores: Scores) -> None:
+    """The result of `eval`."""
+    print_table(
+        [
+            ("questions", f"{scores.n}"),
+            ("exact match", f"{scores.exact_match:.1%} ± {scores.exact_match_ci95:.1%} (95 %)"),
+            ("token F1", f"{scores.token_f1:.1%}"),
+            ("loss of the reference", f"{scores.nll_per_token:.4f} nats a token"),
+        ]
+    )
+
+
+def print_gate(manifest: Manifest) -> None:
+    """The result of `export`."""
+    gate = manifest.gate
+    if gate is None:
+        return
+    precision = manifest.decoder.precision
+    print_table(
+        [
+            ("held-out answers", f"{gate.answers} ({gate.tokens} tokens)"),
+            ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch, of the logits' scale"),
+            (f"{precision} mean KL", f"{gate.int8_mean_kl:.5f} nats"),
+            (f"{precision} next token", f"{gate.int8_top1_agreement:.2%} equal"),
+            (f"{precision} loss", f"{gate.int8_nll_change:+.3%}"),
+            (
+                f"{precision} visual tokens",
+                f"cosine {gate.int8_visual_cosine_mean:.5f} (least {gate.int8_visual_cosine_min:.5f})",
+            ),
+            (f"{precision} answers", f"{gate.answers_equal:.1%} equal to torch's"),
+        ],
+        title="Compared with torch",
+    )
+
+
+def print_verified(verified: Verified) -> None:
+    """The result of `verify`."""
+    print_table(
+        [
+            ("files", f"{verified.files} as the manifest says, {megabytes(verified.bytes)}"),
+            ("memory", f"{verified.memory_entries} entries"),
+            (
+                "probe",
+                f"cosine of the key {verified.probe_key_cosine:.6f}, of the logits {verified.probe_logits_cosine:.6f}",
+            ),
+            ("bundle.json", f"SHA-256 {verified.manifest_sha256}"),
+        ],
+        title="The bundle is whole and this machine computes what the exporter saw",
+    )
+
+
+def print_bundle(folder: Path, manifest: Manifest) -> None:
+    """What `inspect` shows: components and files."""
+    decoder, image, memory = manifest.decoder, manifest.image, manifest.memory
+    print_table(
+        [
+            ("name", f"{manifest.name} (schema {manifest.schema_version})"),
+            ("picture", f"{image.width} x {image.height}, {image.resample}, {image.resize}"),
+            ("vision", f"{manifest.vision.precision}, {manifest.vision.visual_tokens} visual tokens"),
+            (
+                "language model",
+                f"{decoder.precision}, {decoder.layers} layers of {decoder.width}, vocabulary {decoder.vocab_size}, "
+                f"context {decoder.max_positions}",
+            ),
+            ("memory", _memory_line(folder, manifest)),
+            ("licences", ", ".join(f"{part}: {name}" for part, name in manifest.licences.items())),
+            ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
+        ]
+    )
+    files = Table(title="Files", title_justify="left", box=None, pad_edge=False)
+    files.add_column("name")
+    files.add_column("size", justify="right")
+    files.add_column("SHA-256")
+    for name, entry in manifest.files.items():
+        files.add_row(name, megabytes(entry.bytes), entry.sha256[:16])
+    if memory.kind != "none":
+        files.add_row(f"{MEMORY_DIR}/", megabytes(folder_bytes(folder / MEMORY_DIR)), "its own manifest")
+    Console().print(files)
+
+
+def _memory_line(folder: Path, manifest: Manifest) -> str:
+    from tinyalign_edge.memory import Bank
+
+    memory = manifest.memory
+    if memory.kind == "none":
+        return "none"
+    bank = Bank(folder / MEMORY_DIR)
+    size = f"{len(bank)} entries of {memory.kind}, keys of {memory.key_dim}"
+    return f"{size}, {memory.k} read a picture, floor {memory.floor:.3f}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"

@@ -1,0 +1,45 @@
+"""A bundle under evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tinyalign_edge.data import Row
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.evaluate import Asked, MemoryMode, partners
+from tinyalign_edge.progress import progress
+from tinyalign_edge.runtime.model import EncodedImage, Model
+
+
+class BundleAnswerer:
+    """Answers questions from an open bundle, one after another, as an app would."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def ask_all(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Iterator[Asked]:
+        """The answer to the first question of every row, and the loss of its reference.
+
+        Raises:
+            InputError: a picture cannot be read; the message names it and its row.
+        """
+        others = partners([row.image for row in rows]) if memory == "shuffled" else []
+        last: tuple[str, EncodedImage] | None = None
+        with progress("Asking", len(rows)) as advance:
+            for i, row in enumerate(rows):
+                if last is None or last[0] != row.image:
+                    other = rows[others[i]] if others else None
+                    last = row.image, self._encode(row, memory, other)
+                turn, image = row.turns[0], last[1]
+                answer = self.model.ask(image, turn.question)
+                nll = self.model.answer_nll(image, turn.question, turn.answer)
+                advance()
+                yield Asked(turn.question, turn.answer, answer.text, float(nll.sum()), len(nll))
+
+    def _encode(self, row: Row, memory: MemoryMode, other: Row | None) -> EncodedImage:
+        try:
+            if other is not None:
+                return self.model.encode(row.path, memories=self.model.encode(other.path).memories)
+            return self.model.encode(row.path, memories=() if memory == "none" else None)
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from None

@@ -1,0 +1,255 @@
+"""Answering from a bundle on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, open_bundle
+from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.image import ImageLike, open_image, preprocess
+from tinyalign_edge.memory import Bank, Entry
+from tinyalign_edge.prompt import Prompt, load_tokenizer
+from tinyalign_edge.runtime.decoder import Cache, Decoder
+from tinyalign_edge.runtime.sessions import onnxruntime_errors, open_session
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture as the language model reads it, with the memories retrieved for it; ask it any number of questions."""
+
+    visual_tokens: Float  # (N, D)
+    key: Float  # (key_dim,), unit length
+    memories: tuple[Entry, ...]
+    memory_tokens: Float  # (M, D)
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer. `tokens` counts generated tokens, `timings_ms` has `encode`, `retrieve`, `first_token`, `per_token`
+    and `total`; `first_token` is counted from the image's bytes."""
+
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+    memories: tuple[Entry, ...]
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+class AnswerStream:
+    """Pieces of an answer's text as they come; `answer` holds the whole once they are used up. Iterate once."""
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        if self.answer is None:
+            self.answer = yield from self._pieces
+
+    def result(self) -> Answer:
+        """The whole answer; takes what is left of the stream."""
+        for _ in self:
+            pass
+        if self.answer is None:
+            raise InputError("the stream was left before its end; ask again")
+        return self.answer
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    memory: bool = True,
+    expect_sha256: str | None = None,
+) -> Model:
+    """Open a bundle for answering.
+
+    Args:
+        path: the bundle folder.
+        threads: of one operator; None leaves the number to onnxruntime (one a physical core).
+        memory: False leaves the bank closed; the model then answers from the picture alone.
+        expect_sha256: hex SHA-256 that `bundle.json` must have, obtained from where the bundle comes from.
+
+    Raises:
+        InputError: `path` is not a bundle.
+        BundleError: damaged, hostile, too new, or not the one expected.
+    """
+    manifest = open_bundle(path, expect_sha256=expect_sha256)
+    return Model(Path(path), manifest, threads=threads, memory=memory)
+
+
+class Model:
+    """An open bundle. Use `load`; a context manager, safe to use from several threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, memory: bool = True) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
+        self._vision = open_session(folder / manifest.vision.file, threads=threads)
+        self._decoder = Decoder(folder, manifest.decoder, threads=threads)
+        self._connector = None
+        self.memory: Bank | None = None
+        if memory and manifest.memory.kind != "none":
+            self._open_memory()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free weights and maps; the model cannot be used afterwards."""
+        for name in ("_vision", "_decoder", "_connector", "memory"):
+            self.__dict__.pop(name, None)
+
+    def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
+        """Encode a picture and retrieve its memories.
+
+        Args:
+            image: a path, bytes of an image file, a PIL picture, or an array (height, width, 3) uint8.
+            memories: entries to read instead of searching the bank; `()` for none.
+
+        Raises:
+            InputError: not a picture, damaged or too large.
+        """
+        started = time.perf_counter()
+        pixels = preprocess(open_image(image), self.manifest.image)
+        with onnxruntime_errors(self.folder / self.manifest.vision.file):
+            visual, key = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
+        encoded = time.perf_counter()
+        if memories is None:
+            settings = self.manifest.memory
+            found = self.memory.search(key[0], settings.k, floor=settings.floor) if self.memory else ()
+        else:
+            found = tuple(memories)
+            if len(found) > self.manifest.memory.k:
+                raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
+        tokens = self._memory_tokens(found)
+        timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
+        return EncodedImage(visual[0], key[0], found, tokens, timings)
+
+    def ask(self, image: ImageLike | EncodedImage, question: str, *, max_new_tokens: int | None = None) -> Answer:
+        """Answer a question about a picture, greedily.
+
+        Raises:
+            InputError: the picture cannot be read, the question is empty or does not fit the context.
+        """
+        return self.stream(image, question, max_new_tokens=max_new_tokens).result()
+
+    def stream(
+        self, image: ImageLike | EncodedImage, question: str, *, max_new_tokens: int | None = None
+    ) -> AnswerStream:
+        """Like `ask`, piece by piece: iterate over the text, then read `.answer`."""
+        limit = self.manifest.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise InputError(f"max_new_tokens {limit}: must be at least 1")
+        return AnswerStream(self._pieces(image, question, limit))
+
+    def answer_logits(self, image: EncodedImage, question: str, answer: str) -> tuple[Float, npt.NDArray[np.int64]]:
+        """What the model expects in place of each token of a given answer.
+
+        Returns:
+            logits (A, V) float32 and the answer's token ids (A,), the end-of-answer token included.
+        """
+        ids = np.array(self.prompt.answer(question, answer), np.int64)
+        prefix = self._prefix(image, question)
+        embeddings = np.concatenate([prefix, self._decoder.embed(ids[:-1])])
+        cache = self._decoder.new_cache(self._fit(len(embeddings)))
+        return self._decoder.forward(cache, embeddings, num_logits=len(ids)), ids
+
+    def answer_nll(self, image: EncodedImage, question: str, answer: str) -> Float:
+        """Negative log-likelihood of each token of a given answer (A,), in nats."""
+        logits, ids = self.answer_logits(image, question, answer)
+        peak = logits.max(axis=1, keepdims=True)
+        log_total = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
+        return np.asarray(log_total - logits[np.arange(len(ids)), ids], np.float32)
+
+    def _pieces(self, image: ImageLike | EncodedImage, question: str, limit: int) -> Generator[str, None, Answer]:
+        started = time.perf_counter()
+        self.prompt.question(question)  # refuse an empty question before the work on the picture
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        prefix = self._prefix(encoded, question)
+        limit = min(limit, self._fit(len(prefix) + 1) - len(prefix))
+        cache = self._decoder.new_cache(len(prefix) + limit)
+        token = int(self._decoder.forward(cache, prefix).argmax())
+        first = time.perf_counter()
+        decode, ids, text = self.prompt.stream(), list[int](), ""
+        while token not in self.manifest.prompt.eos_token_ids:
+            ids.append(token)
+            piece = decode.step(self.prompt.tokenizer, token) or ""
+            piece = piece if text else piece.lstrip()
+            text += piece
+            if piece:
+                yield piece
+            if len(ids) == limit:
+                break
+            token = self._next(cache, token)
+        stop = len(ids) < limit or token in self.manifest.prompt.eos_token_ids
+        timings = dict(encoded.timings_ms)
+        timings["first_token"] = _ms(started, first)
+        timings["per_token"] = _ms(first, time.perf_counter()) / max(1, cache.length - len(prefix))
+        timings["total"] = _ms(started, time.perf_counter())
+        return Answer(text, len(ids), "stop" if stop else "length", encoded.memories, timings)
+
+    def _next(self, cache: Cache, token: int) -> int:
+        return int(self._decoder.forward(cache, self._decoder.embed([token])).argmax())
+
+    def _prefix(self, image: EncodedImage, question: str) -> Float:
+        """Everything before the answer, as embeddings (T, D)."""
+        ids = self.prompt.question(question)
+        embedded = self._decoder.embed([*ids.before, *ids.after])
+        before, after = np.split(embedded, [len(ids.before)])
+        return np.concatenate([before, image.visual_tokens, image.memory_tokens, after])
+
+    def _fit(self, positions: int) -> int:
+        """The context's size, if `positions` fit into it."""
+        size = self.manifest.prompt.max_context_tokens
+        if positions > size:
+            raise InputError(
+                f"picture, memories and question take {positions} tokens, the context has {size}; ask less"
+            )
+        return size
+
+    def _memory_tokens(self, entries: Sequence[Entry]) -> Float:
+        """Memory tokens (M, D) of retrieved entries."""
+        lengths = [len(entry.value) for entry in entries]
+        if not sum(lengths) or self._connector is None:
+            return np.zeros((0, self.manifest.decoder.width), np.float32)
+        values = np.concatenate([entry.value for entry in entries])
+        if self.manifest.memory.kind == "tokens":
+            values = self._decoder.embed(values)
+        feed = {
+            "values": values,
+            "rank": np.repeat(np.arange(len(entries), dtype=np.int64), lengths),
+            "similarity": np.repeat(np.array([e.similarity for e in entries], np.float32), lengths),
+        }
+        with onnxruntime_errors(self.folder / str(self.manifest.memory.file)):
+            out: Float = self._connector.run(["memory_tokens"], feed)[0]
+        return out
+
+    def _open_memory(self) -> None:
+        settings = self.manifest.memory
+        bank = Bank(self.folder / MEMORY_DIR)
+        found = (bank.manifest.kind, bank.manifest.key_dim, bank.manifest.fingerprint)
+        if found != (settings.kind, settings.key_dim, settings.fingerprint):
+            raise BundleError(
+                f"{bank.folder}: holds {found[0]} under keys of encoder {found[2][:12]}, the bundle reads "
+                f"{settings.kind} of {settings.fingerprint[:12]}; use the bank made with this bundle"
+            )
+        self._connector = open_session(self.folder / str(settings.file), threads=1)
+        self.memory = bank
+
+
+def _ms(start: float, end: float) -> float:
+    return (end - start) * 1000

@@ -1,0 +1,151 @@
+"""A checkpoint's answers and losses, in torch: the reference that the exported bundle is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tinyalign_edge.data import Row
+from tinyalign_edge.evaluate import Asked, MemoryMode, partners
+from tinyalign_edge.progress import progress
+from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
+from tinyalign_edge.train.checkpoint import Checkpoint
+from tinyalign_edge.train.encode import encode_rows
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Questions with everything that the model reads, in the order of their rows (one turn a row)."""
+
+    rows: tuple[Row, ...]
+    examples: tuple[Example, ...]
+    keys: npt.NDArray[np.float32]  # (Q, key_dim)
+
+
+class TorchAnswerer:
+    """Answers questions from a checkpoint; greedy, batched."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.collate = Collate(checkpoint.config.memory, _bank_values(checkpoint))
+
+    def prepare(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Prepared:
+        """Encode the pictures and look up their neighbours, or those of another picture ("shuffled"), or none."""
+        ck = self.checkpoint
+        seen = encode_rows(ck.vision.model, ck.config.image, ck.model.pooling, rows, device="cpu")
+        with torch.inference_mode():
+            keys = ck.model.key(torch.from_numpy(seen.mean)).numpy()
+        near = self._neighbours(rows, keys, memory)
+        examples = []
+        for i, row in enumerate(rows):
+            before, turns = tokenize(row.turns[:1], ck.prompt)
+            examples.append(Example(before, turns, seen.pooled[i], *near[i]))
+        return Prepared(tuple(rows), tuple(examples), keys)
+
+    def ask_all(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Iterator[Asked]:
+        """The answer to the first question of every row, and the loss of its reference."""
+        prepared = self.prepare(rows, memory=memory)
+        with progress("Asking (torch)", len(rows)) as advance:
+            for start in range(0, len(rows), BATCH):
+                examples = prepared.examples[start : start + BATCH]
+                texts, losses = self.answers(examples), self.losses(examples)
+                for row, text, loss in zip(rows[start : start + BATCH], texts, losses, strict=True):
+                    yield Asked(row.turns[0].question, row.turns[0].answer, text, float(loss.sum()), len(loss))
+                advance(len(examples))
+
+    def losses(self, examples: Sequence[Example]) -> list[npt.NDArray[np.float32]]:
+        """Negative log-likelihood of every token of each reference answer, in nats."""
+        with torch.inference_mode():
+            flat = self.checkpoint.model.answer_losses(**self.collate(examples)).numpy()
+        lengths = [sum(len(turn.answer) for turn in example.turns) for example in examples]
+        return np.split(flat, np.cumsum(lengths)[:-1])
+
+    def logits(self, example: Example) -> npt.NDArray[np.float32]:
+        """Logits (A, V) that predict the A tokens of the reference answer."""
+        model, batch = self.checkpoint.model, self.collate([example])
+        with torch.inference_mode():
+            embeds = self._embeds(batch)
+            wanted = batch["labels"] != -100
+            return model.logits(embeds, batch["position_ids"], batch["block"], wanted).numpy()
+
+    def visual_tokens(self, example: Example) -> npt.NDArray[np.float32]:
+        """What the connector gives for the example's picture: (N, D)."""
+        with torch.inference_mode():
+            features = torch.from_numpy(np.asarray(example.features, np.float32))
+            out: npt.NDArray[np.float32] = self.checkpoint.model.connector(features).numpy()
+        return out
+
+    def answers(self, examples: Sequence[Example], *, max_new_tokens: int = 32) -> list[str]:
+        """Greedy answers to the examples' first questions."""
+        questions = [self._without_answer(example) for example in examples]
+        batch = self.collate(questions)
+        with torch.inference_mode():
+            embeds = self._embeds(batch)
+            padded, mask = _left_pad(embeds, batch["block"] >= 0)
+            ids = self.checkpoint.language.model.generate(
+                inputs_embeds=padded,
+                attention_mask=mask,
+                generation_config=self._generation_config(max_new_tokens),
+            )
+        return [self._text(row.tolist()) for row in ids]
+
+    def _embeds(self, batch: dict[str, Any]) -> torch.Tensor:
+        model = self.checkpoint.model
+        visual = model.connector(batch["features"])
+        return model.inputs_embeds(
+            batch["input_ids"], batch["visual_mask"], visual, batch["memory_mask"], batch["memory"]
+        )
+
+    def _generation_config(self, max_new_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        eos = list(self.checkpoint.config.prompt.eos_token_ids)
+        return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0], do_sample=False)
+
+    def _without_answer(self, example: Example) -> Example:
+        """The same example with an answer of one token, which the packing drops."""
+        from dataclasses import replace
+
+        return replace(example, turns=(replace(example.turns[0], answer=(0,)),))
+
+    def _text(self, ids: list[int]) -> str:
+        prompt = self.checkpoint.prompt
+        end = next((i for i, token in enumerate(ids) if token in prompt.config.eos_token_ids), len(ids))
+        return prompt.text(ids[:end])
+
+    def _neighbours(
+        self, rows: Sequence[Row], keys: npt.NDArray[np.float32], memory: MemoryMode
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        settings, bank = self.checkpoint.config.memory, self.checkpoint.bank
+        if bank is None or memory == "none":
+            return [((), ())] * len(rows)
+        found = bank.nearest(keys, settings.k, floor=settings.floor)
+        source = partners([row.image for row in rows]) if memory == "shuffled" else range(len(rows))
+        near = []
+        for i in source:
+            kept = found.rows[i] >= 0
+            near.append((tuple(found.rows[i][kept].tolist()), tuple(found.similarity[i][kept].tolist())))
+        return near
+
+
+def _bank_values(checkpoint: Checkpoint) -> Values | None:
+    bank = checkpoint.bank
+    if bank is None:
+        return None
+    values = [bank.entry(row).value for row in range(len(bank))]
+    if bank.manifest.kind == "latents":
+        return Values([()] * len(values), latents=np.stack(values).astype(np.float32))
+    return Values([tuple(value.tolist()) for value in values])
+
+
+def _left_pad(embeds: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the padding of (B, S, D) from the right to the left; returns it with its attention mask (B, S)."""
+    order = torch.argsort(valid.int(), dim=1, stable=True)  # padding first, the rest in order
+    return torch.gather(embeds, 1, order[..., None].expand_as(embeds)), torch.gather(valid, 1, order).long()
