@@ -56,7 +56,7 @@ def save_lm(folder: Path, **changes: Any) -> None:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -84,11 +84,12 @@ def train_tiny(world: Path, towers: Path, out: Path, *, vision: str = "vit", **o
 
 
 def _scale_up(model: torch.nn.Module, factor: float) -> None:
-    """Fresh weights are so small that every output is the same; these are not."""
+    """Fresh weights are so small that every output is the same; these are not. A larger embedding table spreads the
+    logits, so that the likeliest token is not a matter of rounding."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "position" not in name:
-                weight.mul_(factor)
+                weight.mul_(2 * factor if "lm_head" in name else factor)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

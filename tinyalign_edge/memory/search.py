@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime  # noqa: F401  before usearch: importing onnxruntime 1.32 after it ends in SIGSEGV
 from usearch.compiled import MetricKind
 from usearch.index import search
 

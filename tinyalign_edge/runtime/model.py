@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -95,9 +95,10 @@ class Model:
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, memory: bool = True) -> None:
         self.folder, self.manifest = folder, manifest
         self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
-        self._vision = open_session(folder / manifest.vision.file, threads=threads)
-        self._decoder = Decoder(folder, manifest.decoder, threads=threads)
-        self._connector = None
+        self._vision: Any = open_session(folder / manifest.vision.file, threads=threads)
+        self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
+        self._connector: Any = None
+        self.closed = False
         self.memory: Bank | None = None
         if memory and manifest.memory.kind != "none":
             self._open_memory()
@@ -109,9 +110,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free weights and maps; the model cannot be used afterwards."""
-        for name in ("_vision", "_decoder", "_connector", "memory"):
-            self.__dict__.pop(name, None)
+        """Free weights and maps; using the model afterwards is an InputError."""
+        self.closed = True
+        self._vision = self._decoder = self._connector = self.memory = None
 
     def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
         """Encode a picture and retrieve its memories.
@@ -123,6 +124,7 @@ class Model:
         Raises:
             InputError: not a picture, damaged or too large.
         """
+        self._check_open()
         started = time.perf_counter()
         pixels = preprocess(open_image(image), self.manifest.image)
         with onnxruntime_errors(self.folder / self.manifest.vision.file):
@@ -202,11 +204,16 @@ class Model:
         timings["total"] = _ms(started, time.perf_counter())
         return Answer(text, len(ids), "stop" if stop else "length", encoded.memories, timings)
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise InputError(f"{self.folder}: the model was closed; load it again")
+
     def _next(self, cache: Cache, token: int) -> int:
         return int(self._decoder.forward(cache, self._decoder.embed([token])).argmax())
 
     def _prefix(self, image: EncodedImage, question: str) -> Float:
         """Everything before the answer, as embeddings (T, D)."""
+        self._check_open()
         ids = self.prompt.question(question)
         embedded = self._decoder.embed([*ids.before, *ids.after])
         before, after = np.split(embedded, [len(ids.before)])

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from tinyalign_edge.errors import BundleError
 
 LOG_ERRORS = 3
+ort.disable_telemetry_events()  # what a device asks is nobody else's business
 
 
 def open_session(path: Path, *, threads: int | None = None, spinning: bool = True) -> ort.InferenceSession:

@@ -1,0 +1,115 @@
+"""A bundle is opened only when every byte is the manifest's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tinyalign_edge as ta
+from tinyalign_edge.bundle import MANIFEST, file_sha256, open_bundle
+from tinyalign_edge.config import read_json
+from tinyalign_edge.errors import BundleError, InputError
+
+
+def edit(bundle: Path, **changes: Any) -> None:
+    """Change keys of the manifest."""
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    (bundle / MANIFEST).write_text(json.dumps({**manifest, **changes}), "utf-8")
+
+
+def test_one_changed_byte_in_any_file_is_refused_before_a_parser_sees_it(bundle: Path) -> None:
+    for name in open_bundle(bundle).files:
+        path = bundle / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(BundleError, match=f"{name}.*was changed"):
+            ta.load(bundle)
+        path.write_bytes(whole)
+    assert ta.load(bundle)
+
+
+def test_one_changed_byte_in_the_memory_is_refused(bundle: Path) -> None:
+    for path in sorted((bundle / "memory").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:1] + bytes([whole[1] ^ 1]) + whole[2:])
+        with pytest.raises((BundleError, InputError), match="memory"):
+            ta.load(bundle)
+        path.write_bytes(whole)
+    assert ta.load(bundle)
+
+
+def test_a_missing_or_truncated_file_is_named(bundle: Path) -> None:
+    path = bundle / "lm.data"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BundleError, match=r"lm\.data: .* bytes, the manifest says"):
+        ta.load(bundle)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"lm\.data: the manifest lists it but it is missing"):
+        ta.load(bundle)
+
+
+def test_a_newer_schema_says_to_upgrade(bundle: Path) -> None:
+    edit(bundle, schema_version=99)
+    with pytest.raises(BundleError, match="schema version 99 is newer.*upgrade"):
+        ta.load(bundle)
+
+
+def test_an_unknown_or_mistyped_key_is_named(bundle: Path) -> None:
+    edit(bundle, colour="blue")
+    with pytest.raises(BundleError, match="unknown key 'colour'"):
+        ta.load(bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    del manifest["colour"]
+    manifest["vision"]["visual_tokens"] = "many"
+    (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(BundleError, match=r"vision\.visual_tokens: expected int, found str"):
+        ta.load(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside.onnx", "/etc/passwd", "a/../../outside.onnx", "a\\b", ""])
+def test_a_path_that_leaves_the_folder_is_refused(bundle: Path, name: str) -> None:
+    files = json.loads((bundle / MANIFEST).read_text("utf-8"))["files"]
+    edit(bundle, files={**files, name: files["encoder.onnx"]})
+    with pytest.raises(BundleError, match="not a plain path inside the folder"):
+        ta.load(bundle)
+
+
+def test_a_link_in_the_bundle_is_refused_even_if_its_target_is_right(bundle: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere.onnx"
+    (bundle / "encoder.onnx").rename(moved)
+    (bundle / "encoder.onnx").symlink_to(moved)
+    with pytest.raises(BundleError, match="is a link"):
+        ta.load(bundle)
+
+
+def test_a_file_that_a_block_names_must_have_a_hash(bundle: Path) -> None:
+    files = json.loads((bundle / MANIFEST).read_text("utf-8"))["files"]
+    del files["lm.data"]
+    edit(bundle, files=files)
+    with pytest.raises(BundleError, match=r"names the file 'lm\.data' but gives no hash"):
+        ta.load(bundle)
+
+
+def test_the_manifest_itself_can_be_pinned(bundle: Path) -> None:
+    digest = file_sha256(bundle / MANIFEST)
+    assert ta.load(bundle, expect_sha256=digest.upper())
+    with pytest.raises(BundleError, match="expected 0000"):
+        ta.load(bundle, expect_sha256="0" * 64)
+
+
+def test_malformed_json_is_named_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1,\n "b": }', "utf-8")
+    with pytest.raises(InputError, match=r"x\.json:2:7: not valid JSON"):
+        read_json(path)
+
+
+def test_a_bank_of_another_encoder_is_refused(bundle: Path) -> None:
+    path = bundle / "memory" / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**manifest, "fingerprint": "f" * 64}), "utf-8")
+    with pytest.raises(BundleError, match="use the bank made with this bundle"):
+        ta.load(bundle)

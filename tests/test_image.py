@@ -1,0 +1,80 @@
+"""Pictures: opened within bounds, and preprocessed as the Hugging Face processors do."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import shared
+from tinyalign_edge.bundle import ImageConfig
+from tinyalign_edge.errors import InputError, UnsupportedError
+from tinyalign_edge.image import image_config, open_image, preprocess
+
+
+def png(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_path_bytes_picture_and_array_are_the_same_picture(tmp_path: Path) -> None:
+    image = noise()
+    image.save(tmp_path / "a.png")
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), png(image), image, np.asarray(image)]
+    assert len({open_image(form).tobytes() for form in forms}) == 1
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert open_image(png(noise(40, 30), exif=exif)).size == (30, 40)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new(mode, (8, 8)) if mode == "I;16" else noise(8, 8).convert(mode)
+    assert open_image(image).mode == "RGB"
+
+
+def test_what_is_not_a_picture_is_refused(tmp_path: Path) -> None:
+    whole = png(noise(200, 200))
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"half\.png: truncated or damaged"):
+        open_image(tmp_path / "half.png")
+    with pytest.raises(InputError, match="not a picture in a known format"):
+        open_image(b"<svg></svg>")
+    with pytest.raises(InputError, match="no such image file"):
+        open_image(tmp_path / "gone.png")
+    with pytest.raises(InputError, match="need .height, width, 3. uint8"):
+        open_image(np.zeros((4, 4), np.uint8))
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    with pytest.raises(InputError, match="8000 x 8000 pixels, more than"):
+        open_image(png(Image.new("1", (8000, 8000))))
+
+
+def test_an_image_processor_this_package_cannot_follow_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="do_pad"):
+        image_config({"do_pad": True, "size": {"height": 4, "width": 4}})
+    with pytest.raises(UnsupportedError, match="many sizes"):
+        image_config({"size": {"shortest_edge": 4}, "do_center_crop": False})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["SiglipImageProcessor", "CLIPImageProcessor", "MobileNetV2ImageProcessor"])
+def test_pixels_equal_the_hugging_face_processor_bit_for_bit(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, kind)()
+    config: ImageConfig = image_config(processor.to_dict())
+    for path in sorted(shared("data", "caltech101", "images").glob("*.jpg"))[::400]:
+        expected = processor(images=Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(preprocess(open_image(path), config), expected)
