@@ -1,5 +1,7 @@
 # Recipes for people and for CI. `just` alone lists them.
 
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
 python := env_var_or_default("PYTHON", "python3")
 venv := env_var_or_default("VENV", ".venv")
 bin := venv / "bin"
@@ -25,12 +27,17 @@ test *ARGS:
 test-slow *ARGS:
     {{ bin }}/python -m pytest -m '' {{ ARGS }}
 
-# The runtime's tests in an environment of its own that holds only the oldest supported base dependencies
+# The oldest supported versions: the device's tests with the base dependencies alone, then all tests (torch apart)
 test-lowest:
+    {{ python }} -m venv .venv-base
+    .venv-base/bin/python -m pip install --quiet uv
+    .venv-base/bin/uv pip install --quiet --python .venv-base/bin/python --resolution lowest-direct --editable . 'pytest>=8.3'
+    .venv-base/bin/python -m pytest tests/test_device.py tests/test_bundle.py tests/test_memory.py
     {{ python }} -m venv .venv-lowest
-    .venv-lowest/bin/python -m pip install --quiet uv
-    .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable . 'pytest>=8.3'
-    .venv-lowest/bin/python -m pytest tests/test_device.py
+    .venv-lowest/bin/python -m pip install --quiet uv 'torch>=2.6,<2.14'
+    .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+        --override <(.venv-lowest/bin/python -m pip freeze | grep '^torch==') --editable '.[all]'
+    .venv-lowest/bin/python -m pytest
 
 # Formatting, lint, types
 check:

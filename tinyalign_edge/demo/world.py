@@ -26,7 +26,9 @@ COLOURS = {
     "yellow": (240, 190, 30),
     "purple": (140, 62, 186),
 }
-RADII = {"small": 7, "large": 14}  # pixels
+RADII = {"small": 8, "large": 14}  # pixels
+LATTICE = 6  # pixels between the places where an object may stand: few, to be learnt in a minute
+STRAY = 12  # pixels, the most that an object of several stands off the middle line
 KINDS = tuple(product(RADII, COLOURS, SHAPES))  # every (size, colour, shape)
 COUNT_WEIGHTS = (3, 4, 3)  # of scenes with one, two and three objects
 SMOOTHING = 4  # a picture is painted this many times larger, then reduced
@@ -39,8 +41,8 @@ class Object:
     size: str
     colour: str
     shape: str
-    x: float
-    y: float
+    x: int
+    y: int
 
     @property
     def radius(self) -> int:
@@ -88,12 +90,16 @@ def make_scene(rng: random.Random) -> Scene:
     return Scene(tuple(objects), axis, tint)
 
 
-def _place(rng: random.Random, slot: int, count: int, radius: int) -> tuple[float, float]:
+def _place(rng: random.Random, slot: int, count: int, radius: int) -> tuple[int, int]:
     """A centre in slot number `slot` of `count`: (along the axis, across it), wider apart along than across."""
     width = SIDE / count
-    free = width / 2 - radius - 1
-    stray = SIDE / 2 - radius - 2 if count == 1 else 10
-    return (slot + 0.5) * width + rng.uniform(-free, free), SIDE / 2 + rng.uniform(-stray, stray)
+    along = _lattice(slot * width + radius, (slot + 1) * width - radius)
+    across = _lattice(radius, SIDE - radius) if count == 1 else _lattice(SIDE / 2 - STRAY, SIDE / 2 + STRAY)
+    return rng.choice(along), rng.choice(across)
+
+
+def _lattice(low: float, high: float) -> range:
+    return range(math.ceil(low / LATTICE) * LATTICE, math.floor(high) + 1, LATTICE)
 
 
 def draw(scene: Scene) -> Image.Image:
