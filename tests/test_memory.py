@@ -59,7 +59,7 @@ def test_equal_keys_come_in_the_order_of_their_rows() -> None:
 def test_the_floor_keeps_the_memory_silent(folder: Path) -> None:
     bank = Bank(folder)
     assert bank.search(-unit(300)[0], 4, floor=0.99) == ()
-    assert [entry.row for entry in bank.search(unit(300)[5], 4, floor=0.99)][0] == 5
+    assert bank.search(unit(300)[5], 4, floor=0.99)[0].row == 5
 
 
 def test_more_neighbours_than_entries_leaves_empty_places() -> None:
@@ -87,7 +87,7 @@ def test_a_count_that_does_not_fit_the_files_is_refused(folder: Path, count: int
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**manifest, "count": count}), "utf-8")
-    with pytest.raises(BundleError, match="bytes for|out of bounds|do not fit"):
+    with pytest.raises(BundleError, match=r"bytes for|out of bounds|do not fit"):
         Bank(folder)
 
 

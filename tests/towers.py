@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from tinyalign_edge.demo.texts import caption, questions
+from tinyalign_edge.demo.world import make_scene
 
 SIDE = 32
 
@@ -45,7 +49,11 @@ def save_cnn(folder: Path) -> None:
 
 
 def save_lm(folder: Path, **changes: Any) -> None:
-    """A Llama of two layers with a byte-level tokenizer of 300 tokens that puts <s> first."""
+    """A Llama of two layers with a byte-level tokenizer of 300 tokens that puts <s> first.
+
+    It has read the world's texts for a second or two: next to a random model, whose likeliest token is a matter of
+    rounding, it knows what it wants to say.
+    """
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     settings: dict[str, Any] = {
@@ -56,13 +64,13 @@ def save_lm(folder: Path, **changes: Any) -> None:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-    _scale_up(model, 4.0)
+    _read_texts(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -84,12 +92,26 @@ def train_tiny(world: Path, towers: Path, out: Path, *, vision: str = "vit", **o
 
 
 def _scale_up(model: torch.nn.Module, factor: float) -> None:
-    """Fresh weights are so small that every output is the same; these are not. A larger embedding table spreads the
-    logits, so that the likeliest token is not a matter of rounding."""
+    """Fresh weights are so small that every output is the same; these are not."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "position" not in name:
-                weight.mul_(2 * factor if "lm_head" in name else factor)
+                weight.mul_(factor)
+
+
+def _read_texts(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int = 80) -> None:
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        lines = []
+        for scene in (make_scene(rng) for _ in range(16)):
+            question = questions(scene, rng)[0]
+            lines.append(f"{caption(scene, rng)} Question: {question.text} Answer: {question.answer}</s>")
+        batch = tokenizer(lines, padding=True, return_tensors="pt", return_token_type_ids=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

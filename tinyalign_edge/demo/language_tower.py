@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,17 +26,32 @@ CHAT_TEMPLATE = (
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
-VOCABULARY = 512  # at most: fewer when every word has its token
+# What byte pairs may grow into: the name of an object as a whole, with or without its size, else a word.
+NAME = rf"(?:(?:{'|'.join(RADII)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})\b"
+PIECES = rf" ?{NAME}| ?\w+| ?[^\w\s]+|\s+"
+VOCABULARY = 640  # at most: fewer when every word has its token
 WIDTH, LAYERS, HEADS, KV_HEADS, MLP_WIDTH, POSITIONS = 128, 3, 4, 2, 256, 256
 ROPE_BASE = 100.0  # texts are short: turn faster, to tell near places apart
 INIT = 0.08  # standard deviation of fresh weights: at the usual 0.02 so short a run learns no reading
 LOOK_BACK = 0.5  # how sharply the first head looks at the token before, from the start
 STEPS, BATCH = 1000, 32
+TEXT_WEIGHTS = (1, 4, 4)  # of scenes with one, two and three objects: in the first there is little to tell apart
 PROSE_WEIGHT = 0.2  # of captions and questions in the loss; the tokens of an answer weigh 1
-TURNS = 2  # questions a text: few, or their words get in the way of learning to look one up
 HARD = ("exists", "colour", "relation", "beside")  # asked twice as often
-LESSONS = ({1: 1.0}, {0: 0.05, 1: 0.45, 2: 0.1, 3: 0.1, 4: 0.3})  # share of texts by captions, a half of the run each
 TRUE_SHARE = 0.65  # of captions when there are several; the others tell of a similar scene
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of the run: its share of the steps, questions a text, and the chance of each count of captions."""
+
+    share: float
+    turns: int
+    captions: dict[int, float]
+
+
+# Few questions a text at first: the words of others get in the way of learning to look one up.
+LESSONS = (Lesson(0.6, 2, {1: 1.0}), Lesson(0.4, 3, {0: 0.05, 1: 0.35, 2: 0.1, 3: 0.1, 4: 0.4}))
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     lines = [caption(scene, rng) for scene in scenes]
     lines += [f"Question: {q.text} Answer: {q.answer}" for scene in scenes for q in questions(scene, rng)]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of_pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), bytes_of_pieces])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -128,7 +144,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def _batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`STEPS` batches of texts of similar length: ids (B, T) int64 and weights (B, T) float32, 0 for padding."""
     for lesson in LESSONS:
-        texts = [_text(tokenizer, lesson, rng) for _ in range(STEPS // len(LESSONS) * BATCH)]
+        texts = [_text(tokenizer, lesson, rng) for _ in range(round(lesson.share * STEPS) * BATCH)]
         texts.sort(key=lambda text: len(text.ids))
         starts = list(range(0, len(texts), BATCH))
         rng.shuffle(starts)
@@ -145,16 +161,16 @@ def _tensors(text: Text) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(text.ids[:POSITIONS]), torch.tensor(text.weights[:POSITIONS])
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, lesson: dict[int, float], rng: random.Random) -> Text:
+def _text(tokenizer: PreTrainedTokenizerFast, lesson: Lesson, rng: random.Random) -> Text:
     """`<s>`, captions in random order, then questions about the scene with their answers."""
-    scene = make_scene(rng)
+    scene = make_scene(rng, TEXT_WEIGHTS)
     pieces = [("<s>", PROSE_WEIGHT)]
-    (count,) = rng.choices([*lesson], [*lesson.values()])
+    (count,) = rng.choices([*lesson.captions], [*lesson.captions.values()])
     for _ in range(count):
         told = scene if count == 1 or rng.random() < TRUE_SHARE else similar(scene, rng)
         pieces.append((rng.choice(("", " ")) + caption(told, rng), PROSE_WEIGHT))
     asked = questions(scene, rng) + [question for question in questions(scene, rng) if question.kind in HARD]
-    for number, question in enumerate(rng.sample(asked, TURNS)):
+    for number, question in enumerate(rng.sample(asked, lesson.turns)):
         space = rng.choice(("", " ")) if number == 0 else ""
         pieces.append((f"{space}Question: {question.text} Answer:", PROSE_WEIGHT))
         pieces.append((f" {question.answer}</s>", 1.0))

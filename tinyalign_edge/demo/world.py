@@ -75,9 +75,9 @@ def make_scenes(count: int, *, seed: int) -> list[Scene]:
     return [make_scene(rng) for _ in range(count)]
 
 
-def make_scene(rng: random.Random) -> Scene:
-    """One scene with everything drawn from `rng`."""
-    count = rng.choices((1, 2, 3), COUNT_WEIGHTS)[0]
+def make_scene(rng: random.Random, weights: tuple[int, int, int] = COUNT_WEIGHTS) -> Scene:
+    """One scene with everything drawn from `rng`, its number of objects by `weights`."""
+    (count,) = rng.choices((1, 2, 3), weights)
     axis = rng.choice(("row", "column"))
     names = rng.sample([*product(COLOURS, SHAPES)], count)
     sizes = rng.choices([*RADII], k=count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ def fit(
         max_grad_norm=1.0,
         seed=settings.seed,
         use_cpu=settings.device == "cpu",
-        logging_steps=min(10, settings.eval_every),
+        logging_steps=math.gcd(10, settings.eval_every),
         save_steps=max(settings.eval_every, settings.steps // 10),
         save_total_limit=1,
         disable_tqdm=True,
@@ -109,24 +110,35 @@ class Watcher(TrainerCallback):
         if state.global_step == 0:
             self._evaluate(0, model)
 
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, **_: Any) -> None:
-        """Note the training loss."""
-        self.loss = float((logs or {}).get("loss", self.loss))
-        if "loss" in (logs or {}) and not torch.isfinite(torch.tensor(self.loss)):
-            raise TinyAlignError(f"the loss is {self.loss} at step {state.global_step}; lower the learning rate")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        """Move the bar; evaluate when it is time."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
         self.advance(1, f"loss {self.loss:.3f}")
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
+        """Note the training loss; evaluate when it is time."""
+        if "loss" not in (logs or {}):
+            return
+        self.loss = float(logs["loss"])
+        if not math.isfinite(self.loss):
+            raise TinyAlignError(f"the loss is {self.loss} at step {state.global_step}; lower the learning rate")
+        if state.global_step % self.every == 0:
+            self._evaluate(state.global_step, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Evaluate at the last step, whatever the interval."""
+        if state.global_step % self.every:
             self._evaluate(state.global_step, model)
 
     def _evaluate(self, step: int, model: Any) -> None:
-        if self.held_out:
-            held_out = held_out_loss(model, self.collate, self.held_out)
-            train = None if step == 0 else round(self.loss, 6)
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "held_out_loss": round(held_out, 6), "train_loss": train}) + "\n")
+        if not self.held_out:
+            return
+        point = {
+            "step": step,
+            "held_out_loss": round(held_out_loss(model, self.collate, self.held_out), 6),
+            "train_loss": round(self.loss, 6) if math.isfinite(self.loss) else None,
+        }
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
 
 
 def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example]) -> float:

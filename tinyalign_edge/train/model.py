@@ -88,8 +88,7 @@ class AlignModel(nn.Module):
 
     def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor) -> Tensor:
         """Logits (W, V) at the positions where `wanted` (B, S) is true."""
-        decoder = self.language.get_decoder()
-        hidden = decoder(
+        hidden = self.language.base_model(
             inputs_embeds=embeds,
             attention_mask=attention_bias(block, embeds.dtype),
             position_ids=position_ids,

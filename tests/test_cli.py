@@ -1,0 +1,184 @@
+"""The command line: what it prints, its exit codes, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import STORED_BUNDLE
+from tinyalign_edge import cli
+from tinyalign_edge.bundle import MANIFEST, file_sha256
+
+PICTURE = STORED_BUNDLE.parent / "picture.png"
+QUESTION = "What colour is the circle?"
+
+
+class Outcome:
+    """Exit code and output of one command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict[str, object]:
+        parsed: dict[str, object] = json.loads(self.out.splitlines()[-1])
+        return parsed
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run a command in this process, as `main` does."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["tinyalign-edge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        return Outcome(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+def fails(outcome: Outcome, code: int, *parts: str) -> None:
+    """The command ended with `code` and one line of error that holds `parts`."""
+    line = outcome.err.strip().splitlines()[-1]
+    assert outcome.code == code, outcome.err
+    assert line.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['tinyalign-edge', '--help']\n"
+        "from tinyalign_edge import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'usearch', 'PIL', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("demo", "train", "export", "ask", "eval", "verify", "inspect"))
+
+
+def test_ask_prints_the_answer_and_as_json_all_about_it(run) -> None:  # type: ignore[no-untyped-def]
+    plain, as_json = (
+        run("ask", STORED_BUNDLE, PICTURE, QUESTION),
+        run("ask", STORED_BUNDLE, PICTURE, QUESTION, "--json"),
+    )
+    assert plain.code == as_json.code == 0
+    assert set(as_json.json) == {"text", "tokens", "finish_reason", "timings_ms", "memories"}
+    assert as_json.json["text"] == plain.out.removesuffix("\n")
+    memories = as_json.json["memories"]
+    assert isinstance(memories, list)
+    assert set(memories[0]) == {"text", "source", "similarity"}
+    assert run("ask", STORED_BUNDLE, PICTURE, QUESTION, "--json", "--no-memory").json["memories"] == []
+
+
+def test_verify_gives_the_digest_that_it_can_be_held_against(run) -> None:  # type: ignore[no-untyped-def]
+    digest = file_sha256(STORED_BUNDLE / MANIFEST)
+    assert run("verify", STORED_BUNDLE, "--json").json["manifest_sha256"] == digest
+    assert run("verify", STORED_BUNDLE, "--expect-sha256", digest).code == 0
+    fails(run("verify", STORED_BUNDLE, "--expect-sha256", "0" * 64), 2, "expected 0000", "fetch the bundle again")
+
+
+def test_inspect_shows_components_and_files(run) -> None:  # type: ignore[no-untyped-def]
+    shown = run("inspect", STORED_BUNDLE)
+    assert all(part in shown.out for part in ("vision", "language model", "memory", "encoder.onnx", "lm.data"))
+    assert run("inspect", STORED_BUNDLE, "--json").json["schema_version"] == 1
+
+
+def test_bad_input_is_one_line_with_the_remedy(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "text.png").write_text("not a picture")
+    fails(run("ask", tmp_path / "none", PICTURE, QUESTION), 2, "no such bundle folder", "tinyalign-edge export")
+    fails(run("ask", tmp_path, PICTURE, QUESTION), 2, "not a bundle")
+    fails(run("ask", STORED_BUNDLE, tmp_path / "gone.png", QUESTION), 2, "gone.png", "no such image file")
+    fails(run("ask", STORED_BUNDLE, tmp_path / "text.png", QUESTION), 2, "text.png", "not a picture")
+    fails(run("ask", STORED_BUNDLE, PICTURE, "  "), 2, "question: it is empty")
+
+
+def test_a_changed_bundle_is_refused(run, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    path = bundle / "decoder.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    fails(run("verify", bundle), 2, "decoder.onnx", "was changed")
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]\nfrom tinyalign_edge import cli; cli.main()"
+    )
+    arguments = ["tinyalign-edge", "train", "--data", "d", "--images", "i", "--vision", "v", "--lm", "l", "--out", "o"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: this command needs torch: pip install 'tinyalign-edge[train]'\n",
+    )
+
+
+def test_training_errors_name_the_fault_and_leave_nothing(run, tmp_path: Path, world: Path, towers: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+
+    def train(**changes: object) -> Outcome:
+        given = {
+            "data": world / "train.json",
+            "images": world,
+            "vision": towers / "vit",
+            "lm": towers / "lm",
+            "out": out,
+        }
+        options = [
+            item for key, value in {**given, **changes}.items() for item in (f"--{key.replace('_', '-')}", value)
+        ]
+        outcome: Outcome = run("train", *options)
+        assert not out.exists()
+        return outcome
+
+    bad_json, missing_image, truncated = (tmp_path / name for name in ("bad.json", "missing.json", "truncated.json"))
+    bad_json.write_text("[1,\n2", "utf-8")
+    rows = json.loads((world / "train.json").read_text("utf-8"))[:12]
+    missing_image.write_text(json.dumps([*rows, {**rows[0], "id": "lost", "image": "images/lost.png"}]), "utf-8")
+    (world / "images" / "cut.png").write_bytes((world / rows[0]["image"]).read_bytes()[:200])
+    truncated.write_text(json.dumps([*rows, {**rows[0], "id": "cut", "image": "images/cut.png"}]), "utf-8")
+    fails(train(data=bad_json), 2, "bad.json:2:2", "not valid JSON")
+    fails(train(data=missing_image), 2, "row 13 (id lost)", "lost.png does not exist")
+    fails(train(data=truncated), 2, "row 13 (id cut)", "cut.png", "truncated or damaged")
+    fails(train(vision=tmp_path / "nowhere"), 2, "nowhere", "no such folder")
+    fails(train(memory="paper"), 2, "--memory paper: not one of tokens, latents, none")
+    fails(train(fraction=0), 2, "--fraction 0.0", "must be above 0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hub_id_without_a_network_is_one_line(run, tmp_path: Path, world: Path, towers: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True)
+    given = ["--data", world / "train.json", "--images", world, "--lm", towers / "lm", "--out", tmp_path / "out"]
+    fails(run("train", *given, "--vision", "some-org/some-encoder"), 2, "some-org/some-encoder", "the network")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unknown_language_model_type_is_refused_with_the_list_of_known_ones(
+    run,
+    tmp_path: Path,
+    world: Path,
+    towers: Path,  # type: ignore[no-untyped-def]
+) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from tests.towers import train_tiny
+
+    tokenizer = AutoTokenizer.from_pretrained(towers / "lm")
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "towers" / "vit").symlink_to(towers / "vit")
+    tokenizer.save_pretrained(tmp_path / "towers" / "lm")
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "towers" / "lm")
+    checkpoint = train_tiny(world, tmp_path / "towers", tmp_path / "checkpoint", steps=1)
+    fails(run("export", checkpoint, "--out", tmp_path / "bundle"), 2, "'gpt2' is not supported; known: 'llama'")
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,132 @@
+"""Export: the bundle says what torch says, and nothing unproved is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+pytest.importorskip("torch")
+
+import tinyalign_edge as ta
+from tests.towers import train_tiny
+from tinyalign_edge.bundle import open_bundle
+from tinyalign_edge.data import read_rows
+from tinyalign_edge.evaluate import evaluate
+from tinyalign_edge.export import components
+from tinyalign_edge.export.run import export
+from tinyalign_edge.train.answer import TorchAnswerer
+from tinyalign_edge.train.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KINDS = ("none", "tokens", "latents")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_memory_passes_the_gate(bundles: dict[str, Path], kind: str) -> None:
+    manifest = open_bundle(bundles[kind])
+    assert manifest.gate is not None
+    assert manifest.gate.passed
+    assert manifest.gate.fp32_max_logit_error < 1e-5
+    assert manifest.memory.kind == kind
+    assert (bundles[kind] / "memory").exists() == (kind != "none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fp32_bundle_answers_as_torch_does(
+    checkpoints: dict[str, Path], world: Path, tmp_path: Path, kind: str
+) -> None:
+    export(checkpoints[kind], tmp_path / "fp32", precision="fp32")
+    rows = read_rows(world / "test.json", world)
+    expected = TorchAnswerer(load_checkpoint(checkpoints[kind])).ask_all(rows)
+    with ta.load(tmp_path / "fp32") as model:
+        for row, asked in zip(rows, expected, strict=True):
+            image = model.encode(row.path)
+            assert model.ask(image, asked.question).text.strip() == asked.answer
+            nll = model.answer_nll(image, asked.question, asked.reference)
+            np.testing.assert_allclose(nll.sum(), asked.nll, rtol=1e-3)
+
+
+def test_the_memory_reaches_the_answer(bundles: dict[str, Path], world: Path) -> None:
+    rows = read_rows(world / "test.json", world)
+    for kind in ("tokens", "latents"):
+        with ta.load(bundles[kind]) as model:
+            image, empty = model.encode(rows[0].path), model.encode(rows[0].path, memories=())
+            assert len(image.memories) == model.manifest.memory.k
+            question = rows[0].turns[0].question
+            assert not np.allclose(model.answer_nll(image, question, "red"), model.answer_nll(empty, question, "red"))
+
+
+def test_a_convolutional_encoder_exports(world: Path, towers: Path, tmp_path: Path) -> None:
+    checkpoint = train_tiny(world, towers, tmp_path / "c", vision="cnn")
+    assert export(checkpoint, tmp_path / "b").gate is not None
+    graph = onnx.load(tmp_path / "b" / "encoder.onnx").graph
+    int8 = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    assert any(node.op_type == "DequantizeLinear" and node.input[0] in int8 for node in graph.node)
+
+
+def test_a_second_export_gives_the_same_bytes(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    export(checkpoints["tokens"], tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == contents(bundles["tokens"])
+
+
+def test_a_broken_quantisation_is_caught_and_the_old_bundle_stays(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(checkpoints["tokens"], tmp_path / "b")
+    before = contents(tmp_path / "b")
+    honest = components.quantize_encoder
+
+    def broken(model: onnx.ModelProto) -> onnx.ModelProto:
+        model = honest(model)
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith(".scales"):
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
+        return model
+
+    monkeypatch.setattr(components, "quantize_encoder", broken)
+    with pytest.raises(ta.GateError, match="visual token cosine is .* must be >= 0.999"):
+        export(checkpoints["tokens"], tmp_path / "b")
+    assert contents(tmp_path / "b") == before
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupt_or_a_full_disk_leaves_the_old_bundle_whole(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    from tinyalign_edge.export import run
+
+    export(checkpoints["none"], tmp_path / "b")
+    before = contents(tmp_path / "b")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "run_gate", fail)
+    with pytest.raises((KeyboardInterrupt, ta.TinyAlignError)):
+        export(checkpoints["none"], tmp_path / "b")
+    assert contents(tmp_path / "b") == before
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_evaluation_of_checkpoint_and_bundle_agree(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], world: Path
+) -> None:
+    given: dict[str, Any] = {"data": world / "test.json", "images": world, "limit": 12}
+    for memory in ("own", "none", "shuffled"):
+        torch_side = evaluate(checkpoints["tokens"], memory=memory, **given)  # type: ignore[arg-type]
+        device_side = evaluate(bundles["tokens"], memory=memory, **given)  # type: ignore[arg-type]
+        assert torch_side.n == device_side.n == 12
+        assert abs(torch_side.nll_per_token / device_side.nll_per_token - 1) < 0.01

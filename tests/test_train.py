@@ -1,0 +1,147 @@
+"""Training: what is learnt, what is retrieved for whom, and that a run can be interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.data import Row, Turn, read_rows  # noqa: E402
+from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
+from tinyalign_edge.memory import Bank  # noqa: E402
+from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
+from tinyalign_edge.train.batches import Example  # noqa: E402
+from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
+from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
+from tinyalign_edge.train.neighbours import retrieve  # noqa: E402
+from tinyalign_edge.train.settings import MemorySettings  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def metrics(checkpoint: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_checkpoint_holds_config_weights_bank_and_metrics(checkpoints: dict[str, Path]) -> None:
+    for kind, folder in checkpoints.items():
+        names = {path.name for path in folder.iterdir()}
+        bank = set() if kind == "none" else {"memory"}
+        assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "samples"} | bank
+        assert [point["step"] for point in metrics(folder)] == [0, 2, 4]
+
+
+def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: Path) -> None:
+    points = metrics(train_tiny(world, towers, tmp_path / "c", steps=40, learning_rate=3e-3, eval_every=40))
+    assert points[-1]["held_out_loss"] < points[0]["held_out_loss"] - 0.1
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import loop
+    from tinyalign_edge.train.run import TrainOptions, train
+
+    whole = train_tiny(world, towers, tmp_path / "whole", steps=6)
+    on_step_end = loop.Watcher.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Watcher, "on_step_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(world, towers, tmp_path / "cut", steps=6)
+    monkeypatch.setattr(loop.Watcher, "on_step_end", on_step_end)
+    with pytest.raises(InputError, match="--resume"):
+        train_tiny(world, towers, tmp_path / "cut", steps=6)
+    given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "cut", "resume": True}
+    given |= {"vision": str(towers / "vit"), "lm": str(towers / "lm")}
+    options = {"batch_size": 8, "visual_tokens": 4, "eval_every": 2, "device": "cpu"}
+    with pytest.raises(InputError, match=r"other settings.*training\.steps"):
+        train(options=TrainOptions(steps=7, **options), **given)  # type: ignore[arg-type]
+    train(options=TrainOptions(steps=6, **options), **given)  # type: ignore[arg-type]
+    expected, found = load_file(whole / "model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert metrics(tmp_path / "cut") == metrics(whole)
+    assert not (tmp_path / "cut" / "state").exists()
+
+
+def test_with_a_fraction_the_bank_holds_only_that_share(world: Path, towers: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", steps=1, fraction=0.4))
+    assert checkpoint.bank is not None
+    assert len(checkpoint.bank) == round(72 * 0.4)
+
+
+def test_the_bank_keeps_captions_and_their_sources(checkpoints: dict[str, Path], world: Path) -> None:
+    captions = {row["id"]: row["caption"] for row in json.loads((world / "train.json").read_text("utf-8"))}
+    bank = Bank(checkpoints["tokens"] / "memory")
+    entries = [bank.entry(row) for row in range(len(bank))]
+    assert all(captions[entry.source] == entry.text for entry in entries)
+
+
+def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(60, 16)).astype(np.float32)
+    keys[1] = keys[0] + 1e-4  # a near-duplicate picture
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    rows = [Row(str(i), f"{i // 2 if i > 50 else i}.png", Path(), (Turn("q", "a"),), None, "") for i in range(60)]
+    found = retrieve(rows, keys, keys[:3], MemorySettings(k=4, floor=-1))
+    for i, near in enumerate(found.training.rows):
+        assert i not in near
+        assert all(rows[j].image != rows[i].image for j in near if j >= 0)
+    assert 1 not in found.training.rows[0]
+    assert 0 not in found.training.rows[1]
+    assert found.held_out.rows[2, 0] == 2  # held-out pictures may find anything
+
+
+def test_each_turn_is_trained_as_if_it_were_asked_alone(checkpoints: dict[str, Path], world: Path) -> None:
+    side = TorchAnswerer(load_checkpoint(checkpoints["tokens"]))
+    rows = [row for row in read_rows(world / "train.json", world) if len(row.turns) > 2][:4]
+    from dataclasses import replace
+
+    single = [replace(row, turns=(turn,)) for row in rows for turn in row.turns]
+    alone = side.losses(side.prepare(single).examples)
+    together = []
+    for row in rows:
+        asked = side.prepare([replace(row, turns=(turn,)) for turn in row.turns]).examples
+        together.append(replace(asked[0], turns=tuple(example.turns[0] for example in asked)))
+    np.testing.assert_allclose(np.concatenate(side.losses(together)), np.concatenate(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_generation_follows_the_most_likely_tokens(checkpoints: dict[str, Path], world: Path) -> None:
+    """Batched generation with padding on the left says what one example at a time says."""
+    side = TorchAnswerer(load_checkpoint(checkpoints["tokens"]))
+    examples: tuple[Example, ...] = side.prepare(read_rows(world / "test.json", world)[:6]).examples
+    assert side.answers(examples) == [side.answers([example])[0] for example in examples]
+
+
+def test_convolutional_encoders_train_too(world: Path, towers: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", vision="cnn", steps=1))
+    assert checkpoint.config.connector.visual_tokens == 1
+
+
+def test_pooling_averages_each_cell() -> None:
+    grid = torch.arange(16.0).reshape(4, 4)
+    assert (pooling_matrix(4, 4, 4) @ grid.flatten()).tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert torch.equal(pooling_matrix(4, 4, 16), torch.eye(16))
+
+
+def test_a_tower_that_changed_since_training_is_refused(world: Path, towers: Path, tmp_path: Path) -> None:
+    from tests.towers import save_lm, save_vit
+
+    save_vit(tmp_path / "towers" / "vit")
+    save_lm(tmp_path / "towers" / "lm")
+    checkpoint = train_tiny(world, tmp_path / "towers", tmp_path / "c", steps=1)
+    save_lm(tmp_path / "towers" / "lm", num_hidden_layers=3)
+    with pytest.raises(BundleError, match="its weights changed since training"):
+        load_checkpoint(checkpoint)
