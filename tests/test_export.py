@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def test_a_broken_quantisation_is_caught_and_the_old_bundle_stays(
     with pytest.raises(ta.GateError, match="visual token cosine is .* must be >= 0.999"):
         export(checkpoints["tokens"], tmp_path / "b")
     assert contents(tmp_path / "b") == before
-    assert os.listdir(tmp_path) == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -118,7 +117,7 @@ def test_an_interrupt_or_a_full_disk_leaves_the_old_bundle_whole(
     with pytest.raises((KeyboardInterrupt, ta.TinyAlignError)):
         export(checkpoints["none"], tmp_path / "b")
     assert contents(tmp_path / "b") == before
-    assert os.listdir(tmp_path) == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_evaluation_of_checkpoint_and_bundle_agree(

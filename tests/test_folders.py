@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def test_the_new_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
         (folder / "marker").write_text("new")
         assert (target / "marker").read_text() == "old"
     assert (target / "marker").read_text() == "new"
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -37,7 +36,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error:
         (folder / "half").write_text("written")
         raise error
     assert (target / "marker").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -54,7 +53,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_folder(tmp_path:
     with pytest.raises(TinyAlignError, match="No space left on device"), whole_folder(target, marker="marker"):
         raise OSError(28, "No space left on device")
     assert (target / "marker").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_terminated_process_removes_what_it_began(tmp_path: Path) -> None:
@@ -70,4 +69,4 @@ def test_a_terminated_process_removes_what_it_began(tmp_path: Path) -> None:
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=20) != 0
     child.stdout.close()
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []

@@ -17,7 +17,7 @@ from torch import nn
 Batch = TypeVar("Batch")
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
-MUON_RATE, ADAM_RATE = 0.007, 1e-3
+ADAM_RATE = 1e-3
 WARM_UP = 0.1  # of the steps; then the rates fall along a cosine to zero
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
 
@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure` has no effect."""
         for group in self.param_groups:
             for weight in group["params"]:
@@ -51,7 +51,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    result: torch.Tensor = x.T if tall else x
+    return result
 
 
 def fit(
@@ -60,21 +61,23 @@ def fit(
     loss: Callable[[Batch], torch.Tensor],
     *,
     steps: int,
+    muon_rate: float,
     progress: Progress,
 ) -> None:
     """Train all of `module` in place, one step for each of `steps` batches, and leave it in evaluation mode."""
     named = list(module.named_parameters())
     matrices = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name]
-    optimizers = [Muon(matrices, MUON_RATE), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98))]
+    optimizers = [Muon(matrices, muon_rate), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps)) for o in optimizers]
     module.train()
     for done, batch in enumerate(batches, start=1):
         module.zero_grad()
         loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for stepper in (*optimizers, *schedules):
-            stepper.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         progress(done, steps)
     module.eval()
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,11 +54,11 @@ def _cell(axes: Axes, row: SheetRow) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=3)
-    verdict = f"✓ {row.answer}" if row.right else f"✗ {row.answer or '(nothing)'}   (is: {row.reference})"
+    verdict = f"✓ {row.answer}" if row.right else f"✗ {row.answer or '(nothing)'} (is: {row.reference})"
     memories = [textwrap.fill(f"· {text}", 46, subsequent_indent="  ", max_lines=2) for text in row.memories[:4]]
-    under = {"transform": axes.transAxes, "va": "top", "ha": "left"}
+    under: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "ha": "left"}
     axes.text(0, -0.04, textwrap.fill(row.question, 34, max_lines=2), fontsize=9.5, **under)
-    axes.text(0, -0.20, verdict, fontsize=10.5, weight="bold", color=colour, **under)
+    axes.text(0, -0.20, verdict, fontsize=9.5, weight="bold", color=colour, **under)
     axes.text(0, -0.31, "\n".join(memories), fontsize=7, color=QUIET, linespacing=1.15, **under)
 
 

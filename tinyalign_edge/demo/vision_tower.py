@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
@@ -21,7 +22,7 @@ from tinyalign_edge.demo.world import COLOURS, KINDS, SHAPES, SIDE, Scene, draw,
 PATCH = 12  # pixels
 CELLS = SIDE // PATCH
 WIDTH, LAYERS, HEADS, MLP_WIDTH = 128, 4, 4, 256
-SCENES, STEPS, BATCH = 8000, 400, 64
+SCENES, STEPS, BATCH, MUON_RATE = 8000, 400, 64, 0.007
 MEAN, STD = 0.9, 0.25  # of the pixels of the drawn world: the ground is about zero
 PRESENCE, SIZED, PLACED = 1.0, 0.5, 0.5  # what counts in the content of a scene: names, kinds, names with places
 
@@ -38,7 +39,7 @@ def pretrain_vision(folder: Path, *, seed: int, progress: Progress = lambda done
         return _patch_loss(head(tokens), kinds[pick]) + _content_loss(tokens.mean(1), contents[pick])
 
     picks = (torch.randperm(SCENES)[:BATCH] for _ in range(STEPS))
-    fit(nn.ModuleList([model, head]), picks, loss, steps=STEPS, progress=progress)
+    fit(nn.ModuleList([model, head]), picks, loss, steps=STEPS, muon_rate=MUON_RATE, progress=progress)
     model.save_pretrained(folder)
     _processor().save_pretrained(folder)
 
@@ -95,4 +96,6 @@ def _config() -> SiglipVisionConfig:
 
 def _processor() -> SiglipImageProcessor:
     side = {"height": SIDE, "width": SIDE}
-    return SiglipImageProcessor(size=side, resample=3, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+    return SiglipImageProcessor(
+        size=side, resample=Image.Resampling.BICUBIC, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )

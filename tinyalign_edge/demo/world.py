@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 Axis = Literal["row", "column"]
 
+AXES: tuple[Axis, ...] = ("row", "column")
 SIDE = 96  # pixels, width and height of a picture
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -78,7 +79,7 @@ def make_scenes(count: int, *, seed: int) -> list[Scene]:
 def make_scene(rng: random.Random, weights: tuple[int, int, int] = COUNT_WEIGHTS) -> Scene:
     """One scene with everything drawn from `rng`, its number of objects by `weights`."""
     (count,) = rng.choices((1, 2, 3), weights)
-    axis = rng.choice(("row", "column"))
+    axis = rng.choice(AXES)
     names = rng.sample([*product(COLOURS, SHAPES)], count)
     sizes = rng.choices([*RADII], k=count)
     objects = []
