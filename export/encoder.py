@@ -36,7 +36,7 @@ class _Eye(nn.Module):
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         grid = patch_features(self.vision, pixel_values)
         visual = self.connector(self.pooling @ grid.flatten(1, 2))
-        return {"visual_tokens": visual, "key": self.key(grid.mean(dim=(1, 2)))}
+        return {"visual_tokens": visual, "key": self.key(self.key.regions(grid))}
 
 
 def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:

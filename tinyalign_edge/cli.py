@@ -52,6 +52,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak; warmed up, then cosine.")] = 1e-3,
     visual_tokens: Annotated[int, typer.Option(help="Tokens a picture is pooled to.")] = 16,
     neighbours: Annotated[int, typer.Option("-k", "--neighbours", help="Memory entries read for a picture.")] = 4,
+    key_grid: Annotated[int, typer.Option(help="Keys see N x N regions of a picture; 1: one mean.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the split, the order and the weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
@@ -69,6 +70,7 @@ def train(
         learning_rate=learning_rate,
         visual_tokens=visual_tokens,
         k=neighbours,
+        key_grid=key_grid,
         device=_one_of("--device", device, "auto", "cpu", "cuda"),
         seed=seed,
     )

@@ -1,7 +1,9 @@
 """Questions to token ids: the chat template, the place of the picture, and back to text.
 
-The sequence the language model reads is `before | visual tokens | memory tokens | after | answer`, where `before`
-is the same for every question (so that the prefix up to the memory tokens can be computed once a picture).
+The sequence the language model reads is `before | visual tokens | memory tokens | after | answer`: `before` is the
+beginning-of-text token where the model has one, `after` the rendered chat template. Picture and memories stand first,
+as a text would that the question is about, and not inside the user's message: small frozen language models read them
+better there (`bench/results/placement.json`), and everything before `after` is the same for every question.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ class Prompt:
         Raises:
             InputError: the question is empty.
         """
-        before, after = self._split(self._render(question))
-        if self.config.prepend_bos and not before.startswith(self.config.bos_token):
-            before = self.config.bos_token + before
-        return PromptIds(self._encode(before), self._encode(after))
+        after, bos = self._render(question), self.config.bos_token
+        starts = bool(bos) and after.startswith(bos)
+        before = bos if starts or self.config.prepend_bos else ""
+        return PromptIds(self._encode(before), self._encode(after.removeprefix(bos) if starts else after))
 
     def answer(self, question: str, answer: str) -> tuple[int, ...]:
         """Token ids of the answer as they follow `question(question).after`, closed by the end-of-answer token."""
@@ -84,17 +86,11 @@ class Prompt:
         """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""
         return DecodeStream(skip_special_tokens=True)
 
-    def _split(self, rendered: str) -> tuple[str, str]:
-        before, found, after = rendered.partition(IMAGE)
-        if not found:
-            raise BundleError("chat template: it drops the user's message; use another template")
-        return before, after
-
     def _render(self, question: str, answer: str | None = None) -> str:
         question = question.replace(IMAGE, " ").strip()
         if not question:
             raise InputError("question: it is empty; ask something")
-        messages = [{"role": "user", "content": IMAGE + question}]
+        messages = [{"role": "user", "content": question}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer.strip()})
         try:

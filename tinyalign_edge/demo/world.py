@@ -19,19 +19,18 @@ Axis = Literal["row", "column"]
 
 AXES: tuple[Axis, ...] = ("row", "column")
 SIDE = 96  # pixels, width and height of a picture
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (214, 48, 49),
     "green": (46, 160, 67),
     "blue": (41, 98, 216),
     "yellow": (240, 190, 30),
-    "purple": (140, 62, 186),
 }
 RADII = {"small": 8, "large": 14}  # pixels
 LATTICE = 6  # pixels between the places where an object may stand: few, to be learnt in a minute
 STRAY = 12  # pixels, the most that an object of several stands off the middle line
 KINDS = tuple(product(RADII, COLOURS, SHAPES))  # every (size, colour, shape)
-COUNT_WEIGHTS = (3, 4, 3)  # of scenes with one, two and three objects
+COUNT_WEIGHTS = (3, 5, 2)  # of scenes with one, two and three objects
 SMOOTHING = 4  # a picture is painted this many times larger, then reduced
 
 

@@ -39,9 +39,9 @@ class TorchAnswerer:
     def prepare(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Prepared:
         """Encode the pictures and look up their neighbours, or those of another picture ("shuffled"), or none."""
         ck = self.checkpoint
-        seen = encode_rows(ck.vision.model, ck.config.image, ck.model.pooling, rows, device="cpu")
+        seen = encode_rows(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
         with torch.inference_mode():
-            keys = ck.model.key(torch.from_numpy(seen.mean)).numpy()
+            keys = ck.model.key(torch.from_numpy(seen.regions)).numpy()
         near = self._neighbours(rows, keys, memory)
         examples = []
         for i, row in enumerate(rows):

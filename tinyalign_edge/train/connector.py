@@ -111,23 +111,37 @@ def principal_axes(embeddings: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class KeyProjection(nn.Module):
-    """Mean-pooled features (B, C) to retrieval keys (B, key_dim): centred, principal axes, unit length."""
+    """Patch features (B, H, W, C) to retrieval keys (B, key_dim).
+
+    The features are averaged over regions of the picture, put side by side, centred, projected on their principal
+    axes and brought to unit length. One region is the mean of all features; more tell where things stand.
+    """
 
     mean: Tensor
     axes: Tensor
 
-    def __init__(self, feature_dim: int, key_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(feature_dim))
-        self.register_buffer("axes", torch.zeros(key_dim, feature_dim))
+    pooling: Tensor
 
-    def fit(self, pooled: Tensor) -> None:
-        """Take mean and axes from pooled features (E, C)."""
-        mean, axes = principal_axes(pooled, self.axes.shape[0])
+    def __init__(self, settings: ConnectorSettings, key_grid: int, key_dim: int) -> None:
+        super().__init__()
+        pooling = pooling_matrix(settings.grid_height, settings.grid_width, key_grid**2)
+        self.register_buffer("pooling", pooling)
+        self.register_buffer("mean", torch.zeros(len(pooling) * settings.feature_dim))
+        self.register_buffer("axes", torch.zeros(key_dim, len(self.mean)))
+
+    def regions(self, grid: Tensor) -> Tensor:
+        """Patch features (B, H, W, C) to region features (B, key_grid**2 * C)."""
+        out: Tensor = (self.pooling @ grid.flatten(1, 2)).flatten(1)
+        return out
+
+    def fit(self, regions: Tensor) -> None:
+        """Take mean and axes from region features (E, key_grid**2 * C)."""
+        mean, axes = principal_axes(regions, self.axes.shape[0])
         self.mean.copy_(mean)
         self.axes.copy_(axes)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        key: Tensor = (pooled - self.mean) @ self.axes.T
+    def forward(self, regions: Tensor) -> Tensor:
+        """Region features to keys."""
+        key: Tensor = (regions - self.mean) @ self.axes.T
         length: Tensor = key.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return key / length

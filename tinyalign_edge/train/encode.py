@@ -1,4 +1,4 @@
-"""One pass of the frozen encoder over all pictures: pooled features for training, mean features for the keys."""
+"""One pass of the frozen encoder over all pictures: pooled features for training, region features for the keys."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.progress import progress
+from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.towers import patch_features
 
 BATCH = 8  # fits the processor's caches; larger batches are slower
@@ -26,11 +27,18 @@ class Encoded:
     """Features of pictures in the order of their rows."""
 
     pooled: npt.NDArray[np.floating[Any]]  # (E, N, C), what the connector reads
-    mean: npt.NDArray[np.float32]  # (E, C), what the key is made of
+    regions: npt.NDArray[np.float32]  # (E, key_grid**2 * C), what the key is made of
 
 
-def encode_rows(vision: nn.Module, image: ImageConfig, pooling: Tensor, rows: Sequence[Row], *, device: str,
-                dtype: npt.DTypeLike = np.float32) -> Encoded:  # fmt: skip
+def encode_rows(
+    vision: nn.Module,
+    image: ImageConfig,
+    model: AlignModel,
+    rows: Sequence[Row],
+    *,
+    device: str,
+    dtype: npt.DTypeLike = np.float32,
+) -> Encoded:
     """Encode the picture of every row; rows that share a picture share the work. `dtype` is that of `pooled`.
 
     Raises:
@@ -39,7 +47,7 @@ def encode_rows(vision: nn.Module, image: ImageConfig, pooling: Tensor, rows: Se
     unique = list(dict.fromkeys(row.path for row in rows))
     first = {row.path: row for row in reversed(rows)}
     pooled: list[npt.NDArray[np.floating[Any]]] = []
-    mean: list[npt.NDArray[np.float32]] = []
+    regions: list[npt.NDArray[np.float32]] = []
     vision.to(device)
     vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # much faster convolutions on CPU
     with progress("Encoding pictures", len(unique)) as advance, torch.inference_mode():
@@ -47,12 +55,12 @@ def encode_rows(vision: nn.Module, image: ImageConfig, pooling: Tensor, rows: Se
             paths = unique[start : start + BATCH]
             pixels = np.concatenate([_pixels(first[path], image) for path in paths])
             grid = patch_features(vision, _channels_last(pixels, device)).float().cpu()  # (B, H, W, C)
-            mean.append(grid.mean(dim=(1, 2)).numpy())
-            pooled.append((pooling @ grid.flatten(1, 2)).numpy().astype(dtype))
+            regions.append(model.key.regions(grid).numpy())
+            pooled.append(model.pool(grid).numpy().astype(dtype))
             advance(len(paths))
     place = {path: i for i, path in enumerate(unique)}
     order = np.array([place[row.path] for row in rows])
-    return Encoded(np.concatenate(pooled)[order], np.concatenate(mean)[order])
+    return Encoded(np.concatenate(pooled)[order], np.concatenate(regions)[order])
 
 
 def _channels_last(pixels: npt.NDArray[np.float32], device: str) -> Tensor:

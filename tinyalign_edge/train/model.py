@@ -46,7 +46,7 @@ class AlignModel(nn.Module):
             "pooling", pooling_matrix(connector.grid_height, connector.grid_width, connector.visual_tokens)
         )
         self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
-        self.key = KeyProjection(connector.feature_dim, memory.key_dim)
+        self.key = KeyProjection(connector, memory.key_grid, memory.key_dim)
         self.memory_connector = MemoryConnector(memory, embeddings) if memory.kind != "none" else None
         self.value_encoder = (
             ValueEncoder(memory, connector.feature_dim, embeddings) if memory.kind == "latents" else None

@@ -54,6 +54,7 @@ class TrainOptions:
     learning_rate: float = 1e-3
     visual_tokens: int = 16
     k: int = 4
+    key_grid: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     eval_every: int = 50
@@ -123,15 +124,15 @@ class _Run:
         seen = encode_rows(
             self.vision.model,
             self.vision.image,
-            model.pooling,
+            model,
             [*self.rows, *self.held_out_rows],
             device=self.device,
             dtype=np.float16,  # half the memory; the connector's LayerNorm makes the rounding harmless
         )
         count = len(self.rows)
-        model.key.fit(torch.from_numpy(seen.mean[:count]))
+        model.key.fit(torch.from_numpy(seen.regions[:count]))
         with torch.inference_mode():
-            keys = model.key(torch.from_numpy(seen.mean)).numpy()
+            keys = model.key(torch.from_numpy(seen.regions)).numpy()
         found = retrieve(self.rows, keys[:count], keys[count:], memory)
         memory = replace(memory, floor=found.floor, fingerprint=_fingerprint(self.vision, model))
         values = self._values(seen, memory)
@@ -153,8 +154,9 @@ class _Run:
         return ConnectorSettings(height, width, channels, tokens, self.language.model.config.hidden_size)
 
     def _memory_settings(self, connector: ConnectorSettings) -> MemorySettings:
-        settings = MemorySettings(kind=self.options.memory, k=self.options.k)
-        return replace(settings, key_dim=min(settings.key_dim, connector.feature_dim))
+        options = self.options
+        settings = MemorySettings(kind=options.memory, k=options.k, key_grid=options.key_grid)
+        return replace(settings, key_dim=min(settings.key_dim, connector.feature_dim * options.key_grid**2))
 
     def _values(self, seen: Encoded, memory: MemorySettings) -> Values | None:
         if memory.kind == "none":
@@ -241,7 +243,7 @@ def encode_values(model: AlignModel, values: Values, batch: int = 64) -> npt.NDA
 def _check(options: TrainOptions) -> None:
     if not 0 < options.fraction <= 1:
         raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
-    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k"):
+    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")

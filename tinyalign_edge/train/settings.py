@@ -40,6 +40,7 @@ class MemorySettings:
     kind: MemoryKind = "tokens"
     k: int = 4
     key_dim: int = 128
+    key_grid: int = 1  # the key sees key_grid x key_grid regions of the picture; 1 is the mean of all features
     floor: float = -1.0
     value_tokens: int = 24
     latents: int = 8
