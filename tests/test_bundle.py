@@ -53,7 +53,7 @@ def test_a_missing_or_truncated_file_is_named(bundle: Path) -> None:
 
 def test_a_newer_schema_says_to_upgrade(bundle: Path) -> None:
     edit(bundle, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99 is newer.*upgrade"):
+    with pytest.raises(BundleError, match=r"schema version 99 is newer.*upgrade"):
         ta.load(bundle)
 
 

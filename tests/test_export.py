@@ -95,7 +95,7 @@ def test_a_broken_quantisation_is_caught_and_the_old_bundle_stays(
         return model
 
     monkeypatch.setattr(components, "quantize_encoder", broken)
-    with pytest.raises(ta.GateError, match="visual token cosine is .* must be >= 0.999"):
+    with pytest.raises(ta.GateError, match=r"visual token cosine is .* must be >= 0.999"):
         export(checkpoints["tokens"], tmp_path / "b")
     assert contents(tmp_path / "b") == before
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -53,7 +53,7 @@ def test_what_is_not_a_picture_is_refused(tmp_path: Path) -> None:
         open_image(b"<svg></svg>")
     with pytest.raises(InputError, match="no such image file"):
         open_image(tmp_path / "gone.png")
-    with pytest.raises(InputError, match="need .height, width, 3. uint8"):
+    with pytest.raises(InputError, match=r"need .height, width, 3. uint8"):
         open_image(np.zeros((4, 4), np.uint8))
 
 

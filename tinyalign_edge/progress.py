@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Advance = Callable[[int, str], None]
-
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show one bar; the block calls `advance(steps=1, note="")`, the note is a short figure such as a loss."""
+def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Show one bar; the block calls `advance(steps=1, note=None, total=None)`.
+
+    The note is a short figure such as a loss; `total` may be given with the first step when it is not known before.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -33,9 +34,11 @@ def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
         task = bars.add_task(label, total=total, note="")
 
-        def advance(steps: int = 1, note: str | None = None) -> None:
-            bars.update(task, advance=steps)
+        def advance(steps: int = 1, note: str | None = None, total: int | None = None) -> None:
+            if total is not None:
+                bars.update(task, total=total)
             if note is not None:
                 bars.update(task, note=note)
+            bars.update(task, advance=steps)
 
         yield advance

@@ -26,7 +26,7 @@ class Question:
     kind: str
 
 
-KINDS_OF_QUESTION = ("count", "exists", "colour", "shape", "size", "relation", "beside")
+KINDS_OF_QUESTION = ("count", "exists", "colour", "shape", "relation", "beside")
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -64,7 +64,7 @@ def _three(things: list[str], axis: str) -> list[str]:
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
     """At most one question of each kind, in random order, each with exactly one right answer."""
-    asked = [_count(scene, rng), _exists(scene, rng), _size(scene, rng)]
+    asked = [_count(scene, rng), _exists(scene, rng)]
     asked += _attribute(scene, rng)
     if len(scene.objects) > 1:
         asked += [_relation(scene, rng), _beside(scene, rng)]
@@ -84,11 +84,6 @@ def _exists(scene: Scene, rng: random.Random) -> Question:
     told = rng.random() < 0.5
     name = rng.choice(scene.objects).name if told else rng.choice(absent)
     return Question(rng.choice((f"Is there a {name}?", f"Can you see a {name}?")), "yes" if told else "no", "exists")
-
-
-def _size(scene: Scene, rng: random.Random) -> Question:
-    item = rng.choice(scene.objects)
-    return Question(f"What size is the {item.name}?", item.size, "size")
 
 
 def _attribute(scene: Scene, rng: random.Random) -> list[Question]:

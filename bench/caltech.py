@@ -1,0 +1,81 @@
+"""The Caltech-101 run: train with and without memory on real photographs, export, evaluate the int8 bundle.
+
+    python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 500] [--memory tokens latents]
+
+Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`. Runs that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyalign_edge.bench.record import record, shared
+from tinyalign_edge.bundle import open_bundle
+from tinyalign_edge.config import to_json
+from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
+from tinyalign_edge.export.run import export
+from tinyalign_edge.report import folder_bytes
+from tinyalign_edge.train.checkpoint import is_checkpoint
+from tinyalign_edge.train.run import STATE, TrainOptions, train
+
+COMMAND = "python -m tinyalign_edge.bench.caltech"
+
+
+def main() -> None:
+    """Run what is missing and record everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/caltech"))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--memory", nargs="*", default=["tokens", "latents"], choices=["tokens", "latents"])
+    given = parser.parse_args()
+    arms = ["none", *given.memory]
+    result: dict[str, Any] = {"steps": given.steps, "arms": {arm: run_arm(arm, given.out, given.steps) for arm in arms}}
+    options = f" --steps {given.steps} --memory {' '.join(given.memory)}"
+    print(record("caltech", COMMAND + options, result))
+
+
+def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
+    """Train, export and evaluate one kind of memory."""
+    checkpoint, bundle = out / arm, out / f"{arm}-bundle"
+    if not is_checkpoint(checkpoint):
+        train(
+            data=shared("data", "caltech101", "train.json"),
+            images=shared("data", "caltech101"),
+            vision=str(shared("models", "mobilenet-v2-imagenet")),
+            lm=str(shared("models", "caption-lm")),
+            out=checkpoint,
+            options=TrainOptions(memory=arm, steps=steps, device="cpu"),  # type: ignore[arg-type]
+            resume=(checkpoint / STATE).exists(),
+            label=f"Training {arm}",
+        )
+    export(checkpoint, bundle)
+    manifest = open_bundle(bundle)
+    lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()
+    result: dict[str, Any] = {
+        "curve": [json.loads(line) for line in lines],
+        "open": {"fp32": _scores(checkpoint, "test.json"), "int8": _scores(bundle, "test.json")},
+        "yes_no": {"fp32": _scores(checkpoint, "test_yesno.json"), "int8": _scores(bundle, "test_yesno.json")},
+        "gate": to_json(manifest.gate),
+        "bundle_bytes": {
+            **{name: entry.bytes for name, entry in manifest.files.items()},
+            "total": folder_bytes(bundle),
+        },
+    }
+    if arm != "none":
+        result["open"]["int8_shuffled"] = _scores(bundle, "test.json", memory="shuffled")
+    return result
+
+
+def _scores(target: Path, data: str, *, memory: MemoryMode = "own") -> dict[str, Any]:
+    scores: Scores = evaluate(
+        target, data=shared("data", "caltech101", data), images=shared("data", "caltech101"), memory=memory
+    )
+    return asdict(scores)
+
+
+if __name__ == "__main__":
+    main()
