@@ -2,8 +2,8 @@
 
 The sequence the language model reads is `before | visual tokens | memory tokens | after | answer`: `before` is the
 beginning-of-text token where the model has one, `after` the rendered chat template. Picture and memories stand first,
-as a text would that the question is about, and not inside the user's message: small frozen language models read them
-better there (`bench/results/placement.json`), and everything before `after` is the same for every question.
+as a text would that the question is about, and not inside the user's message: the small frozen language models tried
+read them better there, and everything before `after` is the same for every question.
 """
 
 from __future__ import annotations
