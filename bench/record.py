@@ -17,6 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def record(name: str, command: str, result: dict[str, Any]) -> Path:
     """Write `bench/results/NAME.json`; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_json(path, {"command": command, "host": host(), "commit": commit(), "versions": tool_versions(), **result})
     return path
@@ -30,7 +31,7 @@ def host() -> dict[str, Any]:
 def commit() -> str:
     """The commit of the working tree; "-dirty" where files differ from it."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
 

@@ -88,6 +88,7 @@ def test_a_link_in_the_bundle_is_refused_even_if_its_target_is_right(bundle: Pat
 def test_a_file_that_a_block_names_must_have_a_hash(bundle: Path) -> None:
     files = json.loads((bundle / MANIFEST).read_text("utf-8"))["files"]
     del files["lm.data"]
+    (bundle / "lm.data").unlink()
     edit(bundle, files=files)
     with pytest.raises(BundleError, match=r"names the file 'lm\.data' but gives no hash"):
         ta.load(bundle)
@@ -112,4 +113,39 @@ def test_a_bank_of_another_encoder_is_refused(bundle: Path) -> None:
     manifest = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**manifest, "fingerprint": "f" * 64}), "utf-8")
     with pytest.raises(BundleError, match="use the bank made with this bundle"):
+        ta.load(bundle)
+
+
+def test_a_memory_folder_that_is_a_link_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "memory").rename(tmp_path / "outside")
+    (bundle / "memory").symlink_to(tmp_path / "outside")
+    with pytest.raises(BundleError, match="is a link"):
+        ta.load(bundle)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(bundle: Path) -> None:
+    """A graph may name such a file as its external data, and it would be read without a hash."""
+    (bundle / "more.data").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"more\.data: the manifest does not list it"):
+        ta.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("prompt", "eos_token_ids", []),
+        ("decoder", "past_key", "x"),
+        ("decoder", "layers", 10**9),
+        ("image", "std", []),
+        ("image", "width", -3),
+        ("image", "rescale", 1e300),
+        ("memory", "k", 2 * 10**9),
+        ("vision", "visual_tokens", 999),
+        ("memory", "latent_dim", 5),
+    ],
+)
+def test_a_manifest_with_impossible_numbers_is_refused(bundle: Path, part: str, key: str, value: Any) -> None:
+    block = json.loads((bundle / MANIFEST).read_text("utf-8"))[part]
+    edit(bundle, **{part: {**block, key: value}})
+    with pytest.raises(BundleError):
         ta.load(bundle)

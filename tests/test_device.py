@@ -140,3 +140,21 @@ def test_a_machine_that_computes_something_else_fails_verification(bundle: Path)
     write_json(bundle / MANIFEST, replace(manifest, files=file_entries(bundle)))
     with pytest.raises(ta.GateError, match="does not compute what the exporter saw"):
         verify(bundle)
+
+
+@pytest.mark.parametrize(("key", "logits"), [(float("nan"), 1.0), (1.0, float("nan")), (0.9, 1.0), (1.0, 0.9)])
+def test_a_probe_that_is_off_or_not_a_number_does_not_pass(key: float, logits: float) -> None:
+    from tinyalign_edge.runtime.probe import ProbeResult
+
+    assert not ProbeResult(key, logits).passed
+    assert ProbeResult(1.0, 1.0).passed
+
+
+def test_incomplete_characters_can_be_streamed(model: ta.Model) -> None:
+    """tokenizers 0.21.0 panics here."""
+    tokenizer = model.prompt.tokenizer
+    lone_byte = tokenizer.token_to_id("Ã")
+    decode = model.prompt.stream()
+    pieces = [decode.step(tokenizer, token) for token in [tokenizer.token_to_id("Ġ"), *[lone_byte] * 30]]
+    text = "".join(piece or "" for piece in [*pieces, decode.step(tokenizer, tokenizer.token_to_id("a"))])
+    assert text.strip("\ufffd ") == "a"

@@ -35,7 +35,7 @@ def test_every_kind_of_memory_passes_the_gate(bundles: dict[str, Path], kind: st
     manifest = open_bundle(bundles[kind])
     assert manifest.gate is not None
     assert manifest.gate.passed
-    assert manifest.gate.fp32_max_logit_error < 1e-5
+    assert manifest.gate.fp32_max_logit_error < 1e-4
     assert manifest.memory.kind == kind
     assert (bundles[kind] / "memory").exists() == (kind != "none")
 
@@ -66,7 +66,7 @@ def test_the_memory_reaches_the_answer(bundles: dict[str, Path], world: Path) ->
 
 
 def test_a_convolutional_encoder_exports(world: Path, towers: Path, tmp_path: Path) -> None:
-    checkpoint = train_tiny(world, towers, tmp_path / "c", vision="cnn")
+    checkpoint = train_tiny(world, towers, tmp_path / "c", vision="cnn", steps=20)
     assert export(checkpoint, tmp_path / "b").gate is not None
     graph = onnx.load(tmp_path / "b" / "encoder.onnx").graph
     int8 = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
@@ -120,12 +120,19 @@ def test_an_interrupt_or_a_full_disk_leaves_the_old_bundle_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_evaluation_of_checkpoint_and_bundle_agree(
-    checkpoints: dict[str, Path], bundles: dict[str, Path], world: Path
-) -> None:
+def test_evaluation_of_checkpoint_and_bundle_agree(checkpoints: dict[str, Path], world: Path, tmp_path: Path) -> None:
+    export(checkpoints["tokens"], tmp_path / "fp32", precision="fp32")
     given: dict[str, Any] = {"data": world / "test.json", "images": world, "limit": 12}
     for memory in ("own", "none", "shuffled"):
         torch_side = evaluate(checkpoints["tokens"], memory=memory, **given)  # type: ignore[arg-type]
-        device_side = evaluate(bundles["tokens"], memory=memory, **given)  # type: ignore[arg-type]
+        device_side = evaluate(tmp_path / "fp32", memory=memory, **given)  # type: ignore[arg-type]
         assert torch_side.n == device_side.n == 12
-        assert abs(torch_side.nll_per_token / device_side.nll_per_token - 1) < 0.01
+        assert torch_side.exact_match == device_side.exact_match
+        assert abs(torch_side.nll_per_token / device_side.nll_per_token - 1) < 1e-3
+
+
+def test_logits_that_are_not_numbers_fail_the_gate() -> None:
+    from tinyalign_edge.export.gate import _failures, _result, _Tally
+
+    tally = _Tally([0.0, float("nan")], [0.0], [True], [(1.0, 1.0)], [1.0], [True])
+    assert "fp32 logit error is nan" in _failures(_result(tally, 1), "fp32")[0]

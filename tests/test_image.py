@@ -78,3 +78,15 @@ def test_pixels_equal_the_hugging_face_processor_bit_for_bit(kind: str) -> None:
     for path in sorted(shared("data", "caltech101", "images").glob("*.jpg"))[::400]:
         expected = processor(images=Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(preprocess(open_image(path), config), expected)
+
+
+def test_a_long_thin_picture_is_refused_before_it_is_blown_up() -> None:
+    config = ImageConfig(224, 224, "bilinear", resize="shortest_edge", resize_to=256, center_crop=True)
+    with pytest.raises(InputError, match="too long and thin"):
+        preprocess(Image.new("RGB", (1, 40_000)), config)
+
+
+def test_a_damaged_pil_picture_is_our_error() -> None:
+    whole = png(noise(200, 200))
+    with Image.open(io.BytesIO(whole[: len(whole) // 2])) as half, pytest.raises(InputError, match="truncated"):
+        open_image(half)

@@ -99,7 +99,7 @@ def _scale_up(model: torch.nn.Module, factor: float) -> None:
                 weight.mul_(factor)
 
 
-def _read_texts(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int = 80) -> None:
+def _read_texts(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int = 200) -> None:
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):

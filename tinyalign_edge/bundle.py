@@ -190,8 +190,40 @@ def open_bundle(path: str | Path, *, expect_sha256: str | None = None) -> Manife
         )
     manifest = from_json(Manifest, data, str(manifest_path))
     check_files(folder, manifest.files)
+    _refuse_strangers(folder, manifest.files)
     _check_references(manifest, manifest_path)
+    _check_values(manifest, manifest_path)
     return manifest
+
+
+def _refuse_strangers(folder: Path, files: dict[str, FileEntry]) -> None:
+    """A graph may name further files of its own accord: there must be none that the manifest does not list."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise BundleError(f"{path}: is a link; bundles hold plain files only")
+        if path.is_file() and name not in files and name != MANIFEST and not name.startswith(MEMORY_DIR + "/"):
+            raise BundleError(f"{path}: the manifest does not list it; remove it")
+
+
+def _check_values(manifest: Manifest, where: Path) -> None:
+    """Numbers within bounds, so that no later step has to doubt them."""
+    image, prompt, decoder, memory = manifest.image, manifest.prompt, manifest.decoder, manifest.memory
+    templates = (decoder.past_key, decoder.past_value, decoder.present_key, decoder.present_value)
+    within = {
+        "image size": 0 < image.height <= 8192 and 0 < image.width <= 8192 and 0 <= image.resize_to <= 8192,
+        "image.mean and image.std": len(image.mean) == len(image.std) == 3 and 0 not in image.std,
+        "image numbers": all(abs(x) < 1e6 for x in (image.rescale, *image.mean, *image.std)),
+        "prompt.eos_token_ids": 0 < len(prompt.eos_token_ids) <= 64,
+        "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
+        "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
+        "decoder.layers": 0 < decoder.layers <= 1024,
+        "decoder name templates": all(t.count("%") == 1 and "%d" in t for t in templates),
+        "memory.k": 0 <= memory.k <= 4096,
+    }
+    for what, good in within.items():
+        if not good:
+            raise BundleError(f"{where}: {what} is out of bounds; export the bundle again")
 
 
 def _check_references(manifest: Manifest, where: Path) -> None:

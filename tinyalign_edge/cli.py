@@ -210,7 +210,7 @@ def _run() -> int:
 
 
 def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
-    extra = "export" if error.name in ("onnx", "optimum") else "train"
+    extra = "train" if "train" in sys.argv[1:2] else "export"
     return MissingExtraError(f"this command needs {error.name}: pip install 'tinyalign-edge[{extra}]'")
 
 

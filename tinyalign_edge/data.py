@@ -84,6 +84,8 @@ def _parse(text: str, data: Path, lines_before: int) -> Any:
     except json.JSONDecodeError as error:
         place = f"{data}:{error.lineno + lines_before}:{error.colno}"
         raise InputError(f"{place}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{data}: cannot be read as JSON ({error})") from None
 
 
 def _row(item: Any, where: str, images: Path) -> Row:

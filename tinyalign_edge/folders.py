@@ -40,11 +40,14 @@ def whole_folder(target: Path, *, marker: str) -> Iterator[Path]:
                     _sync(path)
             _replace(temporary, target)
         except OSError as error:
-            raise TinyAlignError(
-                f"{target}: cannot be written ({error.strerror or error}); nothing was changed"
-            ) from error
+            raise TinyAlignError(f"{target}: cannot be written ({_cause(error)}); nothing was changed") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cause(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 def _temporary_beside(target: Path) -> Path:
@@ -70,11 +73,13 @@ def _replace(new: Path, target: Path) -> None:
         _sync(target.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
     try:
+        target.rename(old / target.name)
         new.rename(target)
     except BaseException:
-        (old / target.name).rename(target)
+        if (old / target.name).exists() and not target.exists():
+            (old / target.name).rename(target)
+        old.rmdir()
         raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)

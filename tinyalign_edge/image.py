@@ -6,6 +6,7 @@ Follows the Hugging Face image processors (resize with Pillow on uint8, rescale,
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,20 +38,20 @@ def open_image(image: ImageLike) -> Image.Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise InputError(f"image array: need (height, width, 3) uint8, got {image.shape} {image.dtype}")
         return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _upright_rgb(image, "image")
-    name = "image bytes" if isinstance(image, bytes) else str(image)
-    data = image if isinstance(image, bytes) else _read_bytes(Path(image))
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"{name}: {len(data)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
+    name = "image" if isinstance(image, bytes | Image.Image) else str(image)
     try:
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image, name)
+        data = image if isinstance(image, bytes) else _read_bytes(Path(image))
+        if len(data) > MAX_FILE_BYTES:
+            raise InputError(f"{name}: {len(data)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than the {MAX_PIXELS} pixels allowed; make it smaller") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error) as error:
         raise InputError(f"{name}: truncated or damaged picture ({error})") from None
 
 
@@ -93,6 +94,8 @@ def preprocess(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.float3
 def _shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]:
     width, height = size
     longest = int(shortest * max(size) / min(size))
+    if shortest * longest > MAX_PIXELS:
+        raise InputError(f"image: {width} x {height} pixels is too long and thin for this encoder; crop it")
     return (shortest, longest) if width <= height else (longest, shortest)
 
 

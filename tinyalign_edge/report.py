@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.runtime.model import Answer
 from tinyalign_edge.runtime.verify import Verified
@@ -34,7 +35,7 @@ def print_table(rows: Iterable[tuple[str, str]], title: str = "") -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     Console().print(table)
 
 
@@ -59,7 +60,7 @@ def print_gate(manifest: Manifest) -> None:
     print_table(
         [
             ("held-out answers", f"{gate.answers} ({gate.tokens} tokens)"),
-            ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch, of the logits' scale"),
+            ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch"),
             (f"{precision} mean KL", f"{gate.int8_mean_kl:.5f} nats"),
             (f"{precision} next token", f"{gate.int8_top1_agreement:.2%} equal"),
             (f"{precision} loss", f"{gate.int8_nll_change:+.3%}"),
@@ -112,7 +113,7 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
     files.add_column("size", justify="right")
     files.add_column("SHA-256")
     for name, entry in manifest.files.items():
-        files.add_row(name, megabytes(entry.bytes), entry.sha256[:16])
+        files.add_row(Text(name), megabytes(entry.bytes), entry.sha256[:16])
     if memory.kind != "none":
         files.add_row(f"{MEMORY_DIR}/", megabytes(folder_bytes(folder / MEMORY_DIR)), "its own manifest")
     Console().print(files)
@@ -124,7 +125,7 @@ def _memory_line(folder: Path, manifest: Manifest) -> str:
     memory = manifest.memory
     if memory.kind == "none":
         return "none"
-    bank = Bank(folder / MEMORY_DIR)
+    bank = Bank(inside(folder, MEMORY_DIR))
     size = f"{len(bank)} entries of {memory.kind}, keys of {memory.key_dim}"
     return f"{size}, {memory.k} read a picture, floor {memory.floor:.3f}"
 

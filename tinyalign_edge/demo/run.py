@@ -27,6 +27,7 @@ from tinyalign_edge.runtime.answerer import BundleAnswerer
 from tinyalign_edge.runtime.model import Answer, Model, load
 
 REPORT = "report.json"
+MARKER = ".tinyalign-demo"  # says that the folder is ours
 TRAIN_SCENES, TEST_SCENES = 3000, 2000
 STEPS, EVAL_EVERY = 300, 25  # the baseline's held-out loss has flattened by then: see curves.png
 VISUAL_TOKENS, NEIGHBOURS, KEY_GRID = 4, 1, 3
@@ -62,15 +63,29 @@ def run_demo(out: Path, *, seed: int) -> dict[str, Any]:
     Raises:
         InputError: `out` holds something that is not an earlier demo.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file())):
-        raise InputError(f"{out}: exists and is not an earlier demo (no {REPORT}); choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    known = {MARKER, REPORT, "bundle", "checkpoints", "data", "towers", "answers.png", "curves.png"}
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is not a folder; choose another --out")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names and (MARKER not in names or not names <= known):
+        raise InputError(f"{out}: exists and is not an earlier demo alone; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+    _clear(out)
     try:
         return _demo(Paths(out), seed)
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        _clear(out)
         raise
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier or interrupted demo left, but the marker."""
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
 
 
 def _demo(paths: Paths, seed: int) -> dict[str, Any]:

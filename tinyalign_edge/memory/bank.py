@@ -99,7 +99,7 @@ class Bank:
         try:
             record = json.loads(line)
             return {key: str(record[key]) for key in ("text", "question", "source")}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise BundleError(f"{self.folder}: record {row} cannot be read; build the bank again") from None
 
     def _check_shape(self) -> None:

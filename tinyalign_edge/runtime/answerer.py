@@ -23,6 +23,8 @@ class BundleAnswerer:
         Raises:
             InputError: a picture cannot be read; the message names it and its row.
         """
+        if memory == "shuffled" and self.model.memory is None:
+            raise InputError("--shuffle-memory: this model has no memory")
         others = partners([row.image for row in rows]) if memory == "shuffled" else []
         last: tuple[str, EncodedImage] | None = None
         with progress("Asking", len(rows)) as advance:

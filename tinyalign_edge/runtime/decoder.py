@@ -11,8 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tinyalign_edge.bundle import DecoderBlock
-from tinyalign_edge.errors import BundleError, InputError
-from tinyalign_edge.runtime.sessions import onnxruntime_errors, open_session
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 
 Floats = NDArray[np.float32]
 
@@ -151,10 +151,4 @@ class Decoder:
         for template in (block.past_key, block.past_value, block.present_key, block.present_value):
             expected |= {template % i: buffer for i in range(block.layers)}
         expected |= {"seqlens_k": [], "total_sequence_length": [], "num_logits": []}
-        values = (*self._session.get_inputs(), *self._session.get_outputs())
-        found = {value.name: [size for size in value.shape if isinstance(size, int)] for value in values}
-        if found != expected:
-            name = min(name for name in found | expected if found.get(name) != expected.get(name))
-            raise BundleError(
-                f"{self._path}: {name!r} has sizes {found.get(name)}, the manifest says {expected.get(name)}"
-            )
+        check_shapes(self._session, expected, self._path)

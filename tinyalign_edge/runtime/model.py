@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest, open_bundle
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside, open_bundle
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.image import ImageLike, open_image, preprocess
 from tinyalign_edge.memory import Bank, Entry
 from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.runtime.decoder import Cache, Decoder
-from tinyalign_edge.runtime.sessions import onnxruntime_errors, open_session
+from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 
 Float = npt.NDArray[np.float32]
 
@@ -36,8 +36,8 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `tokens` counts generated tokens, `timings_ms` has `encode`, `retrieve`, `first_token`, `per_token`
-    and `total`; `first_token` is counted from the image's bytes."""
+    """An answer. `tokens` counts generated tokens; `timings_ms` has `encode`, `retrieve`, `first_token`, `per_token`
+    and `total`. `first_token` and `total` are counted from the call: from the image's bytes, unless it came encoded."""
 
     text: str
     tokens: int
@@ -96,6 +96,13 @@ class Model:
         self.folder, self.manifest = folder, manifest
         self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
         self._vision: Any = open_session(folder / manifest.vision.file, threads=threads)
+        image, vision = manifest.image, manifest.vision
+        shapes = {
+            "pixel_values": [3, image.height, image.width],
+            "visual_tokens": [vision.visual_tokens, manifest.decoder.width],
+            "key": [vision.key_dim],
+        }
+        check_shapes(self._vision, shapes, folder / vision.file)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
         self._connector: Any = None
         self.closed = False
@@ -167,7 +174,8 @@ class Model:
         ids = np.array(self.prompt.answer(question, answer), np.int64)
         prefix = self._prefix(image, question)
         embeddings = np.concatenate([prefix, self._decoder.embed(ids[:-1])])
-        cache = self._decoder.new_cache(self._fit(len(embeddings)))
+        self._fit(len(embeddings))
+        cache = self._decoder.new_cache(len(embeddings))
         return self._decoder.forward(cache, embeddings, num_logits=len(ids)), ids
 
     def answer_nll(self, image: EncodedImage, question: str, answer: str) -> Float:
@@ -186,7 +194,7 @@ class Model:
         cache = self._decoder.new_cache(len(prefix) + limit)
         token = int(self._decoder.forward(cache, prefix).argmax())
         first = time.perf_counter()
-        decode, ids, text = self.prompt.stream(), list[int](), ""
+        decode, ids, text, decoding_ms = self.prompt.stream(), list[int](), "", 0.0
         while token not in self.manifest.prompt.eos_token_ids:
             ids.append(token)
             piece = decode.step(self.prompt.tokenizer, token) or ""
@@ -196,11 +204,13 @@ class Model:
                 yield piece
             if len(ids) == limit:
                 break
+            before = time.perf_counter()
             token = self._next(cache, token)
-        stop = len(ids) < limit or token in self.manifest.prompt.eos_token_ids
+            decoding_ms += _ms(before, time.perf_counter())
+        stop = token in self.manifest.prompt.eos_token_ids
         timings = dict(encoded.timings_ms)
         timings["first_token"] = _ms(started, first)
-        timings["per_token"] = _ms(first, time.perf_counter()) / max(1, cache.length - len(prefix))
+        timings["per_token"] = decoding_ms / max(1, cache.length - len(prefix))
         timings["total"] = _ms(started, time.perf_counter())
         return Answer(text, len(ids), "stop" if stop else "length", encoded.memories, timings)
 
@@ -247,14 +257,19 @@ class Model:
 
     def _open_memory(self) -> None:
         settings = self.manifest.memory
-        bank = Bank(self.folder / MEMORY_DIR)
+        bank = Bank(inside(self.folder, MEMORY_DIR))
         found = (bank.manifest.kind, bank.manifest.key_dim, bank.manifest.fingerprint)
-        if found != (settings.kind, settings.key_dim, settings.fingerprint):
+        sizes = (bank.manifest.latents, bank.manifest.latent_dim, bank.manifest.vocab_size)
+        expected_sizes = (settings.latents, settings.latent_dim, self.manifest.decoder.vocab_size)
+        if found != (settings.kind, settings.key_dim, settings.fingerprint) or sizes != expected_sizes:
             raise BundleError(
                 f"{bank.folder}: holds {found[0]} under keys of encoder {found[2][:12]}, the bundle reads "
                 f"{settings.kind} of {settings.fingerprint[:12]}; use the bank made with this bundle"
             )
         self._connector = open_session(self.folder / str(settings.file), threads=1)
+        value_dim = settings.latent_dim if settings.kind == "latents" else self.manifest.decoder.width
+        shapes = {"values": [value_dim], "rank": [], "similarity": [], "memory_tokens": [self.manifest.decoder.width]}
+        check_shapes(self._connector, shapes, self.folder / str(settings.file))
         self.memory = bank
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.config import from_json, read_json, write_json
+from tinyalign_edge.errors import BundleError
 from tinyalign_edge.runtime.model import Model
 
 PROBE_FILE = "probe.json"
@@ -41,7 +42,7 @@ class ProbeResult:
 
     @property
     def passed(self) -> bool:
-        return min(self.key_cosine, self.logits_cosine) >= MIN_COSINE
+        return self.key_cosine >= MIN_COSINE and self.logits_cosine >= MIN_COSINE
 
 
 def pattern() -> npt.NDArray[np.uint8]:
@@ -69,6 +70,10 @@ def run_probe(model: Model) -> ProbeResult:
     path = model.folder / model.manifest.probe_file
     probe = from_json(Probe, read_json(path), str(path))
     key, logits = _run(model, probe.question)
+    if not 2 <= len(probe.token_ids) == len(probe.logits) or len(probe.key) != model.manifest.vision.key_dim:
+        raise BundleError(f"{path}: its lists do not fit each other or the key; export the bundle again")
+    if not 0 <= min(probe.token_ids) <= max(probe.token_ids) < model.manifest.decoder.vocab_size:
+        raise BundleError(f"{path}: a token id is outside the vocabulary; export the bundle again")
     expected = np.array(probe.logits) - np.mean(probe.logits)
     found = logits[list(probe.token_ids)]
     return ProbeResult(_cosine(key, np.array(probe.key)), _cosine(found - found.mean(), expected))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,19 @@ def open_session(path: Path, *, threads: int | None = None, spinning: bool = Tru
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
     with onnxruntime_errors(path):
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def check_shapes(session: ort.InferenceSession, expected: Mapping[str, list[int]], path: Path) -> None:
+    """Compare every input and output of a graph, and their fixed sizes, with what the manifest says.
+
+    Raises:
+        BundleError: a name is missing or too many, or a size differs.
+    """
+    values = (*session.get_inputs(), *session.get_outputs())
+    found = {value.name: [size for size in value.shape if isinstance(size, int)] for value in values}
+    if found != expected:
+        name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+        raise BundleError(f"{path}: {name!r} has sizes {found.get(name)}, the manifest says {expected.get(name)}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from tinyalign_edge.data import Row
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, partners
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
@@ -38,6 +39,8 @@ class TorchAnswerer:
 
     def prepare(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Prepared:
         """Encode the pictures and look up their neighbours, or those of another picture ("shuffled"), or none."""
+        if memory == "shuffled" and self.checkpoint.bank is None:
+            raise InputError("--shuffle-memory: this model has no memory")
         ck = self.checkpoint
         seen = encode_rows(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
         with torch.inference_mode():

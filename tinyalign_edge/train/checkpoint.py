@@ -54,7 +54,8 @@ def save_checkpoint(folder: Path, config: CheckpointConfig, model: AlignModel, t
     state = {name: tensor.contiguous().cpu() for name, tensor in model.own_state().items()}
     save_file(state, folder / WEIGHTS)
     (folder / TOKENIZER).write_text(tokenizer_json, "utf-8")
-    write_json(folder / CONFIG, config)
+    write_json(folder / f".{CONFIG}", config)
+    (folder / f".{CONFIG}").replace(folder / CONFIG)  # last, and at once: it says that the checkpoint is whole
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -61,6 +61,7 @@ def fit(
         remove_unused_columns=False,
         dataloader_pin_memory=settings.device != "cpu",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would split a batch's memory at the wrong rows
     with ExitStack() as stack:
         advance = stack.enter_context(progress(label, settings.steps))
         watcher = Watcher(collate, held_out, settings.eval_every, metrics, advance)

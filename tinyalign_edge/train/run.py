@@ -246,7 +246,12 @@ def _check(options: TrainOptions) -> None:
     for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            option = "neighbours" if name == "k" else name.replace("_", "-")
+            raise InputError(f"--{option} {value}: must be at least 1")
+    if not 0 < options.learning_rate < 10:
+        raise InputError(f"--learning-rate {options.learning_rate}: must be above 0 and below 10")
+    if not 0 <= options.seed < 1 << 32:
+        raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
     if options.epochs and options.steps:
         raise InputError("--epochs and --steps: give one of them")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
@@ -137,7 +138,16 @@ def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
         if kind in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):
             options["trust_remote_code"] = False
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = (
             "check the folder"
