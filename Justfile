@@ -52,5 +52,5 @@ fix:
 
 # Train, export and evaluate on the Caltech-101 photographs (needs TINYALIGN_SHARED); writes bench/results
 bench:
-    {{ bin }}/python -m tinyalign_edge.bench.caltech
+    {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens
     {{ bin }}/python -m tinyalign_edge.bench.stories

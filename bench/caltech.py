@@ -1,6 +1,6 @@
 """The Caltech-101 run: train with and without memory on real photographs, export, evaluate the int8 bundle.
 
-    python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 500] [--memory tokens latents]
+    python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 400] [--memory tokens latents]
 
 Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`. Runs that are finished are not repeated.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     """Run what is missing and record everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/caltech"))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--memory", nargs="*", default=["tokens", "latents"], choices=["tokens", "latents"])
     given = parser.parse_args()
     arms = ["none", *given.memory]
