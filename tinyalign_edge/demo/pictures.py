@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tinyalign_edge.evaluate import normalize
+
 RIGHT, WRONG, QUIET = "#1a7f37", "#cf222e", "#57606a"
 ARM_COLOURS = ("#8c959f", "#0969da", "#bf5b04", "#8250df", "#1a7f37", "#cf222e")
 COLUMNS = 5
@@ -30,8 +32,8 @@ class SheetRow:
 
     @property
     def right(self) -> bool:
-        """Whether answer and reference agree but for case, space and a final period."""
-        return _plain(self.answer) == _plain(self.reference)
+        """Whether the answer counts as right in the evaluation too."""
+        return normalize(self.answer) == normalize(self.reference)
 
 
 def contact_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
@@ -109,7 +111,3 @@ def _quiet_frame(axes: Axes) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").lower()

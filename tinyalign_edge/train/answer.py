@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,6 @@ class TorchAnswerer:
 
     def _without_answer(self, example: Example) -> Example:
         """The same example with an answer of one token, which the packing drops."""
-        from dataclasses import replace
-
         return replace(example, turns=(replace(example.turns[0], answer=(0,)),))
 
     def _text(self, ids: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 
 from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
 from tinyalign_edge.data import Row, read_rows
@@ -110,8 +112,6 @@ class _Run:
         language: LanguageTower,
         device: str,
     ) -> None:
-        from tokenizers import Tokenizer
-
         self.out, self.options, self.device = out, options, device
         self.rows, self.held_out_rows = rows, held_out_rows
         self.vision, self.language = vision, language
@@ -301,8 +301,6 @@ def _train_settings(
 
 def _fingerprint(vision: VisionTower, model: AlignModel) -> str:
     """What the keys depend on: the encoder's weights, the preprocessing, the projection."""
-    import hashlib
-
     digest = hashlib.sha256(bytes.fromhex(vision.ref.sha256))
     digest.update(json.dumps(to_json(vision.image), sort_keys=True).encode())
     digest.update(model.key.mean.numpy().tobytes() + model.key.axes.numpy().tobytes())
