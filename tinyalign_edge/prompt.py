@@ -74,9 +74,11 @@ class Prompt:
                 return ids[: position + 1]
         return (*ids, self.config.eos_token_ids[0])
 
-    def text_ids(self, text: str, limit: int) -> tuple[int, ...]:
-        """The first `limit` token ids of a text as it stands in the middle of a sentence (memory entries)."""
-        return self._encode(" " + text.strip())[:limit]
+    def memory_ids(self, question: str, text: str, limit: int) -> tuple[int, ...]:
+        """At most `limit` token ids of a memory entry: its question, if any, and its text, which is cut last."""
+        ids = self._encode(" " + text.strip())[:limit]
+        asked = self._encode(" " + question.strip()) if question.strip() else ()
+        return asked[: limit - len(ids)] + ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, as `stream` gives it piece by piece."""

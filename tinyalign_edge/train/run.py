@@ -162,7 +162,7 @@ class _Run:
         if memory.kind == "none":
             return None
         limit = memory.value_tokens
-        ids = [self.prompt.text_ids(row.memory_text, limit) for row in self.rows]
+        ids = [self.prompt.memory_ids(row.memory_question, row.memory_text, limit) for row in self.rows]
         return Values(ids, seen.pooled[: len(self.rows)])
 
     def _examples(
