@@ -50,7 +50,8 @@ fix:
     {{ bin }}/ruff format .
     {{ bin }}/ruff check --fix .
 
-# Train, export and evaluate on the Caltech-101 photographs (needs TINYALIGN_SHARED); writes bench/results
+# Make every figure of the README anew (needs TINYALIGN_SHARED); writes bench/results
 bench:
-    {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens
+    {{ bin }}/python -m tinyalign_edge.bench.demo
+    {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
     {{ bin }}/python -m tinyalign_edge.bench.stories

@@ -104,6 +104,31 @@ def test_bad_input_is_one_line_with_the_remedy(run, tmp_path: Path) -> None:  # 
     fails(run("ask", STORED_BUNDLE, PICTURE, "  "), 2, "question: it is empty")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["ask"], "Missing argument"),
+        (["ask", "--bogus"], "--bogus"),
+        (["nope"], "nope"),
+        (["demo", "--seed", "x"], "--seed"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(run, arguments: list[str], part: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = run(*arguments)
+    fails(outcome, 2, part, "--help")
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_an_interrupt_is_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from tinyalign_edge import bundle
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "open_bundle", interrupt)
+    fails(run("inspect", STORED_BUNDLE), 130, "interrupted")
+
+
 def test_a_changed_bundle_is_refused(run, bundle: Path) -> None:  # type: ignore[no-untyped-def]
     path = bundle / "decoder.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"x")

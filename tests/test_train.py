@@ -47,7 +47,7 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
 def test_an_interrupted_run_resumes_to_the_same_weights(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train import loop
+    from tinyalign_edge.train import connector, loop
     from tinyalign_edge.train.run import TrainOptions, train
 
     whole = train_tiny(world, towers, tmp_path / "whole", steps=6)
@@ -69,6 +69,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     options = {"batch_size": 8, "visual_tokens": 4, "eval_every": 2, "device": "cpu"}
     with pytest.raises(InputError, match=r"other settings.*training\.steps"):
         train(options=TrainOptions(steps=7, **options), **given)  # type: ignore[arg-type]
+    monkeypatch.setattr(connector, "principal_axes", lambda *_: pytest.fail("the keys must stay what they were"))
     train(options=TrainOptions(steps=6, **options), **given)  # type: ignore[arg-type]
     expected, found = load_file(whole / "model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -87,6 +88,22 @@ def test_the_bank_keeps_captions_and_their_sources(checkpoints: dict[str, Path],
     bank = Bank(checkpoints["tokens"] / "memory")
     entries = [bank.entry(row) for row in range(len(bank))]
     assert all(captions[entry.source] == entry.text for entry in entries)
+
+
+def test_without_captions_the_language_model_reads_question_and_answer(
+    world: Path, towers: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((world / "train.json").read_text("utf-8"))
+    for row in rows:
+        del row["caption"]
+    (tmp_path / "asked.json").write_text(json.dumps(rows), "utf-8")
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", data=tmp_path / "asked.json", steps=1))
+    assert checkpoint.bank is not None
+    for entry in (checkpoint.bank.entry(row) for row in range(len(checkpoint.bank))):
+        read = checkpoint.prompt.text(entry.value.tolist())
+        assert entry.question
+        assert read.endswith(entry.text)
+        assert read.removesuffix(entry.text).strip() in entry.question  # the question is cut first
 
 
 def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:

@@ -75,13 +75,15 @@ def save_lm(folder: Path, **changes: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_tiny(world: Path, towers: Path, out: Path, *, vision: str = "vit", **options: Any) -> Path:
+def train_tiny(
+    world: Path, towers: Path, out: Path, *, vision: str = "vit", data: Path | None = None, **options: Any
+) -> Path:
     """Train for a few steps and return the checkpoint's folder."""
     from tinyalign_edge.train.run import TrainOptions, train
 
     chosen = {"steps": 4, "batch_size": 8, "visual_tokens": 4, "eval_every": 2, "device": "cpu", **options}
     train(
-        data=world / "train.json",
+        data=data or world / "train.json",
         images=world,
         vision=str(towers / vision),
         lm=str(towers / "lm"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from tinyalign_edge.config import MemoryKind, from_json, read_json
+from tinyalign_edge.config import MemoryKind, read_versioned
 from tinyalign_edge.errors import BundleError, InputError
 
 SCHEMA_VERSION = 1
@@ -181,14 +181,7 @@ def open_bundle(path: str | Path, *, expect_sha256: str | None = None) -> Manife
     found = file_sha256(manifest_path)
     if expect_sha256 is not None and found != expect_sha256.lower():
         raise BundleError(f"{manifest_path}: SHA-256 is {found}, expected {expect_sha256}; fetch the bundle again")
-    data = read_json(manifest_path)
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{manifest_path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest this version reads; "
-            "upgrade tinyalign-edge"
-        )
-    manifest = from_json(Manifest, data, str(manifest_path))
+    manifest = read_versioned(Manifest, manifest_path, newest=SCHEMA_VERSION)
     check_files(folder, manifest.files)
     _refuse_strangers(folder, manifest.files)
     _check_references(manifest, manifest_path)

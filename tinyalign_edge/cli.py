@@ -15,7 +15,6 @@ from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError
 app = typer.Typer(
     name="tinyalign-edge",
     help="Train, export to int8 ONNX and run small vision-language models with a compact memory, on CPU.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -191,11 +190,13 @@ def main() -> None:
 
 
 def _run() -> int:
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        return int(app(standalone_mode=False) or 0)
     except TinyAlignError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except ModuleNotFoundError as error:
         return _fail(str(_missing_extra(error)), MissingExtraError.exit_code)
@@ -204,9 +205,10 @@ def _run() -> int:
     except Exception as error:
         if os.environ.get("TINYALIGN_DEBUG"):
             raise
+        if wrong_usage := getattr(error, "format_message", None):  # click's, whichever package typer brings it in
+            return _fail(f"{wrong_usage()} (see --help)", 2)
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (set TINYALIGN_DEBUG=1 for the traceback)", 1)
-    return 0
 
 
 def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:

@@ -81,6 +81,23 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     return data
 
 
+def read_versioned(kind: type[T], path: Path, *, newest: int) -> T:
+    """Read a file of settings that has a `schema_version`.
+
+    Raises:
+        InputError: as `read_json`.
+        BundleError: written by a newer version of this package, or as `from_json`.
+    """
+    data = read_json(path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise BundleError(
+            f"{path}: schema version {version} is newer than {newest}, the newest this version reads; "
+            "upgrade tinyalign-edge"
+        )
+    return from_json(kind, data, str(path))
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file of bounded size.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,27 @@ from tinyalign_edge.demo.world import Scene, draw
 Row = dict[str, Any]
 
 
-def write_dataset(folder: Path, train: Sequence[Scene], test: Sequence[Scene], *, seed: int) -> None:
+def write_dataset(
+    folder: Path,
+    train: Sequence[Scene],
+    test: Sequence[Scene],
+    *,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
     """Write `folder`/images, `folder`/train.json and `folder`/test.json; the same arguments give the same bytes.
 
     A training row has the scene's caption and one turn for each kind of question it allows; a test row has one
-    question, its kind under "kind", and no caption.
+    question, its kind under "kind", and no caption. `advance` is called after each picture.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "train.json", [_train_row(folder, f"train-{i:05d}", s, rng) for i, s in enumerate(train)])
-    write_json(folder / "test.json", [_test_row(folder, f"test-{i:05d}", s, rng) for i, s in enumerate(test)])
+    for part, scenes, row in (("train", train, _train_row), ("test", test, _test_row)):
+        rows = []
+        for number, scene in enumerate(scenes):
+            rows.append(row(folder, f"{part}-{number:05d}", scene, rng))
+            advance()
+        write_json(folder / f"{part}.json", rows)
 
 
 def _train_row(folder: Path, name: str, scene: Scene, rng: random.Random) -> Row:

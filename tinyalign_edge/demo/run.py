@@ -112,9 +112,8 @@ def _demo(paths: Paths, seed: int) -> dict[str, Any]:
 
 def _make_world(paths: Paths, seed: int) -> None:
     train, test = make_scenes(TRAIN_SCENES, seed=1000 + seed), make_scenes(TEST_SCENES, seed=2000 + seed)
-    with progress("Drawing the world", 1) as advance:
-        write_dataset(paths.data, train, test, seed=seed)
-        advance()
+    with progress("Drawing the world", len(train) + len(test)) as advance:
+        write_dataset(paths.data, train, test, seed=seed, advance=advance)
 
 
 def _make_towers(paths: Paths, seed: int) -> None:

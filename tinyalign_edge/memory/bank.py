@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import check_files, inside
-from tinyalign_edge.config import from_json, read_json
+from tinyalign_edge.config import read_versioned
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import layout
 from tinyalign_edge.memory.search import Neighbours, nearest
@@ -42,11 +42,8 @@ class Bank:
         self.folder = folder
         if not (folder / layout.MANIFEST).is_file():
             raise InputError(f"{folder}: not a memory bank (no {layout.MANIFEST})")
-        data = read_json(inside(folder, layout.MANIFEST))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > layout.SCHEMA_VERSION:
-            raise BundleError(f"{folder}: memory schema version {version} is newer than this version reads; upgrade")
-        self.manifest = from_json(layout.BankManifest, data, str(folder / layout.MANIFEST))
+        manifest = inside(folder, layout.MANIFEST)
+        self.manifest = read_versioned(layout.BankManifest, manifest, newest=layout.SCHEMA_VERSION)
         self._check_shape()
         check_files(folder, self.manifest.files)
         count, dim = self.manifest.count, self.manifest.key_dim

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tinyalign_edge.config import from_json, read_json, write_json
+from tinyalign_edge.config import read_versioned, write_json
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.prompt import Prompt, load_tokenizer
@@ -69,11 +69,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(
             f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'"
         )
-    data = read_json(folder / CONFIG)
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BundleError(f"{folder}: checkpoint schema version {version} is newer than this version reads; upgrade")
-    config = from_json(CheckpointConfig, data, str(folder / CONFIG))
+    config = read_versioned(CheckpointConfig, folder / CONFIG, newest=SCHEMA_VERSION)
     vision, language = load_vision(config.vision.path), load_language(config.language.path)
     _same_tower(config.vision, vision.ref)
     _same_tower(config.language, language.ref)

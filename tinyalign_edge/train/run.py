@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
@@ -39,6 +40,7 @@ from tinyalign_edge.train.towers import LanguageTower, VisionTower, load_languag
 
 STATE = "state"
 RUN = "run.json"
+KEY = "key.safetensors"
 MAX_HELD_OUT = 256
 CALIBRATION = 64
 DEFAULT_EPOCHS = 3
@@ -130,7 +132,7 @@ class _Run:
             dtype=np.float16,  # half the memory; the connector's LayerNorm makes the rounding harmless
         )
         count = len(self.rows)
-        model.key.fit(torch.from_numpy(seen.regions[:count]))
+        self._fit_key(model, seen.regions[:count], resume)
         with torch.inference_mode():
             keys = model.key(torch.from_numpy(seen.regions)).numpy()
         found = retrieve(self.rows, keys[:count], keys[count:], memory)
@@ -186,6 +188,17 @@ class _Run:
         held_out = build(self.held_out_rows, seen.pooled[count:], found.held_out, 0.0)
         return training, [held_out[i] for i in range(len(held_out))]
 
+    def _fit_key(self, model: AlignModel, regions: npt.NDArray[Any], resume: bool) -> None:
+        """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
+        count's arithmetic differs in the last digits, and the keys must not."""
+        kept = self.out / STATE / KEY
+        if resume and kept.is_file():
+            model.key.load_state_dict(load_file(kept))
+            return
+        model.key.fit(torch.from_numpy(regions))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.key.state_dict(), kept)
+
     def _begin(self, config: CheckpointConfig, resume: bool) -> None:
         """Record the settings of the run, or compare them with the interrupted run's."""
         run = self.out / STATE / RUN
@@ -202,7 +215,6 @@ class _Run:
                     f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
                 )
             return
-        run.parent.mkdir(parents=True, exist_ok=True)
         write_json(run, config)
 
     def _finish(
