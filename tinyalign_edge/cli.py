@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="Answer from the picture alone.")]
 DataFile = Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")]
@@ -193,11 +195,11 @@ def _run() -> int:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        return int(app(standalone_mode=False) or 0)
+        code = int(app(standalone_mode=False) or 0)
     except TinyAlignError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        code = INTERRUPTED
     except ModuleNotFoundError as error:
         return _fail(str(_missing_extra(error)), MissingExtraError.exit_code)
     except BrokenPipeError:
@@ -209,6 +211,7 @@ def _run() -> int:
             return _fail(f"{wrong_usage()} (see --help)", 2)
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (set TINYALIGN_DEBUG=1 for the traceback)", 1)
+    return _fail("interrupted", code) if code == INTERRUPTED else code  # typer may give the code and no message
 
 
 def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
