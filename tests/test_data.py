@@ -33,12 +33,12 @@ def test_rows_are_read_from_json_and_json_lines(images: Path, name: str) -> None
     rows = read_rows(write(images, {"id": 7, "image": "a.png", "conversations": ASKED * 2}, name=name), images)
     assert [(row.id, row.path, len(row.turns)) for row in rows] == [("7", images / "a.png", 2)]
     assert rows[0].turns[0].question == "What?"
-    assert (rows[0].memory_text, rows[0].memory_question) == ("a cat", "What?")
+    assert rows[0].memory_turns == rows[0].turns
 
 
 def test_the_memory_keeps_the_caption_where_a_row_has_one(images: Path) -> None:
     (row,) = read_rows(write(images, {"image": "a.png", "caption": "my cat", "conversations": ASKED}), images)
-    assert (row.memory_text, row.memory_question) == ("my cat", "")
+    assert [(turn.question, turn.answer) for turn in row.memory_turns] == [("", "my cat")]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_the_bank_keeps_captions_and_their_sources(checkpoints: dict[str, Path],
     assert all(captions[entry.source] == entry.text for entry in entries)
 
 
-def test_without_captions_the_language_model_reads_question_and_answer(
+def test_without_captions_the_language_model_reads_questions_and_answers(
     world: Path, towers: Path, tmp_path: Path
 ) -> None:
     rows = json.loads((world / "train.json").read_text("utf-8"))
@@ -100,10 +100,24 @@ def test_without_captions_the_language_model_reads_question_and_answer(
     checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", data=tmp_path / "asked.json", steps=1))
     assert checkpoint.bank is not None
     for entry in (checkpoint.bank.entry(row) for row in range(len(checkpoint.bank))):
-        read = checkpoint.prompt.text(entry.value.tolist())
         assert entry.question
-        assert read.endswith(entry.text)
-        assert read.removesuffix(entry.text).strip() in entry.question  # the question is cut first
+        assert entry.text in checkpoint.prompt.text(entry.value.tolist())
+
+
+def test_of_a_long_first_turn_the_question_is_cut_and_later_turns_are_whole(checkpoints: dict[str, Path]) -> None:
+    prompt = load_checkpoint(checkpoints["none"]).prompt
+    size = {text: len(prompt.memory_ids([Turn("", text)], 99)) for text in ("What colour?", "red", "How many?", "two")}
+    turns = [Turn("What colour?", "red"), Turn("How many?", "two")]
+
+    def read(limit: int) -> str:
+        ids = prompt.memory_ids(turns, limit)
+        assert len(ids) <= limit
+        return prompt.text(ids)
+
+    assert read(sum(size.values())) == "What colour? red How many? two"
+    assert read(sum(size.values()) - 1) == "What colour? red"
+    assert read(size["red"]) == "red"
+    assert read(size["red"] + 1).endswith("red")
 
 
 def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:

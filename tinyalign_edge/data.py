@@ -33,14 +33,10 @@ class Row:
     where: str
 
     @property
-    def memory_text(self) -> str:
-        """What the memory bank keeps of this row: its caption, else its first answer."""
-        return self.caption or self.turns[0].answer
-
-    @property
-    def memory_question(self) -> str:
-        """The question that `memory_text` answers; empty for a caption."""
-        return "" if self.caption else self.turns[0].question
+    def memory_turns(self) -> tuple[Turn, ...]:
+        """What the memory bank keeps of this row: its caption, with an empty question, else its turns. The first
+        names the entry."""
+        return (Turn("", self.caption),) if self.caption else self.turns
 
 
 def read_rows(data: Path, images: Path) -> list[Row]:
@@ -105,6 +101,7 @@ def _row(item: Any, where: str, images: Path) -> Row:
     caption = item.get("caption")
     if caption is not None and not (isinstance(caption, str) and caption.strip()):
         raise InputError(f"{where}: key 'caption' must be a text, found {caption!r}")
+    caption = caption.strip() if caption else None
     return Row(name, image, path, _turns(item.get("conversations"), where), caption, where)
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from tinyalign_edge.bundle import PromptConfig
-from tinyalign_edge.data import IMAGE
+from tinyalign_edge.data import IMAGE, Turn
 from tinyalign_edge.errors import BundleError, InputError
 
 DEFAULT_CHAT_TEMPLATE = (
@@ -74,11 +74,20 @@ class Prompt:
                 return ids[: position + 1]
         return (*ids, self.config.eos_token_ids[0])
 
-    def memory_ids(self, question: str, text: str, limit: int) -> tuple[int, ...]:
-        """At most `limit` token ids of a memory entry: its question, if any, and its text, which is cut last."""
-        ids = self._encode(" " + text.strip())[:limit]
-        asked = self._encode(" " + question.strip()) if question.strip() else ()
-        return asked[: limit - len(ids)] + ids
+    def memory_ids(self, turns: Sequence[Turn], limit: int) -> tuple[int, ...]:
+        """At most `limit` token ids of a memory entry: questions, where there are any, with their answers.
+
+        Of the first turn the question is cut before the answer; a later turn is there as a whole or not at all.
+        """
+        kept: tuple[int, ...] = ()
+        for turn in turns:
+            question, answer = (self._encode(f" {text}" if text else "") for text in (turn.question, turn.answer))
+            if not kept:
+                answer = answer[:limit]
+                kept = question[: limit - len(answer)] + answer
+            elif len(kept) + len(question) + len(answer) <= limit:
+                kept += question + answer
+        return kept
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, as `stream` gives it piece by piece."""

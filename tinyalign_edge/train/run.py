@@ -164,7 +164,7 @@ class _Run:
         if memory.kind == "none":
             return None
         limit = memory.value_tokens
-        ids = [self.prompt.memory_ids(row.memory_question, row.memory_text, limit) for row in self.rows]
+        ids = [self.prompt.memory_ids(row.memory_turns, limit) for row in self.rows]
         return Values(ids, seen.pooled[: len(self.rows)])
 
     def _examples(
@@ -227,7 +227,7 @@ class _Run:
             write_bank(
                 self.out / MEMORY,
                 keys,
-                [Record(row.memory_text, row.memory_question, row.id) for row in self.rows],
+                [Record(first.answer, first.question, row.id) for row in self.rows for first in row.memory_turns[:1]],
                 fingerprint=config.memory.fingerprint,
                 vocab_size=self.language.model.config.vocab_size,
                 token_ids=None if latents is not None else values.token_ids,
