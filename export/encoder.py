@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.fold import fold_constants
+from tinyalign_edge.export.fuse import fuse
 from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.towers import patch_features
 
-OPSET = 18
+OPSET = 20
 
 
 class _Eye(nn.Module):
-    """`pixel_values` (B, 3, height, width) -> `visual_tokens` (B, N, D) and `key` (B, key_dim)."""
+    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D) and `key` (1, key_dim)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class _Eye(nn.Module):
 
 
 def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """The float32 graph, constants folded for the checkpoint's image size; the batch size is free.
+    """The float32 graph for one picture of the checkpoint's image size, attention fused.
 
     Raises:
         UnsupportedError: an encoder that optimum does not know; the message lists those it does.
@@ -52,8 +53,10 @@ def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:
         path = Path(folder) / "encoder.onnx"
         export(eye, config, path, opset=OPSET, input_shapes={"height": image.height, "width": image.width})
         graph = onnx.load(path)
-    _fix_image_size(graph, image.height, image.width)
-    return fold_constants(graph)
+    _fix_shape(graph, image.height, image.width)
+    graph = fold_constants(graph)
+    fuse(graph)
+    return graph
 
 
 def _config(eye: _Eye) -> Any:
@@ -88,8 +91,8 @@ class _quiet(warnings.catch_warnings):  # noqa: N801
         logging.getLogger("optimum").setLevel(logging.ERROR)
 
 
-def _fix_image_size(graph: onnx.ModelProto, height: int, width: int) -> None:
-    sizes = graph.graph.input[0].type.tensor_type.shape.dim
-    sizes[0].dim_param = "B"
-    for dim, size in zip(list(sizes)[1:], (3, height, width), strict=True):
-        dim.dim_value = size
+def _fix_shape(graph: onnx.ModelProto, height: int, width: int) -> None:
+    """One picture of one size: then every shape is known, and what depends on shapes alone is folded."""
+    for value, known in ((graph.graph.input[0], (1, 3, height, width)), *((out, (1,)) for out in graph.graph.output)):
+        for dim, size in zip(value.type.tensor_type.shape.dim, known, strict=False):
+            dim.dim_value = size
