@@ -6,7 +6,7 @@ leaves out shows. The tests and the table of `docs/models.md` are made from the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +22,54 @@ SQUARE = {"height": SIDE, "width": SIDE}
 
 @dataclass(frozen=True)
 class TinyEncoder:
-    """How one kind is made: transformers' classes by name, what differs from the common sizes, and what it shows."""
+    """How one kind is made: transformers' classes by name, what it shows, what differs from the common sizes."""
 
     model: str
     config: str
     processor: str
     features: str
     attentions: int = LAYERS  # attention blocks that the exporter fuses
-    changes: tuple[tuple[str, Any], ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)
     two_towers: bool = False  # the folder holds a text tower too
 
 
+SIGLIP, CLIP, BIT = "SiglipImageProcessor", "CLIPImageProcessor", "BitImageProcessor"
 ENCODERS: dict[str, TinyEncoder] = {
     "siglip": TinyEncoder(
-        "SiglipVisionModel", "SiglipVisionConfig", "SiglipImageProcessor", "no class token, attention pooling left out"
+        "SiglipVisionModel", "SiglipVisionConfig", SIGLIP, "no class token; its attention pooling left out"
     ),
     "siglip, both towers": TinyEncoder(
-        "SiglipModel", "SiglipConfig", "SiglipImageProcessor", "the vision half of a whole SigLIP or SigLIP 2 checkpoint",
-        two_towers=True,
-    ),  # fmt: skip
-    "clip": TinyEncoder(
-        "CLIPVisionModel", "CLIPVisionConfig", "CLIPImageProcessor", "class token left out, QuickGelu, center crop"
+        "SiglipModel", "SiglipConfig", SIGLIP, "vision half of a whole SigLIP or SigLIP 2 checkpoint", two_towers=True
     ),
+    "clip": TinyEncoder("CLIPVisionModel", "CLIPVisionConfig", CLIP, "class token left out, QuickGelu, center crop"),
     "clip, both towers": TinyEncoder(
-        "CLIPModel", "CLIPConfig", "CLIPImageProcessor", "the vision half of a whole CLIP checkpoint", two_towers=True
+        "CLIPModel", "CLIPConfig", CLIP, "vision half of a whole CLIP checkpoint", two_towers=True
     ),
-    "dinov2": TinyEncoder(
-        "Dinov2Model", "Dinov2Config", "BitImageProcessor", "class token left out, layer scale, interpolated positions"
-    ),
+    "dinov2": TinyEncoder("Dinov2Model", "Dinov2Config", BIT, "class token left out, layer scale"),
     "dinov2, SwiGLU": TinyEncoder(
-        "Dinov2Model", "Dinov2Config", "BitImageProcessor", "the gated MLP of the giant size",
-        changes=(("use_swiglu_ffn", True),),
-    ),  # fmt: skip
+        "Dinov2Model", "Dinov2Config", BIT, "the gated MLP of the giant size", changes={"use_swiglu_ffn": True}
+    ),
     "dinov2 with registers": TinyEncoder(
-        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "BitImageProcessor",
-        "class and register tokens left out",
-    ),  # fmt: skip
-    "vit": TinyEncoder("ViTModel", "ViTConfig", "ViTImageProcessor", "class token left out, its pooler too"),
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", BIT, "class and register tokens left out"
+    ),
+    "vit": TinyEncoder("ViTModel", "ViTConfig", "ViTImageProcessor", "class token and pooler left out"),
     "mobilenet_v2": TinyEncoder(
-        "MobileNetV2Model", "MobileNetV2Config", "MobileNetV2ImageProcessor", "convolutions, depthwise ones in float32",
-        attentions=0, changes=(("depth_multiplier", 0.35), ("finegrained_output", False)),
-    ),  # fmt: skip
+        "MobileNetV2Model",
+        "MobileNetV2Config",
+        "MobileNetV2ImageProcessor",
+        "convolutions, the depthwise ones in float32",
+        attentions=0,
+        changes={"depth_multiplier": 0.35, "finegrained_output": False},
+    ),
     "convnext": TinyEncoder(
-        "ConvNextModel", "ConvNextConfig", "ConvNextImageProcessor", "convolutions and per-pixel products, layer scale",
-        attentions=0, changes=(("depths", (1, 1, 2, 1)), ("hidden_sizes", (16, 24, 32, 48))),
-    ),  # fmt: skip
-}  # fmt: skip
+        "ConvNextModel",
+        "ConvNextConfig",
+        "ConvNextImageProcessor",
+        "convolutions and products a pixel, layer scale",
+        attentions=0,
+        changes={"depths": (1, 1, 2, 1), "hidden_sizes": (16, 24, 32, 48), "patch_size": 4},
+    ),
+}
 
 
 def save_encoder(name: str, folder: Path) -> None:
@@ -81,11 +83,17 @@ def save_encoder(name: str, folder: Path) -> None:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "image_size": SIDE,
-        "patch_size": 4 if name == "convnext" else PATCH,
-        **dict(tiny.changes),
+        "patch_size": PATCH,
+        **tiny.changes,
     }
     kind = getattr(hf, tiny.config)
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
     config = kind(vision_config=sizes, text_config=text, projection_dim=32) if tiny.two_towers else kind(**sizes)
     model = getattr(hf, tiny.model)(config)
     randomise(model)
@@ -94,7 +102,7 @@ def save_encoder(name: str, folder: Path) -> None:
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights that all matter, drawn from torch's generator: matrices that keep the scale, norms and biases that show."""
+    """Weights that all matter: matrices that keep the scale of what they read, norms and biases that show."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim < 2:
