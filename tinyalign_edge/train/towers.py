@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig, file_sha256
 from tinyalign_edge.errors import InputError, UnsupportedError
@@ -94,7 +94,7 @@ def image_settings(path: str, side: int | None = None) -> ImageConfig:
         InputError: no image processor in the folder, or one that cannot be read.
         UnsupportedError: a processor that `preprocess` cannot follow.
     """
-    _must_exist(path, VISION)
+    _load_config(path, VISION)  # says what is wrong with the whole folder
     if find_file(path, PROCESSOR) is None:
         raise InputError(f"{VISION} {path}: has no {PROCESSOR}; save it with the image processor's save_pretrained")
     image = image_config(_load(AutoImageProcessor, path, VISION, use_fast=False).to_dict())
@@ -235,7 +235,7 @@ def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
     if kind.__name__.startswith("Auto"):
         options["trust_remote_code"] = False
     told = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong is said in one line, below or by the caller
+    logging.set_verbosity(CRITICAL)  # what is wrong is said in one line, below or by the caller
     try:
         return kind.from_pretrained(path, **options)
     except (
@@ -282,7 +282,8 @@ def _ref(path: str, config: Any) -> TowerRef:
 
 def _folder(path: str) -> Path:
     """The folder of a tower that has been loaded: its own, or the hub's cache."""
-    return Path(path) if Path(path).is_dir() else Path(cached_file(path, CONFIG)).parent
+    config = find_file(path, CONFIG)
+    return config.parent if config else Path(path)
 
 
 def _licence(folder: Path) -> str:
