@@ -101,7 +101,7 @@ def segmenter(folder: Path) -> None:
     swin = hf.SwinConfig(image_size=32, embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4)
     swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
     detr = hf.DetrConfig(d_model=16, decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=1)
-    config = hf.MaskFormerConfig(backbone_config=swin, decoder_config=detr, fpn_feature_size=16, mask_feature_size=16)
+    config = hf.MaskFormerConfig(backbone_config=swin, decoder_config=detr, fpn_feature_size=32, mask_feature_size=32)
     hf.MaskFormerModel(config).save_pretrained(folder)
 
 

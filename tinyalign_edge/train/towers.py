@@ -32,9 +32,8 @@ from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE
 from tinyalign_edge.train.settings import TowerRef
 from tinyalign_edge.train.weights import (
     CONFIG,
+    check_belonging,
     check_kind,
-    check_layers,
-    check_shapes,
     check_weights,
     find_file,
     missing_weight,
@@ -80,7 +79,6 @@ def load_vision(path: str, *, image: ImageConfig | None = None) -> VisionTower:
     if hasattr(config, "vision_config"):  # CLIP, SigLIP: the vision half, which has a class of its own
         config = config.vision_config
     image = image or image_settings(path)
-    check_weights(path, VISION)
     model, info = _load_model(_vision_class(config), path, VISION, config=config)
     model.eval().requires_grad_(False)
     grid = _probe(model, image, info["missing_keys"], path)
@@ -183,7 +181,6 @@ def load_language(path: str) -> LanguageTower:
         )
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
-    check_weights(path, LANGUAGE)
     model, info = _load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32)
     weights = model.state_dict()
     for name in info["missing_keys"]:
@@ -223,11 +220,11 @@ def _load_config(path: str, what: str) -> Any:
 
 
 def _load_model(kind: Any, path: str, what: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model with transformers' loading info: weights that `config.json` says otherwise are refused."""
+    """The model with transformers' loading info; damaged weights, and those that are not of its config, are refused."""
+    held = check_weights(path, what)
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(kind, path, what, **options)
-    check_shapes(info, what, path)
-    check_layers(model, info, what, path)
+    check_belonging(model, info, held, what, path)
     return model, info
 
 

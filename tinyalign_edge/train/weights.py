@@ -17,6 +17,8 @@ from transformers.utils.hub import cached_file
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import InputError, UnsupportedError
 
+Shapes = dict[str, tuple[int, ...]]
+
 CONFIG = "config.json"
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -51,12 +53,13 @@ def check_kind(path: str, what: str) -> None:
     )
 
 
-def check_weights(path: str, what: str) -> None:
-    """Read every tensor of the safetensors files once, one at a time.
+def check_weights(path: str, what: str) -> Shapes:
+    """Read every tensor of the safetensors files once, one at a time; returns their shapes.
 
     Raises:
         InputError: a file is missing, cut short or damaged, or a weight is not finite; the message names it.
     """
+    shapes: Shapes = {}
     for file, names in _weight_files(path, what).items():
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -64,7 +67,9 @@ def check_weights(path: str, what: str) -> None:
                 if lost := sorted(names - set(held)):
                     raise InputError(f"{what} {path}: {file.name} lacks {lost[0]!r}, which {INDEX} says it holds")
                 for name in held:
-                    if not _finite(tensors.get_tensor(name)):
+                    tensor = tensors.get_tensor(name)
+                    shapes[name] = tuple(tensor.shape)
+                    if not _finite(tensor):
                         raise InputError(
                             f"{what} {path}: weight {name!r} in {file.name} holds NaN or infinity; fetch it again"
                         )
@@ -72,6 +77,7 @@ def check_weights(path: str, what: str) -> None:
             raise InputError(
                 f"{what} {path}: {file.name} is damaged or cut short ({_line(error)}); fetch it again"
             ) from None
+    return shapes
 
 
 def _weight_files(path: str, what: str) -> dict[Path, set[str]]:
@@ -106,27 +112,27 @@ def _finite(tensor: Tensor) -> bool:
     return bool(least.isfinite() and most.isfinite())  # NaN comes through as both
 
 
-def check_shapes(info: Mapping[str, Any], what: str, path: str) -> None:
-    """Refuse weights of other shapes than `config.json` says; `info` is transformers' loading info.
+def check_belonging(model: nn.Module, info: Mapping[str, Any], held: Shapes, what: str, path: str) -> None:
+    """Refuse weights of other shapes or of more layers than `config.json` says.
+
+    Heads and towers that are not used may be there.
+
+    Args:
+        info: transformers' loading info.
+        held: as `check_weights` returns it.
 
     Raises:
-        InputError: names the weight and both shapes.
-    """
-    for name, held, wanted in sorted(info["mismatched_keys"]):
-        raise InputError(
-            f"{what} {path}: weight {name!r} has shape {tuple(held)}, {CONFIG} says {tuple(wanted)}; "
-            "they do not belong together"
-        )
-
-
-def check_layers(model: nn.Module, info: Mapping[str, Any], what: str, path: str) -> None:
-    """Refuse weights of more layers than `config.json` says; heads and towers that are not used may be there.
-
-    Raises:
-        InputError: names the weight that has no place.
+        InputError: names the weight that does not belong, and its shapes or that it has no place.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = {_numberless(name) for name in model.state_dict()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(info["mismatched_keys"]):
+        found = held.get(name) or held.get(prefix + name) or held.get(name.removeprefix(prefix))
+        raise InputError(
+            f"{what} {path}: weight {name!r} has shape {found}, {CONFIG} says {wanted[name]}; "
+            "they do not belong together"
+        )
+    known = {_numberless(name) for name in wanted}
     for name in sorted(info["unexpected_keys"]):
         if _numberless(name) in known or _numberless(name.removeprefix(prefix)) in known:
             raise InputError(
