@@ -116,6 +116,8 @@ def _probe(model: nn.Module, image: ImageConfig, missing: Iterable[str], path: s
     try:
         with torch.inference_mode():
             features = patch_features(model, torch.zeros(1, 3, image.height, image.width))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{VISION} {path}: {error}") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedError(
             f"{VISION} {path}: {type(model).__name__} cannot encode a picture of {image.height} x {image.width} "
@@ -137,22 +139,20 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     output = model(pixel_values=pixel_values, **_interpolation(model, pixel_values))
     hidden = getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
-        raise UnsupportedError(
-            f"vision encoder {type(model).__name__}: gives no last_hidden_state; use an encoder that does"
-        )
+        raise UnsupportedError(f"{type(model).__name__} gives no last_hidden_state; use an encoder that does")
     if hidden.ndim == 4:  # (B, C, H, W)
         return hidden.permute(0, 2, 3, 1)
     batch, tokens, channels = hidden.shape
     patch = getattr(getattr(model, "config", None), "patch_size", None)
     if patch and (pixel_values.shape[2] % patch or pixel_values.shape[3] % patch):
         raise UnsupportedError(
-            f"vision encoder {type(model).__name__}: {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels do not "
-            f"divide into patches of {patch}; choose a multiple"
+            f"{pixel_values.shape[2]} x {pixel_values.shape[3]} pixels do not divide into patches of {patch}; "
+            "choose a multiple"
         )
     height = pixel_values.shape[2] // patch if patch else round(tokens**0.5)
     width = pixel_values.shape[3] // patch if patch else round(tokens**0.5)
     if height * width > tokens:
-        raise UnsupportedError(f"vision encoder {type(model).__name__}: {tokens} tokens do not fill {height} x {width}")
+        raise UnsupportedError(f"{type(model).__name__}: {tokens} tokens do not fill {height} x {width}")
     patches = hidden[:, tokens - height * width :]  # class and register tokens come first
     return patches.reshape(batch, height, width, channels)
 
