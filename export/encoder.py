@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from optimum.exporters.onnx import export
 from optimum.exporters.tasks import TasksManager
 from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
 
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.fold import fold_constants
+from tinyalign_edge.export.fuse import fuse
 from tinyalign_edge.train.checkpoint import Checkpoint
-from tinyalign_edge.train.towers import patch_features
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.towers import INTERPOLATE, VisionTower, patch_features
 
-OPSET = 18
+OPSET = 20  # the first in which Gelu is one operator
+ALIKE = {"dinov2_with_registers": "dinov2"}  # kinds that optimum does not name and traces all the same
+TESTED = "siglip, clip, dinov2, dinov2_with_registers, vit, mobilenet_v2, convnext"
 
 
 class _Eye(nn.Module):
-    """`pixel_values` (B, 3, height, width) -> `visual_tokens` (B, N, D) and `key` (B, key_dim)."""
+    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D) and `key` (1, key_dim)."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, vision: nn.Module, model: AlignModel) -> None:
         super().__init__()
-        self.config: Any = checkpoint.vision.model.config
-        self.vision = checkpoint.vision.model
-        self.pooling = nn.Buffer(checkpoint.model.pooling)
-        self.connector = checkpoint.model.connector
-        self.key = checkpoint.model.key
+        self.config: Any = vision.config
+        self.vision = vision
+        self.pooling = nn.Buffer(model.pooling)
+        self.connector = model.connector
+        self.key = model.key
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         grid = patch_features(self.vision, pixel_values)
@@ -40,56 +49,104 @@ class _Eye(nn.Module):
 
 
 def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """The float32 graph, constants folded for the checkpoint's image size; the batch size is free.
+    """The float32 graph of a checkpoint's encoder, as `trace_encoder` gives it."""
+    return trace_encoder(checkpoint.vision, checkpoint.model)
+
+
+def trace_encoder(tower: VisionTower, model: AlignModel) -> onnx.ModelProto:
+    """The float32 graph for one picture of the tower's image size, attention fused.
 
     Raises:
-        UnsupportedError: an encoder that optimum does not know; the message lists those it does.
+        UnsupportedError: an encoder that optimum does not know or cannot trace; the message lists those it does.
     """
-    eye = _Eye(checkpoint).eval()
-    image = checkpoint.config.image
-    config = _config(eye)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    eye = _Eye(tower.model, model).eval()
+    image = tower.image
+    config = _config(eye, image.height, image.width)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _fixed_positions(eye.vision, image.height, image.width):
         path = Path(folder) / "encoder.onnx"
-        export(eye, config, path, opset=OPSET, input_shapes={"height": image.height, "width": image.width})
-        graph = onnx.load(path)
-    _fix_image_size(graph, image.height, image.width)
-    return fold_constants(graph)
-
-
-def _config(eye: _Eye) -> Any:
-    """optimum's description of the encoder, with our outputs in place of its own."""
-    kind = str(eye.config.model_type)
-    try:
-        constructor = TasksManager.get_exporter_config_constructor(
-            "onnx", model_type=kind.replace("_", "-"), task="feature-extraction", library_name="transformers"
-        )
-    except (KeyError, ValueError):
         try:
-            constructor = TasksManager.get_exporter_config_constructor(
-                "onnx", model_type=kind, task="feature-extraction", library_name="transformers"
-            )
-        except (KeyError, ValueError) as error:
+            export(eye, config, path, opset=OPSET)
+        except (OnnxExporterError, RuntimeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedError(
-                f"vision encoder of type {kind!r}: optimum has no ONNX export for it ({error})"
+                f"vision encoder of type {eye.config.model_type!r}: cannot be traced ({reason}); tested: {TESTED}"
             ) from None
-    config = constructor(eye.config)
+        graph = onnx.load(path)
+    _fix_shape(graph, image.height, image.width)
+    graph = fold_constants(graph)
+    fuse(graph)
+    return graph
+
+
+@contextmanager
+def _fixed_positions(vision: nn.Module, height: int, width: int) -> Iterator[None]:
+    """Positions interpolated by torch stand in the graph as constants: not every interpolation has an ONNX operator."""
+    modules: list[Any] = [module for module in vision.modules() if hasattr(module, INTERPOLATE)]
+    kept: dict[int, Tensor] = {}
+
+    def recorded(place: int, interpolate: Any) -> Any:
+        def call(*args: Any) -> Tensor:
+            if place not in kept:
+                kept[place] = interpolate(*args)
+            return kept[place]
+
+        return call
+
+    for place, module in enumerate(modules):
+        module.interpolate_pos_encoding = recorded(place, module.interpolate_pos_encoding)
+    try:
+        with torch.no_grad():
+            patch_features(vision, torch.zeros(1, 3, height, width))
+        yield
+    finally:
+        for module in modules:
+            del module.interpolate_pos_encoding
+
+
+def _config(eye: _Eye, height: int, width: int) -> Any:
+    """optimum's description of the encoder, with our input and outputs in place of its own."""
+    config = _constructor(str(eye.config.model_type))(eye.config)
     outputs = OrderedDict(visual_tokens={0: "B"}, key={0: "B"})
+    pixels = torch.zeros(1, 3, height, width)  # optimum's own would have the size of the encoder's configuration
+    ours = {
+        "outputs": property(lambda _: outputs),
+        "generate_dummy_inputs": lambda *_, **__: {"pixel_values": pixels},
+    }
     described = type(config)
-    config.__class__ = type(described.__name__, (described,), {"outputs": property(lambda _: outputs)})
+    config.__class__ = type(described.__name__, (described,), ours)
     return config
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801
-    """Keeps the tracer's warnings about fixed sizes, which are meant, from the reader."""
+def _constructor(kind: str) -> Any:
+    known = ALIKE.get(kind, kind)
+    for name in (known.replace("_", "-"), known):  # optimum writes both
+        try:
+            return TasksManager.get_exporter_config_constructor(
+                "onnx", model_type=name, task="feature-extraction", library_name="transformers"
+            )
+        except (KeyError, ValueError):
+            continue
+    raise UnsupportedError(f"vision encoder of type {kind!r}: optimum has no ONNX export for it; tested: {TESTED}")
 
-    def __enter__(self) -> None:
-        super().__enter__()
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the reader what the tracer says of fixed sizes, which are meant, and its dumps of graphs."""
+    loggers = [logging.getLogger(name) for name in ("optimum", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.getLogger("optimum").setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def _fix_image_size(graph: onnx.ModelProto, height: int, width: int) -> None:
-    sizes = graph.graph.input[0].type.tensor_type.shape.dim
-    sizes[0].dim_param = "B"
-    for dim, size in zip(list(sizes)[1:], (3, height, width), strict=True):
-        dim.dim_value = size
+def _fix_shape(graph: onnx.ModelProto, height: int, width: int) -> None:
+    """One picture of one size: then every shape is known, and what depends on shapes alone is folded."""
+    for value, known in ((graph.graph.input[0], (1, 3, height, width)), *((out, (1,)) for out in graph.graph.output)):
+        for dim, size in zip(value.type.tensor_type.shape.dim, known, strict=False):
+            dim.dim_value = size

@@ -13,6 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.onnx_ml_pb2 import GraphProto, NodeProto, TensorProto
 
+from tinyalign_edge.export.fuse import fold_biases
 from tinyalign_edge.export.graph import MICROSOFT
 from tinyalign_edge.export.product import quantize_rows
 
@@ -37,6 +38,7 @@ def quantize_encoder(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    fold_biases(graph)
     _drop_unused(graph)
     if not any(opset.domain == MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))

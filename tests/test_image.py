@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import shared
 from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.errors import InputError, UnsupportedError
-from tinyalign_edge.image import image_config, open_image, preprocess
+from tinyalign_edge.image import image_config, open_image, preprocess, resized
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -78,6 +78,24 @@ def test_pixels_equal_the_hugging_face_processor_bit_for_bit(kind: str) -> None:
     for path in sorted(shared("data", "caltech101", "images").glob("*.jpg"))[::400]:
         expected = processor(images=Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(preprocess(open_image(path), config), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("side", [32, 400])
+def test_convnext_pictures_lose_their_margin_unless_they_are_large(side: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": side})
+    expected = processor(images=noise(90, 70), return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(preprocess(noise(90, 70), image_config(processor.to_dict())), expected)
+
+
+def test_another_size_keeps_the_share_that_is_cropped_away() -> None:
+    config = ImageConfig(224, 224, "bilinear", resize="shortest_edge", resize_to=256, center_crop=True)
+    larger = resized(config, 448)
+    assert (larger.height, larger.width, larger.resize_to) == (448, 448, 512)
+    assert resized(config, 224) == config
+    with pytest.raises(UnsupportedError, match="takes 8 x 8 pixels as they come, not 16"):
+        resized(ImageConfig(8, 8, "bilinear", resize="none"), 16)
 
 
 def test_a_long_thin_picture_is_refused_before_it_is_blown_up() -> None:

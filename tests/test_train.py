@@ -161,6 +161,19 @@ def test_convolutional_encoders_train_too(world: Path, towers: Path, tmp_path: P
     assert checkpoint.config.connector.visual_tokens == 1
 
 
+def test_a_chosen_image_size_holds_in_training_and_export(world: Path, towers: Path, tmp_path: Path) -> None:
+    from tinyalign_edge.export.encoder import encoder_graph
+
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", steps=1, image_size=48))
+    assert (checkpoint.config.image.height, checkpoint.config.image.width) == (48, 48)
+    assert checkpoint.config.connector.grid_height == 6
+    dims = encoder_graph(checkpoint).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [1, 3, 48, 48]
+    with pytest.raises(InputError, match=r"50 x 50 pixels do not divide into patches of 8"):
+        train_tiny(world, towers, tmp_path / "wrong", image_size=50)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_pooling_averages_each_cell() -> None:
     grid = torch.arange(16.0).reshape(4, 4)
     assert (pooling_matrix(4, 4, 4) @ grid.flatten()).tolist() == [2.5, 4.5, 10.5, 12.5]

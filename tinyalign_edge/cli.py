@@ -53,6 +53,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak; warmed up, then cosine.")] = 1e-3,
     visual_tokens: Annotated[int, typer.Option(help="Tokens a picture is pooled to.")] = 16,
     neighbours: Annotated[int, typer.Option("-k", "--neighbours", help="Memory entries read for a picture.")] = 4,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not the encoder's own size.")] = None,
     key_grid: Annotated[int, typer.Option(help="Keys see N x N regions of a picture; 1: one mean.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the split, the order and the weights.")] = 0,
@@ -72,6 +73,7 @@ def train(
         visual_tokens=visual_tokens,
         k=neighbours,
         key_grid=key_grid,
+        image_size=image_size,
         device=_one_of("--device", device, "auto", "cpu", "cuda"),
         seed=seed,
     )

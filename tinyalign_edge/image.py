@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +23,7 @@ ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+CONVNEXT_UNCROPPED = 384  # from this side on, its processor does not crop
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -105,7 +107,7 @@ def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def image_config(processor: dict[str, Any]) -> ImageConfig:
-    """Read the fields of a Hugging Face `preprocessor_config.json`.
+    """Read the settings of a Hugging Face image processor, its `to_dict()`.
 
     Raises:
         UnsupportedError: a kind of resizing or padding that `preprocess` does not do.
@@ -118,6 +120,9 @@ def image_config(processor: dict[str, Any]) -> ImageConfig:
         )
     do_resize, do_crop = processor.get("do_resize", True), bool(processor.get("do_center_crop", False))
     resize: Literal["exact", "shortest_edge", "none"]
+    if str(processor.get("image_processor_type")).startswith("ConvNext"):
+        size, crop = _convnext_sizes(size["shortest_edge"], processor["crop_pct"])
+        do_crop = bool(crop)
     if "shortest_edge" in size:
         resize, side = "shortest_edge", size["shortest_edge"]
         target = {"height": side, "width": side}
@@ -143,3 +148,25 @@ def image_config(processor: dict[str, Any]) -> ImageConfig:
         mean=tuple(float(x) for x in processor["image_mean"]) if normalise else (0.0, 0.0, 0.0),
         std=tuple(float(x) for x in processor["image_std"]) if normalise else (1.0, 1.0, 1.0),
     )
+
+
+def _convnext_sizes(side: int, share: float) -> tuple[dict[str, int], dict[str, int]]:
+    """`size` and `crop_size` of a ConvNeXT processor: small pictures lose their margin, large ones are squeezed."""
+    square = {"height": side, "width": side}
+    return (square, {}) if side >= CONVNEXT_UNCROPPED else ({"shortest_edge": int(side / share)}, square)
+
+
+def resized(config: ImageConfig, side: int) -> ImageConfig:
+    """The same preprocessing to `side` x `side` pixels; what is cropped away keeps its share.
+
+    Raises:
+        UnsupportedError: a processor that does not resize.
+    """
+    if (config.height, config.width) == (side, side):
+        return config
+    if config.resize == "none":
+        raise UnsupportedError(
+            f"image processor: takes {config.height} x {config.width} pixels as they come, not {side}"
+        )
+    shortest = round(config.resize_to * side / min(config.height, config.width))
+    return replace(config, height=side, width=side, resize_to=shortest)

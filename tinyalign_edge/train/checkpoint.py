@@ -70,7 +70,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'"
         )
     config = read_versioned(CheckpointConfig, folder / CONFIG, newest=SCHEMA_VERSION)
-    vision, language = load_vision(config.vision.path), load_language(config.language.path)
+    vision = load_vision(config.vision.path, image=config.image)
+    language = load_language(config.language.path)
     _same_tower(config.vision, vision.ref)
     _same_tower(config.language, language.ref)
     model = AlignModel(language.model, config.connector, config.memory)

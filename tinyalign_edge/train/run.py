@@ -36,7 +36,7 @@ from tinyalign_edge.train.settings import (
     MemorySettings,
     TrainSettings,
 )
-from tinyalign_edge.train.towers import LanguageTower, VisionTower, load_language, load_vision
+from tinyalign_edge.train.towers import LanguageTower, VisionTower, image_settings, load_language, load_vision
 
 STATE = "state"
 RUN = "run.json"
@@ -59,6 +59,7 @@ class TrainOptions:
     visual_tokens: int = 16
     k: int = 4
     key_grid: int = 1
+    image_size: int | None = None  # pixels a side; None: what the encoder's image processor says
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     eval_every: int = 50
@@ -95,7 +96,8 @@ def train(
     rows = read_rows(data, images)
     training_rows, held_out_rows = _split(rows, options)
     torch.manual_seed(options.seed)
-    eye, tongue = load_vision(vision), load_language(lm)
+    eye = load_vision(vision, image=image_settings(vision, options.image_size))
+    tongue = load_language(lm)
     run = _Run(out, options, training_rows, held_out_rows, eye, tongue, device)
     settings = _train_settings(options, data, images, len(training_rows), device)
     return run.execute(settings, resume=resume, label=label)
@@ -255,7 +257,7 @@ def encode_values(model: AlignModel, values: Values, batch: int = 64) -> npt.NDA
 def _check(options: TrainOptions) -> None:
     if not 0 < options.fraction <= 1:
         raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
-    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid"):
+    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid", "image_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             option = "neighbours" if name == "k" else name.replace("_", "-")

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.hub import cached_file
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.utils import logging
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig, file_sha256
-from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import InputError, UnsupportedError
-from tinyalign_edge.image import image_config
+from tinyalign_edge.image import image_config, resized
 from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE
 from tinyalign_edge.train.settings import TowerRef
+from tinyalign_edge.train.weights import (
+    CONFIG,
+    check_belonging,
+    check_kind,
+    check_weights,
+    find_file,
+    missing_weight,
+)
+
+VISION, LANGUAGE = "vision encoder", "language model"
+PROCESSOR = "preprocessor_config.json"
+INTERPOLATE = "interpolate_pos_encoding"
 
 
 @dataclass(frozen=True)
@@ -43,22 +64,39 @@ class LanguageTower:
     ref: TowerRef
 
 
-def load_vision(path: str) -> VisionTower:
-    """Load a vision encoder and its image processor's settings.
+def load_vision(path: str, *, image: ImageConfig | None = None) -> VisionTower:
+    """Load a vision encoder. Of a checkpoint of two towers the vision half is taken.
+
+    Args:
+        path: folder or hub id.
+        image: what the encoder shall see; by default `image_settings(path)`.
 
     Raises:
-        InputError: the path or hub id cannot be read, or a part of it is missing.
-        UnsupportedError: a model without patch features.
+        InputError: the path or hub id cannot be read, or a part of it is missing or damaged.
+        UnsupportedError: a model without patch features, or one that does not take pictures of that size.
     """
-    config = _load(AutoConfig, path, "vision encoder")
+    config = _load_config(path, VISION)
     if hasattr(config, "vision_config"):  # CLIP, SigLIP: the vision half, which has a class of its own
         config = config.vision_config
-    model = _load(_vision_class(config), path, "vision encoder", config=config)
-    image = image_config(read_json(_file(path, "preprocessor_config.json", "vision encoder")))
+    image = image or image_settings(path)
+    model, info = _load_model(_vision_class(config), path, VISION, config=config)
     model.eval().requires_grad_(False)
-    with torch.inference_mode():
-        probe = patch_features(model, torch.zeros(1, 3, image.height, image.width))
-    return VisionTower(model, image, (probe.shape[1], probe.shape[2], probe.shape[3]), _ref(path, config))
+    grid = _probe(model, image, info["missing_keys"], path)
+    return VisionTower(model, image, grid, _ref(path, config))
+
+
+def image_settings(path: str, side: int | None = None) -> ImageConfig:
+    """Preprocessing as the encoder's image processor does it, to `side` x `side` pixels if that is given.
+
+    Raises:
+        InputError: no image processor in the folder, or one that cannot be read.
+        UnsupportedError: a processor that `preprocess` cannot follow.
+    """
+    _load_config(path, VISION)  # says what is wrong with the whole folder
+    if find_file(path, PROCESSOR) is None:
+        raise InputError(f"{VISION} {path}: has no {PROCESSOR}; save it with the image processor's save_pretrained")
+    image = image_config(_load(AutoImageProcessor, path, VISION, use_fast=False).to_dict())
+    return image if side is None else resized(image, side)
 
 
 def _vision_class(config: Any) -> Any:
@@ -66,24 +104,66 @@ def _vision_class(config: Any) -> Any:
     return MODEL_MAPPING.get(type(config), None) or AutoModel
 
 
+def _probe(model: nn.Module, image: ImageConfig, missing: Iterable[str], path: str) -> tuple[int, int, int]:
+    """Height, width and channels of the patch features, found by encoding one picture.
+
+    Weights that the files do not hold are NaN meanwhile: those of a pooler that is not used do not show.
+    """
+    weights = dict(model.named_parameters())
+    absent = [name for name in missing if name in weights]
+    for name in absent:
+        weights[name].fill_(torch.nan)
+    try:
+        with torch.inference_mode():
+            features = patch_features(model, torch.zeros(1, 3, image.height, image.width))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{VISION} {path}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"{VISION} {path}: {type(model).__name__} cannot encode a picture of {image.height} x {image.width} "
+            f"({_first_line(error)})"
+        ) from None
+    if absent and features.isnan().any():
+        raise missing_weight(absent[0], tuple(weights[absent[0]].shape), VISION, path)
+    return (features.shape[1], features.shape[2], features.shape[3])
+
+
 def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Features of the encoder as a grid (B, height, width, C), whatever its kind: ViT-like or convolutional."""
-    output = model(pixel_values=pixel_values)
+    """Features of the encoder as a grid (B, height, width, C), whatever its kind: ViT-like or convolutional.
+
+    Class and register tokens are left out.
+
+    Raises:
+        UnsupportedError: the encoder gives no patch features, or the picture does not divide into its patches.
+    """
+    output = model(pixel_values=pixel_values, **_interpolation(model, pixel_values))
     hidden = getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
-        raise UnsupportedError(
-            f"vision encoder {type(model).__name__}: gives no last_hidden_state; use an encoder that does"
-        )
+        raise UnsupportedError(f"{type(model).__name__} gives no last_hidden_state; use an encoder that does")
     if hidden.ndim == 4:  # (B, C, H, W)
         return hidden.permute(0, 2, 3, 1)
     batch, tokens, channels = hidden.shape
     patch = getattr(getattr(model, "config", None), "patch_size", None)
+    if patch and (pixel_values.shape[2] % patch or pixel_values.shape[3] % patch):
+        raise UnsupportedError(
+            f"{pixel_values.shape[2]} x {pixel_values.shape[3]} pixels do not divide into patches of {patch}; "
+            "choose a multiple"
+        )
     height = pixel_values.shape[2] // patch if patch else round(tokens**0.5)
     width = pixel_values.shape[3] // patch if patch else round(tokens**0.5)
     if height * width > tokens:
-        raise UnsupportedError(f"vision encoder {type(model).__name__}: {tokens} tokens do not fill {height} x {width}")
+        raise UnsupportedError(f"{type(model).__name__}: {tokens} tokens do not fill {height} x {width}")
     patches = hidden[:, tokens - height * width :]  # class and register tokens come first
     return patches.reshape(batch, height, width, channels)
+
+
+def _interpolation(model: nn.Module, pixel_values: Tensor) -> dict[str, bool]:
+    """Asks an encoder for interpolated positions, where it has to be asked and the picture is not of its own size."""
+    own = getattr(getattr(model, "config", None), "image_size", None)
+    sizes = (own, own) if isinstance(own, int) else tuple(own or ())
+    if tuple(pixel_values.shape[2:]) == sizes or INTERPOLATE not in inspect.signature(model.forward).parameters:
+        return {}
+    return {INTERPOLATE: True}
 
 
 def load_language(path: str) -> LanguageTower:
@@ -92,10 +172,8 @@ def load_language(path: str) -> LanguageTower:
     Raises:
         InputError: the path or hub id cannot be read, or a part of it is missing.
     """
-    config = _load(AutoConfig, path, "language model")
-    model = _load(AutoModelForCausalLM, path, "language model", dtype=torch.float32)
-    model.eval().requires_grad_(False)
-    tokenizer = _load(AutoTokenizer, path, "language model", use_fast=True)
+    config = _load_config(path, LANGUAGE)
+    tokenizer = _load(AutoTokenizer, path, LANGUAGE, use_fast=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
@@ -103,6 +181,11 @@ def load_language(path: str) -> LanguageTower:
         )
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
+    model, info = _load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32)
+    weights = model.state_dict()
+    for name in info["missing_keys"]:
+        raise missing_weight(name, tuple(weights[name].shape), LANGUAGE, path)
+    model.eval().requires_grad_(False)
     backend.no_truncation()
     backend.no_padding()
     prompt = PromptConfig(
@@ -130,13 +213,27 @@ def _eos_ids(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
+def _load_config(path: str, what: str) -> Any:
     _must_exist(path, what)
-    if kind not in (AutoConfig, AutoTokenizer):
-        options["use_safetensors"] = True
+    check_kind(path, what)
+    return _load(AutoConfig, path, what)
+
+
+def _load_model(kind: Any, path: str, what: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model with transformers' loading info; damaged weights, and those that are not of its config, are refused."""
+    held = check_weights(path, what)
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(kind, path, what, **options)
+    check_belonging(model, info, held, what, path)
+    return model, info
+
+
+def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
+    if kind.__name__.startswith("Auto"):
+        options["trust_remote_code"] = False
+    told = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)  # what is wrong is said in one line, below or by the caller
     try:
-        if kind in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):
-            options["trust_remote_code"] = False
         return kind.from_pretrained(path, **options)
     except (
         OSError,
@@ -148,13 +245,18 @@ def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
         ImportError,
         SafetensorError,
     ) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = (
             "check the folder"
             if Path(path).is_dir()
             else "no such folder, and the hub could not give it; check the name and the network"
         )
-        raise InputError(f"{what} {path}: cannot be loaded ({first}); {hint}") from None
+        raise InputError(f"{what} {path}: cannot be loaded ({_first_line(error)}); {hint}") from None
+    finally:
+        logging.set_verbosity(told)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _must_exist(path: str, what: str) -> None:
@@ -166,18 +268,8 @@ def _must_exist(path: str, what: str) -> None:
         )
 
 
-def _file(path: str, name: str, what: str) -> Path:
-    try:
-        found = cached_file(path, name)
-    except OSError:
-        found = None
-    if found is None:
-        raise InputError(f"{what} {path}: has no {name}; save it with the image processor's save_pretrained")
-    return Path(found)
-
-
 def _ref(path: str, config: Any) -> TowerRef:
-    folder = _file(path, "config.json", "tower").parent
+    folder = _folder(path)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(bytes.fromhex(file_sha256(file)))
@@ -185,9 +277,15 @@ def _ref(path: str, config: Any) -> TowerRef:
     return TowerRef(where, digest.hexdigest(), str(config.model_type), _licence(folder))
 
 
+def _folder(path: str) -> Path:
+    """The folder of a tower that has been loaded: its own, or the hub's cache."""
+    config = find_file(path, CONFIG)
+    return config.parent if config else Path(path)
+
+
 def _licence(folder: Path) -> str:
     """The licence that config.json or the model card's front matter names."""
-    named = json.loads((folder / "config.json").read_text("utf-8")).get("license")
+    named = json.loads((folder / CONFIG).read_text("utf-8")).get("license")
     card = folder / "README.md"
     if not named and card.is_file():
         lines = card.read_text("utf-8", errors="replace").splitlines()[:60]
