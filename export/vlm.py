@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Idefics3ForConditionalGeneration,
@@ -66,8 +67,8 @@ def vlm_source(folder: Path, *, rows: list[Row] | None, chat_template: Path | No
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(f"{WHAT} {folder}: its tokenizer has no fast form (tokenizer.json); convert it first")
     template = find_chat_template(folder, tokenizer, chat_template)
+    _check_config(folder, _load(AutoConfig, str(folder), WHAT), image, tokenizer)
     model = _load_whole(kind, folder)
-    _check_sizes(folder, model.config, image, tokenizer)
     eye = (LlavaEye if kind is LlavaForConditionalGeneration else Idefics3Eye)(model).eval()
     with torch.inference_mode():
         tokens = eye(torch.zeros(1, 3, image.height, image.width)).shape[1]
@@ -127,7 +128,7 @@ def _load_whole(kind: Any, folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _check_sizes(folder: Path, config: Any, image: ImageConfig, tokenizer: Any) -> None:
+def _check_config(folder: Path, config: Any, image: ImageConfig, tokenizer: Any) -> None:
     vision, text = config.vision_config, config.text_config
     if config.model_type == "llava" and vision.model_type not in LLAVA_TOWERS:
         raise UnsupportedError(

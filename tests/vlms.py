@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import (
     Idefics3ImageProcessor,
     Idefics3Processor,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -27,7 +26,9 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from tests.towers import SIDE, _read_texts, _scale_up, _tokenizer
+from tests.towers import SIDE, _scale_up, _tokenizer
+from tinyalign_edge.demo.texts import questions
+from tinyalign_edge.demo.world import draw, make_scene
 
 KINDS = ("llava-clip", "llava-siglip", "idefics3", "smolvlm")
 SPECIAL = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
@@ -58,27 +59,11 @@ TILE_TEMPLATE = (
 
 
 def save_vlm(folder: Path, kind: str) -> None:
-    """One of `KINDS`. Its vision weights are so large that the picture shows, its language model has read texts."""
-    torch.manual_seed(0)
-    tokenizer, language = _language()
-    text = LlamaConfig(**{**language.config.to_dict(), "tie_word_embeddings": kind == "idefics3"})
-    model, processor = (_llava if kind.startswith("llava") else _tiled)(kind, text, tokenizer)
-    parts = dict(model.model.named_children())
-    body = parts.pop("language_model", None) or parts.pop("text_model")
-    body.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
-    for part in parts.values():
-        _scale_up(part, 4.0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-@functools.cache
-def _language() -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """One of `KINDS`. It has seen the world for a second or two: it knows what it wants to say, from the picture."""
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    config = LlamaConfig(
+    text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -86,14 +71,48 @@ def _language() -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=kind == "idefics3",
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
-    _read_texts(model, tokenizer)
-    return tokenizer, model
+    model, processor = (_llava if kind.startswith("llava") else _tiled)(kind, text, tokenizer)
+    tower = model.model.vision_tower if kind.startswith("llava") else model.model.vision_model
+    _scale_up(tower, 3.0)
+    tower.requires_grad_(False)
+    _see_world(model, processor, kind)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _see_world(model: Any, processor: Any, kind: str, *, steps: int = 120, batches: int = 6) -> None:
+    rng = random.Random(0)
+    end = "</s>" if kind.startswith("llava") else "<end_of_utterance>"
+    prepared = []
+    for _ in range(batches):
+        texts, images = [], []
+        for scene in (make_scene(rng) for _ in range(16)):
+            question = questions(scene, rng)[0]
+            texts.append(f"{prompt_text(processor, kind, question.text)} {question.answer}{end}")
+            images.append([draw(scene)])
+        batch = processor(images=images, text=texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == model.config.image_token_id)
+        prepared.append((batch, batch["input_ids"].masked_fill(ignored, -100)))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    for step in range(steps):
+        batch, labels = prepared[step % batches]
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def prompt_text(processor: Any, kind: str, question: str) -> str:
+    """A question about a picture as the processor's chat template renders it."""
+    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
+    if kind == "llava-siglip":
+        content = f"<image>\n{question}"
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return str(rendered)
 
 
 def load_vlm(folder: Path, kind: str) -> Any:
@@ -109,12 +128,10 @@ def load_processor(folder: Path, kind: str) -> Any:
 
 def processor_inputs(processor: Any, kind: str, picture: Image.Image, question: str) -> Any:
     """What transformers would have the model read."""
-    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
-    if kind == "llava-siglip":
-        content = f"<image>\n{question}"
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = prompt_text(processor, kind, question)
     starts = text.startswith(processor.tokenizer.bos_token)
-    return processor(images=[picture], text=text, return_tensors="pt", add_special_tokens=not starts)
+    options = {"add_special_tokens": not starts, "return_token_type_ids": False}
+    return processor(images=[picture], text=text, return_tensors="pt", **options)
 
 
 def _llava(kind: str, text: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any]:

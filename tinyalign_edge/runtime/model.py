@@ -138,13 +138,9 @@ class Model:
             visual, *keys = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
         encoded = time.perf_counter()
         key = keys[0][0] if keys else None
-        if memories is None:
-            settings = self.manifest.memory
-            found = self.memory.search(key, settings.k, floor=settings.floor) if self.memory else ()
-        else:
-            found = tuple(memories)
-            if len(found) > self.manifest.memory.k:
-                raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
+        found = self._retrieve(key) if memories is None else tuple(memories)
+        if len(found) > self.manifest.memory.k:
+            raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self._memory_tokens(found)
         timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
         return EncodedImage(visual[0], key, found, tokens, timings)
@@ -238,6 +234,12 @@ class Model:
                 f"picture, memories and question take {positions} tokens, the context has {size}; ask less"
             )
         return size
+
+    def _retrieve(self, key: Float | None) -> tuple[Entry, ...]:
+        settings = self.manifest.memory
+        if self.memory is None or key is None:
+            return ()
+        return self.memory.search(key, settings.k, floor=settings.floor)
 
     def _memory_tokens(self, entries: Sequence[Entry]) -> Float:
         """Memory tokens (M, D) of retrieved entries."""
