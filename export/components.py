@@ -68,7 +68,7 @@ def write_bundle(parts: Components, folder: Path, *, precision: Precision, name:
         tokenizer_file=TOKENIZER_FILE,
         probe_file="",
         gate=None,
-        licences=source.licences,
+        licences={part: tower.licence for part, tower in source.towers.items()},
         tool_versions=tool_versions(),
     )
 

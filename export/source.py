@@ -18,6 +18,7 @@ from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
 from tinyalign_edge.train.samples import HELD_OUT, read_samples
+from tinyalign_edge.train.settings import TowerRef
 
 MAX_SAMPLES = 256
 
@@ -61,7 +62,7 @@ class Source:
     tokenizer_json: str
     visual_tokens: int
     key_dim: int  # 0: there is no retrieval key
-    licences: dict[str, str]
+    towers: dict[str, TowerRef]  # by what they are in the bundle: where they come from, and their licences
     reference: Reference
     rows: Callable[[Path], list[Row]]  # given an empty folder that lasts as long as they do
     encoder: Callable[[], onnx.ModelProto]  # the float32 graph, as `VisionBlock` says
@@ -84,7 +85,7 @@ def checkpoint_source(folder: Path) -> Source:
         tokenizer_json=(folder / TOKENIZER).read_text("utf-8"),
         visual_tokens=config.connector.visual_tokens,
         key_dim=config.memory.key_dim,
-        licences={"vision": config.vision.licence, "language": config.language.licence},
+        towers={"vision": config.vision, "language": config.language},
         reference=TorchAnswerer(checkpoint),
         rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
         encoder=lambda: encoder_graph(checkpoint),

@@ -30,7 +30,7 @@ from tinyalign_edge.export.vlm_reference import VlmReference
 from tinyalign_edge.export.vlm_samples import drawn_questions
 from tinyalign_edge.image import image_config, tile_config
 from tinyalign_edge.prompt import Prompt
-from tinyalign_edge.train.towers import _licence, _load
+from tinyalign_edge.train.towers import _load, _ref
 
 WHAT = "vision-language model"
 LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -82,7 +82,7 @@ def vlm_source(folder: Path, *, rows: list[Row] | None, chat_template: Path | No
         tokenizer_json=backend.to_str(),
         visual_tokens=tokens,
         key_dim=0,
-        licences={"model": _licence(folder)},
+        towers={"model": _ref(str(folder), model.config)},
         reference=reference,
         rows=lambda scratch: drawn_questions(scratch, reference) if rows is None else rows,
         encoder=lambda: vision_graph(eye, image),

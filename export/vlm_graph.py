@@ -17,7 +17,7 @@ from tinyalign_edge.export.fold import fold_constants
 
 
 class LlavaEye(nn.Module):
-    """`pixel_values` (B, 3, height, width) -> `visual_tokens` (B, N, D): chosen layers, the projector."""
+    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D): chosen layers, the projector."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class LlavaEye(nn.Module):
 
 
 class Idefics3Eye(nn.Module):
-    """`pixel_values` (B, 3, side, side) -> `visual_tokens` (B, N, D) of one full tile.
+    """`pixel_values` (1, 3, side, side) -> `visual_tokens` (1, N, D) of one full tile.
 
     The tower works out the position of each patch from a mask of the picture; a full tile always has the same, which
     are asked for once.
@@ -66,8 +66,8 @@ class Idefics3Eye(nn.Module):
 
 
 def vision_graph(eye: nn.Module, image: ImageConfig) -> onnx.ModelProto:
-    """The float32 graph, constants folded for the picture's size; the batch size is free."""
-    example = torch.zeros(2, 3, image.height, image.width)
+    """The float32 graph for one picture of the model's size, constants folded."""
+    example = torch.zeros(1, 3, image.height, image.width)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # the tracer's, about sizes that become constants: they are meant to
         path = Path(folder) / "encoder.onnx"
@@ -79,10 +79,5 @@ def vision_graph(eye: nn.Module, image: ImageConfig) -> onnx.ModelProto:
             dynamo=False,
             input_names=["pixel_values"],
             output_names=["visual_tokens"],
-            dynamic_axes={"pixel_values": {0: "B"}, "visual_tokens": {0: "B"}},
         )
-        graph = fold_constants(onnx.load(path))
-        sizes = graph.graph.output[0].type.tensor_type.shape.dim
-        for dim, size in zip(list(sizes)[1:], eye(example).shape[1:], strict=True):  # the tracer may not know them
-            dim.dim_value = size
-    return graph
+        return fold_constants(onnx.load(path))

@@ -29,7 +29,7 @@ from tinyalign_edge.runtime.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-QUESTIONS = ("What colour is the circle?", "How many objects are there?", " Is it  <image> red? ")
+QUESTIONS = ("What colour is the circle?", "How many objects are there?", "zz", " Is it  <image> red? ")
 MAX_NEW_TOKENS = 24
 
 
@@ -99,11 +99,11 @@ def test_the_fp32_bundle_says_what_transformers_generates(
     vlms: Path, fp32: dict[str, Path], world: Path, kind: str
 ) -> None:
     processor, torch_side = load_processor(vlms / kind, kind), load_vlm(vlms / kind, kind)
-    first_logits, texts = [], set()
+    first_logits = []
     with ta.load(fp32[kind]) as model:
         for picture in pictures(world):
             image = model.encode(picture)
-            for question in QUESTIONS[:2]:
+            for question in QUESTIONS[:3]:
                 inputs = processor_inputs(processor, kind, picture, question)
                 out = torch_side.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
                 expected = processor.tokenizer.decode(
@@ -113,14 +113,13 @@ def test_the_fp32_bundle_says_what_transformers_generates(
                 )
                 answer = model.ask(image, question, max_new_tokens=MAX_NEW_TOKENS)
                 assert answer.text.strip() == expected.strip()
-                texts.add(answer.text)
             logits, _ = model.answer_logits(image, QUESTIONS[0], "red")
             with torch.inference_mode():
                 own = torch_side(**processor_inputs(processor, kind, picture, QUESTIONS[0])).logits[0, -1].numpy()
             np.testing.assert_allclose(logits[0], own, atol=1e-4 * np.abs(own).max())
             first_logits.append(logits[0])
-    assert len(texts) > 2
-    assert all(np.abs(logits - first_logits[0]).max() > 0.1 for logits in first_logits[1:])  # the picture matters
+    apart = [np.abs(logits - first_logits[0]).max() for logits in first_logits[1:]]
+    assert min(apart) > 1e-3 * np.abs(own).max(), "the picture matters, ten times more than the tolerance above"
 
 
 @pytest.mark.parametrize("kind", KINDS)

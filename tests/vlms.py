@@ -85,7 +85,7 @@ def save_vlm(folder: Path, kind: str) -> None:
     processor.save_pretrained(folder)
 
 
-def _see_world(model: Any, processor: Any, kind: str, *, steps: int = 120, batches: int = 6) -> None:
+def _see_world(model: Any, processor: Any, kind: str, *, steps: int = 80, batches: int = 4) -> None:
     rng = random.Random(0)
     end = "</s>" if kind.startswith("llava") else "<end_of_utterance>"
     prepared = []

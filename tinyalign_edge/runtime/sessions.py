@@ -37,13 +37,14 @@ def open_session(path: Path, *, threads: int | None = None, spinning: bool = Tru
 
 
 def check_shapes(session: ort.InferenceSession, expected: Mapping[str, list[int]], path: Path) -> None:
-    """Compare every input and output of a graph, and their fixed sizes, with what the manifest says.
+    """Compare every input and output of a graph, and their fixed sizes but a batch of one, with what the manifest says.
 
     Raises:
         BundleError: a name is missing or too many, or a size differs.
     """
     values = (*session.get_inputs(), *session.get_outputs())
-    found = {value.name: [size for size in value.shape if isinstance(size, int)] for value in values}
+    shapes = {value.name: value.shape[1:] if value.shape[:1] == [1] else value.shape for value in values}
+    found = {name: [size for size in shape if isinstance(size, int)] for name, shape in shapes.items()}
     if found != expected:
         name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
         raise BundleError(f"{path}: {name!r} has sizes {found.get(name)}, the manifest says {expected.get(name)}")
