@@ -117,7 +117,8 @@ def _image(folder: Path, kind: Any) -> ImageConfig:
 
 def _load_whole(kind: Any, folder: Path) -> Any:
     """The model in float32; every weight must come from the folder, and every weight there must be used."""
-    model, found = _load(kind, str(folder), WHAT, dtype=torch.float32, output_loading_info=True)
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, found = _load(kind, str(folder), WHAT, **options)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{WHAT} {folder}: weight {missing[0]!r} is missing; save the whole model again")
     unused = [name for name in found["unexpected_keys"] if not name.endswith(HARMLESS)]

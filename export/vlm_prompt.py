@@ -26,7 +26,7 @@ def find_chat_template(folder: Path, tokenizer: Any, given: Path | None) -> str:
         return _read_text(given)
     for name in ("chat_template.json", "processor_config.json"):  # transformers reads them in this order, too
         stored = read_json(folder / name) if (folder / name).is_file() else {}
-        if isinstance(stored.get("chat_template"), str):
+        if isinstance(stored, dict) and isinstance(stored.get("chat_template"), str):
             return str(stored["chat_template"])
         if name == "chat_template.json" and (folder / "chat_template.jinja").is_file():
             return _read_text(folder / "chat_template.jinja")
@@ -55,7 +55,7 @@ def fit_prompt(folder: Path, template: str, tokenizer: Any, model: Any, *, visua
         eos_token_ids=_eos_ids(folder, model, tokenizer),
         max_context_tokens=int(model.config.text_config.max_position_embeddings),
     )
-    picture = _picture(model, tokenizer)
+    picture = _picture(folder, model, tokenizer)
     for content in ("parts", "text"):
         config = replace(config, picture=replace(picture, content=content))
         try:
@@ -90,11 +90,15 @@ def processor_ids(config: PromptConfig, tokenizer: Any, question: str, visual_to
     return ids
 
 
-def _picture(model: Any, tokenizer: Any) -> PictureInTemplate:
+def _picture(folder: Path, model: Any, tokenizer: Any) -> PictureInTemplate:
     marker = str(tokenizer.convert_ids_to_tokens(model.config.image_token_id))
     if model.config.model_type == "llava":
         return PictureInTemplate(marker)
     around = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
+    if around not in tokenizer.get_vocab():
+        raise InputError(
+            f"{folder}: its tokenizer has no token {around!r}; save it with the processor's save_pretrained"
+        )
     tile = getattr(tokenizer, "global_image_token", "<global-img>")
     return PictureInTemplate(marker, before=around + tile, after=around)
 

@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tinyalign_edge as ta
 from tests.vlms import KINDS, load_processor, load_vlm, processor_inputs, save_vlm
 from tinyalign_edge.bundle import PictureInTemplate, PromptConfig, open_bundle
-from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
-from tinyalign_edge.export import vlm_samples
+from tinyalign_edge.errors import BundleError, GateError, InputError, UnsupportedError
+from tinyalign_edge.export import vlm, vlm_samples
 from tinyalign_edge.export.run import export
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.prompt import Prompt, load_tokenizer
@@ -137,6 +137,26 @@ def test_the_int8_bundle_passes_the_gate_and_verifies(vlms: Path, world: Path, t
         image = model.encode(pictures(world)[0])
         assert image.key is None
         assert image.memories == ()
+
+
+@pytest.mark.parametrize(("kind", "eye"), [("llava-clip", "LlavaEye"), ("idefics3", "Idefics3Eye")])
+def test_a_graph_that_is_not_the_models_is_caught(
+    vlms: Path, tmp_path: Path, few: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, eye: str
+) -> None:
+    right = getattr(vlm, eye)
+
+    def wrong(model: Any) -> Any:
+        made = right(model)
+        if kind == "llava-clip":
+            made.layers = [-1]  # the model reads the one before the last
+        else:
+            made.positions = made.tower.embeddings.position_embedding.weight[None]  # transformers' differ by rounding
+        return made
+
+    monkeypatch.setattr(vlm, eye, wrong)
+    with pytest.raises(GateError, match="fp32 logit error"):
+        export(vlms / kind, tmp_path / "b", precision="fp32", **few)
+    assert not (tmp_path / "b").exists()
 
 
 def test_without_samples_drawn_pictures_are_used(
