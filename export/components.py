@@ -26,7 +26,8 @@ from tinyalign_edge.config import write_json
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.quantize import quantize_encoder
-from tinyalign_edge.train.checkpoint import MEMORY, TOKENIZER, Checkpoint
+from tinyalign_edge.export.source import Source
+from tinyalign_edge.train.checkpoint import MEMORY, Checkpoint
 
 ENCODER_FILE = "encoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -37,37 +38,37 @@ TOOLS = ("onnx", "onnxruntime", "optimum-onnx", "torch", "transformers", "usearc
 class Components:
     """Graphs that do not depend on the precision, made once for both."""
 
-    checkpoint: Checkpoint
+    source: Source
     encoder: onnx.ModelProto  # float32
 
 
 def write_bundle(parts: Components, folder: Path, *, precision: Precision, name: str) -> Manifest:
     """Write a whole bundle but the probe and the gate's result into the empty `folder`; returns its manifest."""
-    checkpoint = parts.checkpoint
-    config, language = checkpoint.config, checkpoint.language.model
+    source, language = parts.source, parts.source.language
     encoder = quantize_encoder(parts.encoder) if precision == "int8" else parts.encoder
     (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString(deterministic=True))
     weights = {name: tensor.numpy() for name, tensor in language.state_dict().items()}
     decoder = export_decoder(language.config, weights, folder, precision=precision)
-    shutil.copyfile(checkpoint.folder / TOKENIZER, folder / TOKENIZER_FILE)
+    (folder / TOKENIZER_FILE).write_text(source.tokenizer_json, "utf-8")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
-        image=config.image,
-        prompt=config.prompt,
+        image=source.image,
+        prompt=source.prompt,
         generation=GenerationConfig(),
         vision=VisionBlock(
             file=ENCODER_FILE,
             precision=precision,
-            visual_tokens=config.connector.visual_tokens,
-            key_dim=config.memory.key_dim,
+            visual_tokens=source.visual_tokens,
+            key_dim=source.key_dim,
+            outputs=("visual_tokens", "key") if source.key_dim else ("visual_tokens",),
         ),
         decoder=decoder,
-        memory=_memory(checkpoint, folder, precision),
+        memory=_memory(source.checkpoint, folder, precision),
         tokenizer_file=TOKENIZER_FILE,
         probe_file="",
         gate=None,
-        licences={"vision": config.vision.licence, "language": config.language.licence},
+        licences={part: tower.licence for part, tower in source.towers.items()},
         tool_versions=tool_versions(),
     )
 
@@ -84,10 +85,10 @@ def tool_versions() -> dict[str, str]:
     return {"tinyalign-edge": tinyalign_edge.__version__, **{t: importlib.metadata.version(t) for t in TOOLS}}
 
 
-def _memory(checkpoint: Checkpoint, folder: Path, precision: Precision) -> MemoryBlock:
-    settings, connector = checkpoint.config.memory, checkpoint.model.memory_connector
-    if connector is None:
+def _memory(checkpoint: Checkpoint | None, folder: Path, precision: Precision) -> MemoryBlock:
+    if checkpoint is None or checkpoint.model.memory_connector is None:
         return MemoryBlock(kind="none")
+    settings, connector = checkpoint.config.memory, checkpoint.model.memory_connector
     shutil.copytree(checkpoint.folder / MEMORY, folder / MEMORY_DIR)
     return MemoryBlock(
         kind=settings.kind,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,12 @@ from tinyalign_edge.bundle import GateResult, Precision
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
-from tinyalign_edge.memory import Entry
+from tinyalign_edge.export.source import MAX_SAMPLES, Reference
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model
-from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.batches import Example
 
 Floats = npt.NDArray[np.floating]
 
-MAX_SAMPLES = 256
 FP32_MAX_LOGIT_ERROR = 1e-3
 INT8_MAX_KL = 0.005
 INT8_MIN_AGREEMENT = 0.97
@@ -46,7 +44,7 @@ class _Tally:
 
 
 def run_gate(
-    torch_side: TorchAnswerer, fp32: Model, exported: Model, rows: Sequence[Row], *, precision: Precision
+    torch_side: Reference, fp32: Model, exported: Model, rows: Sequence[Row], *, precision: Precision
 ) -> GateResult:
     """Compare on the first question of each row.
 
@@ -70,10 +68,8 @@ def run_gate(
     return result
 
 
-def _compare(
-    tally: _Tally, torch_side: TorchAnswerer, fp32: Model, exported: Model, row: Row, example: Example
-) -> None:
-    memories = _entries(torch_side, example)
+def _compare(tally: _Tally, torch_side: Reference, fp32: Model, exported: Model, row: Row, example: Any) -> None:
+    memories = torch_side.memories(example)
     question, answer = row.turns[0].question, row.turns[0].answer
     reference = torch_side.logits(example)  # (A, V)
     own, ids = fp32.answer_logits(fp32.encode(row.path, memories=memories), question, answer)
@@ -86,12 +82,6 @@ def _compare(
     at = np.arange(len(ids))
     tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
     tally.cosine += _row_cosines(torch_side.visual_tokens(example), image.visual_tokens).tolist()
-
-
-def _entries(torch_side: TorchAnswerer, example: Example) -> tuple[Entry, ...]:
-    bank = torch_side.checkpoint.bank
-    pairs = zip(example.neighbours, example.similarity, strict=True)
-    return tuple(bank.entry(row, similarity) for row, similarity in pairs) if bank else ()
 
 
 def _result(tally: _Tally, answers: int) -> GateResult:

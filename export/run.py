@@ -1,61 +1,77 @@
-"""`export`: from a checkpoint to a proved bundle."""
+"""`export`: from a checkpoint or a whole vision-language model to a proved bundle."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from tinyalign_edge.bundle import MANIFEST, Manifest, Precision
-from tinyalign_edge.data import Row
+from tinyalign_edge.data import read_rows
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.architecture import read_architecture
 from tinyalign_edge.export.components import Components, seal, write_bundle
-from tinyalign_edge.export.encoder import encoder_graph
-from tinyalign_edge.export.gate import MAX_SAMPLES, run_gate
+from tinyalign_edge.export.gate import run_gate
+from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
+from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.model import Model, load
 from tinyalign_edge.runtime.probe import PROBE_FILE, make_probe, write_probe
-from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.checkpoint import SAMPLES, Checkpoint, load_checkpoint
-from tinyalign_edge.train.samples import HELD_OUT, read_samples
 
 
-def export(checkpoint_folder: Path, out: Path, *, precision: Precision = "int8") -> Manifest:
-    """Write the bundle `out`, once it has been compared with torch on the checkpoint's held-out samples.
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    precision: Precision = "int8",
+    calibration: Path | None = None,
+    images: Path | None = None,
+    chat_template: Path | None = None,
+) -> Manifest:
+    """Write the bundle `out`, once it has been compared with torch on sample pictures and questions.
 
     An existing bundle at `out` is replaced, its memory too, and only when the new one is whole.
 
+    Args:
+        folder: a checkpoint, whose held-out samples are used, or a vision-language model in Hugging Face format.
+        calibration: conversations to compare a vision-language model on, their pictures below `images`; without them
+            drawn pictures are used.
+        chat_template: a Jinja template to use in place of the vision-language model's own.
+
     Raises:
-        InputError: not a checkpoint, or `out` cannot be written.
-        UnsupportedError: a language model or encoder that cannot be exported.
+        InputError: neither a checkpoint nor a model, samples that cannot be read, or `out` cannot be written.
+        UnsupportedError: a language model, encoder or whole model that cannot be exported.
         GateError: the exported files do not compute what torch computes; nothing was written.
     """
-    checkpoint = load_checkpoint(checkpoint_folder)
-    read_architecture(checkpoint.language.model.config)  # refuse an unknown family before any long work
-    rows = sample_questions(checkpoint)
-    with whole_folder(out, marker=MANIFEST) as folder, tempfile.TemporaryDirectory() as scratch:
-        parts = Components(checkpoint, encoder_graph(checkpoint))
-        fp32 = _open(parts, Path(scratch), precision="fp32")
-        manifest = write_bundle(parts, folder, precision=precision, name=out.name)
-        exported = _reopen(manifest, folder)
-        gate = run_gate(TorchAnswerer(checkpoint), fp32, exported, rows, precision=precision)
-        write_probe(folder, make_probe(exported))
+    source = _open_source(folder, calibration, images, chat_template)
+    read_architecture(source.language.config)  # refuse an unknown family before any long work
+    with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
+        rows = source.rows(_subfolder(scratch, "samples"))
+        parts = Components(source, source.encoder())
+        fp32 = _open(parts, _subfolder(scratch, "fp32"), precision="fp32")
+        manifest = write_bundle(parts, target, precision=precision, name=out.name)
+        exported = _reopen(manifest, target)
+        gate = run_gate(source.reference, fp32, exported, rows, precision=precision)
+        write_probe(target, make_probe(exported))
         exported.close()
         fp32.close()
-        return seal(manifest, folder, probe_file=PROBE_FILE, gate=gate)
+        return seal(manifest, target, probe_file=PROBE_FILE, gate=gate)
 
 
-def sample_questions(checkpoint: Checkpoint) -> list[Row]:
-    """Held-out samples for the gate: one question a picture first, more of each until there are enough."""
-    rows = read_samples(checkpoint.folder / SAMPLES, HELD_OUT)
-    most = max((len(row.turns) for row in rows), default=0)
-    single = [replace(row, turns=(row.turns[i],)) for i in range(most) for row in rows if i < len(row.turns)]
-    if len(rows) >= MAX_SAMPLES:  # a mix of all turns, not the first ones only
-        turn = np.random.default_rng(0).integers(0, most, len(rows))
-        single = [replace(row, turns=(row.turns[i % len(row.turns)],)) for i, row in zip(turn, rows, strict=True)]
-    return single[:MAX_SAMPLES]
+def _open_source(folder: Path, calibration: Path | None, images: Path | None, chat_template: Path | None) -> Source:
+    if (calibration is None) != (images is None):
+        raise InputError("--calibration and --images: give both, a conversation file and the folder of its pictures")
+    if is_whole_model(folder):
+        rows = sample_questions(read_rows(calibration, images)) if calibration and images else None
+        return vlm_source(folder, rows=rows, chat_template=chat_template)
+    if calibration or chat_template:
+        raise InputError(f"{folder}: --calibration and --chat-template are for whole vision-language models")
+    return checkpoint_source(folder)
+
+
+def _subfolder(scratch: str, name: str) -> Path:
+    folder = Path(scratch) / name
+    folder.mkdir()
+    return folder
 
 
 def _open(parts: Components, folder: Path, *, precision: Precision) -> Model:

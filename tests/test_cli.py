@@ -207,3 +207,21 @@ def test_an_unknown_language_model_type_is_refused_with_the_list_of_known_ones(
     checkpoint = train_tiny(world, tmp_path / "towers", tmp_path / "checkpoint", steps=1)
     fails(run("export", checkpoint, "--out", tmp_path / "bundle"), 2, "'gpt2' is not supported; known: 'llama'")
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_model_exports_and_answers(run, tmp_path: Path, world: Path) -> None:  # type: ignore[no-untyped-def]
+    from tests.vlms import save_vlm
+
+    save_vlm(tmp_path / "vlm", "idefics3")
+    samples = ("--calibration", world / "test.json", "--images", world)
+    exported = run("export", tmp_path / "vlm", "--out", tmp_path / "bundle", *samples)
+    assert exported.code == 0, exported.err
+    assert "Compared with torch" in exported.out
+    asked = run("ask", tmp_path / "bundle", PICTURE, QUESTION, "--json")
+    assert asked.json["memories"] == []
+    assert asked.json["text"]
+    assert run("verify", tmp_path / "bundle", "--json").json["probe_key_cosine"] is None
+    assert "cosine of the logits" in run("verify", tmp_path / "bundle").out
+    assert "none" in run("inspect", tmp_path / "bundle").out
+    fails(run("export", tmp_path, "--out", tmp_path / "b"), 2, "not a checkpoint")

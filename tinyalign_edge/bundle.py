@@ -36,8 +36,8 @@ class ImageConfig:
     height: int
     width: int
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-    resize: Literal["exact", "shortest_edge", "none"] = "exact"
-    resize_to: int = 0  # length of the shortest edge, for "shortest_edge"
+    resize: Literal["exact", "shortest_edge", "longest_edge", "none"] = "exact"
+    resize_to: int = 0  # length of the edge that "shortest_edge" and "longest_edge" name; the latter then squashes
     center_crop: bool = False
     rescale: float = 1 / 255
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -45,8 +45,18 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class PictureInTemplate:
+    """Where a chat template puts the picture, for models that were trained with it inside the user's message."""
+
+    marker: str  # the special token that stands for the visual tokens
+    before: str = ""  # written right before and right after the visual tokens
+    after: str = ""
+    content: Literal["parts", "text"] = "parts"  # a message's content: a list of parts, or text with the marker in it
+
+
+@dataclass(frozen=True)
 class PromptConfig:
-    """How a question becomes token ids: see `tinyalign_edge.prompt`."""
+    """How a question becomes token ids: see `tinyalign_edge.prompt`. Without `picture` it comes first."""
 
     chat_template: str
     prepend_bos: bool
@@ -54,6 +64,7 @@ class PromptConfig:
     eos_token: str
     eos_token_ids: tuple[int, ...]
     max_context_tokens: int
+    picture: PictureInTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ class GenerationConfig:
 class VisionBlock:
     """Vision encoder, connector and retrieval key in one graph.
 
-    Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32 and
-    `key` (B, key_dim) float32 of unit length.
+    Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32 and, unless
+    `key_dim` is 0, `key` (B, key_dim) float32 of unit length.
     """
 
     file: str
@@ -76,7 +87,7 @@ class VisionBlock:
     visual_tokens: int
     key_dim: int
     inputs: tuple[str, ...] = ("pixel_values",)
-    outputs: tuple[str, ...] = ("visual_tokens", "key")
+    outputs: tuple[str, ...] = ("visual_tokens", "key")  # without the key where key_dim is 0
 
 
 @dataclass(frozen=True)
@@ -202,12 +213,16 @@ def _refuse_strangers(folder: Path, files: dict[str, FileEntry]) -> None:
 def _check_values(manifest: Manifest, where: Path) -> None:
     """Numbers within bounds, so that no later step has to doubt them."""
     image, prompt, decoder, memory = manifest.image, manifest.prompt, manifest.decoder, manifest.memory
+    vision = manifest.vision
     templates = (decoder.past_key, decoder.past_value, decoder.present_key, decoder.present_value)
     within = {
         "image size": 0 < image.height <= 8192 and 0 < image.width <= 8192 and 0 <= image.resize_to <= 8192,
         "image.mean and image.std": len(image.mean) == len(image.std) == 3 and 0 not in image.std,
         "image numbers": all(abs(x) < 1e6 for x in (image.rescale, *image.mean, *image.std)),
         "prompt.eos_token_ids": 0 < len(prompt.eos_token_ids) <= 64,
+        "prompt.picture.marker": prompt.picture is None or bool(prompt.picture.marker),
+        "vision.outputs": vision.outputs == (("visual_tokens", "key") if vision.key_dim else ("visual_tokens",)),
+        "vision.key_dim": memory.kind == "none" or vision.key_dim == memory.key_dim,
         "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
         "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
         "decoder.layers": 0 < decoder.layers <= 1024,

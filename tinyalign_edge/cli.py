@@ -83,15 +83,25 @@ def train(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that 'train' wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that 'train' wrote, or a vision-language model's.")],
     out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
+    calibration: Annotated[Path | None, typer.Option(help="Conversations to compare a whole model on.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of a whole model's own.")] = None,
 ) -> None:
     """Write a bundle, proved against torch on held-out samples."""
     from tinyalign_edge.export.run import export as run
     from tinyalign_edge.report import print_gate
 
-    manifest = run(checkpoint, out, precision=_one_of("--precision", precision, "int8", "fp32"))
+    manifest = run(
+        folder,
+        out,
+        precision=_one_of("--precision", precision, "int8", "fp32"),
+        calibration=calibration,
+        images=images,
+        chat_template=chat_template,
+    )
     print_gate(manifest)
     print(f"bundle: {out}\nnext: tinyalign-edge ask {out} IMAGE QUESTION")
 

@@ -9,7 +9,7 @@ import io
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
+LARGEST_EDGE = 4096  # above it, Idefics3's processor resizes once more
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 CONVNEXT_UNCROPPED = 384  # from this side on, its processor does not crop
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -82,6 +83,9 @@ def preprocess(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.float3
         image = image.resize((config.width, config.height), resample)
     elif config.resize == "shortest_edge":
         image = image.resize(_shortest_edge_size(image.size, config.resize_to), resample)
+    elif config.resize == "longest_edge":
+        image = image.resize(_longest_edge_size(image.size, config.resize_to), resample)
+        image = image.resize((config.width, config.height), resample)
     if config.center_crop:
         image = _center_crop(image, config.width, config.height)
     if image.size != (config.width, config.height):
@@ -99,6 +103,15 @@ def _shortest_edge_size(size: tuple[int, int], shortest: int) -> tuple[int, int]
     if shortest * longest > MAX_PIXELS:
         raise InputError(f"image: {width} x {height} pixels is too long and thin for this encoder; crop it")
     return (shortest, longest) if width <= height else (longest, shortest)
+
+
+def _longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """The other edge keeps the ratio, rounded down and then up to an even number."""
+    width, height = size
+    ratio = width / height
+    other = int(longest / ratio) if width >= height else int(longest * ratio)
+    other = max(other + other % 2, 1)
+    return (longest, other) if width >= height else (other, longest)
 
 
 def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -135,18 +148,13 @@ def image_config(processor: dict[str, Any]) -> ImageConfig:
             f"image processor: size {size!r} is not supported; known: height and width, shortest_edge"
         )
     target = crop if do_crop else target
-    names = {code: name for name, code in RESAMPLE.items()}
-    normalise = processor.get("do_normalize", True)
     return ImageConfig(
         height=int(target["height"]),
         width=int(target["width"]),
-        resample=cast("Any", names[int(processor.get("resample", 2))]),
         resize=resize if do_resize else "none",
         resize_to=int(side),
         center_crop=do_crop,
-        rescale=float(processor["rescale_factor"]) if processor.get("do_rescale", True) else 1.0,
-        mean=tuple(float(x) for x in processor["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-        std=tuple(float(x) for x in processor["image_std"]) if normalise else (1.0, 1.0, 1.0),
+        **_resample_and_norm(processor, resample=2),
     )
 
 
@@ -170,3 +178,36 @@ def resized(config: ImageConfig, side: int) -> ImageConfig:
         )
     shortest = round(config.resize_to * side / min(config.height, config.width))
     return replace(config, height=side, width=side, resize_to=shortest)
+
+
+def tile_config(processor: dict[str, Any]) -> ImageConfig:
+    """Read a `preprocessor_config.json` of Idefics3 or SmolVLM as one tile: `do_image_splitting` switched off.
+
+    Raises:
+        UnsupportedError: no resizing, or sizes that are not those of a longest edge.
+    """
+    size, tile = processor.get("size") or {}, processor.get("max_image_size") or {}
+    side, edge = int(tile.get("longest_edge", 0)), int(size.get("longest_edge", 0))
+    if not processor.get("do_resize", True) or not side or not 0 < edge <= LARGEST_EDGE:
+        raise UnsupportedError(
+            f"image processor: size {size!r} with max_image_size {tile!r} is not supported; known: longest_edge in "
+            f"both, at most {LARGEST_EDGE}"
+        )
+    return ImageConfig(
+        height=side,
+        width=side,
+        resize="longest_edge",
+        resize_to=edge,
+        **_resample_and_norm(processor, resample=1),
+    )
+
+
+def _resample_and_norm(processor: dict[str, Any], *, resample: int) -> dict[str, Any]:
+    names = {code: name for name, code in RESAMPLE.items()}
+    normalise = processor.get("do_normalize", True)
+    return {
+        "resample": names[int(processor.get("resample", resample))],
+        "rescale": float(processor["rescale_factor"]) if processor.get("do_rescale", True) else 1.0,
+        "mean": tuple(float(x) for x in processor["image_mean"]) if normalise else (0.0, 0.0, 0.0),
+        "std": tuple(float(x) for x in processor["image_std"]) if normalise else (1.0, 1.0, 1.0),
+    }

@@ -4,6 +4,9 @@ The sequence the language model reads is `before | visual tokens | memory tokens
 beginning-of-text token where the model has one, `after` the rendered chat template. Picture and memories stand first,
 as a text would that the question is about, and not inside the user's message: the small frozen language models tried
 read them better there, and everything before `after` is the same for every question.
+
+A vision-language model that was trained as a whole has the picture where its own chat template puts it
+(`PromptConfig.picture`); there `before` and `after` are the parts of the rendered template around it.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from tinyalign_edge.bundle import PromptConfig
+from tinyalign_edge.bundle import PictureInTemplate, PromptConfig
 from tinyalign_edge.data import IMAGE, Turn
 from tinyalign_edge.errors import BundleError, InputError
 
@@ -44,13 +49,17 @@ class Prompt:
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        extensions = (loopcontrols, _GenerationBlock)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         try:
             self._template = environment.from_string(config.chat_template)
         except jinja2.TemplateError as error:
             raise BundleError(f"chat template: not valid ({error})") from None
+        self._marker_id = tokenizer.token_to_id(config.picture.marker) if config.picture else None
+        if config.picture and self._marker_id is None:
+            raise BundleError(f"chat template: the tokenizer has no token {config.picture.marker!r} for the picture")
 
     def question(self, question: str) -> PromptIds:
         """Token ids of a question about a picture.
@@ -58,6 +67,8 @@ class Prompt:
         Raises:
             InputError: the question is empty.
         """
+        if self.config.picture:
+            return self._around_picture(self._render(question), self.config.picture)
         after, bos = self._render(question), self.config.bos_token
         starts = bool(bos) and after.startswith(bos)
         before = bos if starts or self.config.prepend_bos else ""
@@ -97,13 +108,28 @@ class Prompt:
         """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""
         return DecodeStream(skip_special_tokens=True)
 
+    def _around_picture(self, text: str, picture: PictureInTemplate) -> PromptIds:
+        """The ids of a rendered template before and after its picture; one text, since neighbours share tokens."""
+        bos = self.config.bos_token
+        ids = self._encode(text.replace(picture.marker, picture.before + picture.marker + picture.after))
+        if ids.count(self._marker_id) != 1:
+            raise BundleError(
+                f"chat template: writes {picture.marker!r} {ids.count(self._marker_id)} times for one picture; "
+                "use a template that writes it once"
+            )
+        at = ids.index(self._marker_id)
+        starts = bool(bos) and text.startswith(bos)
+        added = self._encode(bos) if self.config.prepend_bos and not starts else ()
+        return PromptIds(added + ids[:at], ids[at + 1 :])
+
     def _render(self, question: str, answer: str | None = None) -> str:
-        question = question.replace(IMAGE, " ").strip()
+        picture = self.config.picture
+        for marker in (IMAGE, picture.marker if picture else IMAGE):
+            question = question.replace(marker, " ")
+        question = question.strip()
         if not question:
             raise InputError("question: it is empty; ask something")
-        messages = [{"role": "user", "content": question}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer.strip()})
+        messages = chat_messages(question, None if answer is None else answer.strip(), picture)
         try:
             return self._template.render(
                 messages=messages,
@@ -116,6 +142,27 @@ class Prompt:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def chat_messages(question: str, answer: str | None, picture: PictureInTemplate | None) -> list[dict[str, Any]]:
+    """What a chat template is given: a user's message and, unless it is to be generated, the assistant's."""
+    contents: list[Any] = [question] if answer is None else [question, answer]
+    if picture and picture.content == "text":
+        contents[0] = f"{picture.marker}\n{question}"
+    elif picture:
+        contents = [[{"type": "text", "text": text}] for text in contents]
+        contents[0].insert(0, {"type": "image"})
+    return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=False)]
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}`, which marks the assistant's words for training, changes nothing that is written."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

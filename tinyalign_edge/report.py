@@ -13,6 +13,7 @@ from rich.text import Text
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.runtime.model import Answer
+from tinyalign_edge.runtime.probe import ProbeResult
 from tinyalign_edge.runtime.verify import Verified
 
 
@@ -80,10 +81,7 @@ def print_verified(verified: Verified) -> None:
         [
             ("files", f"{verified.files} as the manifest says, {megabytes(verified.bytes)}"),
             ("memory", f"{verified.memory_entries} entries"),
-            (
-                "probe",
-                f"cosine of the key {verified.probe_key_cosine:.6f}, of the logits {verified.probe_logits_cosine:.6f}",
-            ),
+            ("probe", f"{ProbeResult(verified.probe_key_cosine, verified.probe_logits_cosine)}"),
             ("bundle.json", f"SHA-256 {verified.manifest_sha256}"),
         ],
         title="The bundle is whole and this machine computes what the exporter saw",

@@ -28,7 +28,7 @@ class EncodedImage:
     """A picture as the language model reads it, with the memories retrieved for it; ask it any number of questions."""
 
     visual_tokens: Float  # (N, D)
-    key: Float  # (key_dim,), unit length
+    key: Float | None  # (key_dim,), unit length; None where the bundle has no retrieval key
     memories: tuple[Entry, ...]
     memory_tokens: Float  # (M, D)
     timings_ms: dict[str, float]
@@ -100,8 +100,8 @@ class Model:
         shapes = {
             "pixel_values": [3, image.height, image.width],
             "visual_tokens": [vision.visual_tokens, manifest.decoder.width],
-            "key": [vision.key_dim],
         }
+        shapes |= {"key": [vision.key_dim]} if vision.key_dim else {}
         check_shapes(self._vision, shapes, folder / vision.file)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
         self._connector: Any = None
@@ -135,18 +135,15 @@ class Model:
         started = time.perf_counter()
         pixels = preprocess(open_image(image), self.manifest.image)
         with onnxruntime_errors(self.folder / self.manifest.vision.file):
-            visual, key = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
+            visual, *keys = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
         encoded = time.perf_counter()
-        if memories is None:
-            settings = self.manifest.memory
-            found = self.memory.search(key[0], settings.k, floor=settings.floor) if self.memory else ()
-        else:
-            found = tuple(memories)
-            if len(found) > self.manifest.memory.k:
-                raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
+        key = keys[0][0] if keys else None
+        found = self._retrieve(key) if memories is None else tuple(memories)
+        if len(found) > self.manifest.memory.k:
+            raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self._memory_tokens(found)
         timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
-        return EncodedImage(visual[0], key[0], found, tokens, timings)
+        return EncodedImage(visual[0], key, found, tokens, timings)
 
     def ask(self, image: ImageLike | EncodedImage, question: str, *, max_new_tokens: int | None = None) -> Answer:
         """Answer a question about a picture, greedily.
@@ -237,6 +234,12 @@ class Model:
                 f"picture, memories and question take {positions} tokens, the context has {size}; ask less"
             )
         return size
+
+    def _retrieve(self, key: Float | None) -> tuple[Entry, ...]:
+        settings = self.manifest.memory
+        if self.memory is None or key is None:
+            return ()
+        return self.memory.search(key, settings.k, floor=settings.floor)
 
     def _memory_tokens(self, entries: Sequence[Entry]) -> Float:
         """Memory tokens (M, D) of retrieved entries."""

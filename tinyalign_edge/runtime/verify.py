@@ -19,7 +19,7 @@ class Verified:
     files: int
     bytes: int
     memory_entries: int
-    probe_key_cosine: float
+    probe_key_cosine: float | None  # None where the bundle has no retrieval key
     probe_logits_cosine: float
 
 
@@ -37,8 +37,8 @@ def verify(path: Path, *, expect_sha256: str | None = None) -> Verified:
         manifest = model.manifest
     if not probe.passed:
         raise GateError(
-            f"{path}: this machine does not compute what the exporter saw (cosine of the key {probe.key_cosine:.5f}, "
-            f"of the logits {probe.logits_cosine:.5f}, both must be {MIN_COSINE}); export on a processor like this one"
+            f"{path}: this machine does not compute what the exporter saw ({probe}, must be {MIN_COSINE}); "
+            "export on a processor like this one"
         )
     return Verified(
         manifest_sha256=file_sha256(path / MANIFEST),

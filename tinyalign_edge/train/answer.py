@@ -13,6 +13,7 @@ import torch
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, partners
+from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
@@ -84,6 +85,12 @@ class TorchAnswerer:
             features = torch.from_numpy(np.asarray(example.features, np.float32))
             out: npt.NDArray[np.float32] = self.checkpoint.model.connector(features).numpy()
         return out
+
+    def memories(self, example: Example) -> tuple[Entry, ...]:
+        """The entries of the bank that the example's neighbours are, most similar first."""
+        bank = self.checkpoint.bank
+        pairs = zip(example.neighbours, example.similarity, strict=True)
+        return tuple(bank.entry(row, similarity) for row, similarity in pairs) if bank else ()
 
     def answers(self, examples: Sequence[Example], *, max_new_tokens: int = 32) -> list[str]:
         """Greedy answers to the examples' first questions."""

@@ -1,0 +1,103 @@
+"""What `export` needs of a model, wherever it comes from: a checkpoint that `train` wrote, or a whole VLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from tinyalign_edge.bundle import ImageConfig, PromptConfig
+from tinyalign_edge.data import Row
+from tinyalign_edge.export.encoder import encoder_graph
+from tinyalign_edge.memory import Entry
+from tinyalign_edge.train.answer import TorchAnswerer
+from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
+from tinyalign_edge.train.samples import HELD_OUT, read_samples
+from tinyalign_edge.train.settings import TowerRef
+
+MAX_SAMPLES = 256
+
+Floats = npt.NDArray[np.float32]
+
+
+class Prepared(Protocol):
+    """Questions made ready by a `Reference`, in the order of their rows."""
+
+    @property
+    def examples(self) -> Sequence[Any]:
+        """One for each row, of the reference's own kind."""
+
+
+class Reference(Protocol):
+    """The model in torch, which the exported files are compared with."""
+
+    def prepare(self, rows: Sequence[Row]) -> Prepared:
+        """Make the first question of every row ready."""
+
+    def answers(self, examples: Sequence[Any]) -> list[str]:
+        """Greedy answers."""
+
+    def logits(self, example: Any) -> Floats:
+        """Logits (A, V) that predict the A tokens of the row's own answer."""
+
+    def visual_tokens(self, example: Any) -> Floats:
+        """The picture as the language model reads it: (N, D)."""
+
+    def memories(self, example: Any) -> tuple[Entry, ...]:
+        """The memories that the language model reads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export. `rows` are samples for the gate: single questions with their answers."""
+
+    image: ImageConfig
+    prompt: PromptConfig
+    language: Any  # a causal language model in torch
+    tokenizer_json: str
+    visual_tokens: int
+    key_dim: int  # 0: there is no retrieval key
+    towers: dict[str, TowerRef]  # by what they are in the bundle: where they come from, and their licences
+    reference: Reference
+    rows: Callable[[Path], list[Row]]  # given an empty folder that lasts as long as they do
+    encoder: Callable[[], onnx.ModelProto]  # the float32 graph, as `VisionBlock` says
+    checkpoint: Checkpoint | None = None  # whose memory goes into the bundle
+
+
+def checkpoint_source(folder: Path) -> Source:
+    """The model of a training run, with its held-out samples.
+
+    Raises:
+        InputError: not a checkpoint, or a tower cannot be loaded.
+        BundleError: as `load_checkpoint`.
+    """
+    checkpoint = load_checkpoint(folder)
+    config = checkpoint.config
+    return Source(
+        image=config.image,
+        prompt=config.prompt,
+        language=checkpoint.language.model,
+        tokenizer_json=(folder / TOKENIZER).read_text("utf-8"),
+        visual_tokens=config.connector.visual_tokens,
+        key_dim=config.memory.key_dim,
+        towers={"vision": config.vision, "language": config.language},
+        reference=TorchAnswerer(checkpoint),
+        rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
+        encoder=lambda: encoder_graph(checkpoint),
+        checkpoint=checkpoint,
+    )
+
+
+def sample_questions(rows: Sequence[Row]) -> list[Row]:
+    """Samples for the gate: one question a picture first, more of each until there are enough."""
+    most = max((len(row.turns) for row in rows), default=0)
+    single = [replace(row, turns=(row.turns[i],)) for i in range(most) for row in rows if i < len(row.turns)]
+    if len(rows) >= MAX_SAMPLES:  # a mix of all turns, not the first ones only
+        turn = np.random.default_rng(0).integers(0, most, len(rows))
+        single = [replace(row, turns=(row.turns[i % len(row.turns)],)) for i, row in zip(turn, rows, strict=True)]
+    return single[:MAX_SAMPLES]
