@@ -31,6 +31,7 @@ from tinyalign_edge.export.vlm_samples import drawn_questions
 from tinyalign_edge.image import image_config, tile_config
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.towers import _load, _ref
+from tinyalign_edge.train.weights import check_weights
 
 WHAT = "vision-language model"
 LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -117,6 +118,7 @@ def _image(folder: Path, kind: Any) -> ImageConfig:
 
 def _load_whole(kind: Any, folder: Path) -> Any:
     """The model in float32; every weight must come from the folder, and every weight there must be used."""
+    check_weights(str(folder), WHAT)
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     model, found = _load(kind, str(folder), WHAT, **options)
     if missing := sorted(found["missing_keys"]):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.export.encoder import OPSET
 from tinyalign_edge.export.fold import fold_constants
+from tinyalign_edge.export.fuse import fuse
 
 
 class LlavaEye(nn.Module):
@@ -66,7 +67,7 @@ class Idefics3Eye(nn.Module):
 
 
 def vision_graph(eye: nn.Module, image: ImageConfig) -> onnx.ModelProto:
-    """The float32 graph for one picture of the model's size, constants folded."""
+    """The float32 graph for one picture of the model's size, constants folded and attention fused."""
     example = torch.zeros(1, 3, image.height, image.width)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # the tracer's, about sizes that become constants: they are meant to
@@ -80,4 +81,6 @@ def vision_graph(eye: nn.Module, image: ImageConfig) -> onnx.ModelProto:
             input_names=["pixel_values"],
             output_names=["visual_tokens"],
         )
-        return fold_constants(onnx.load(path))
+        graph = fold_constants(onnx.load(path))
+    fuse(graph)
+    return graph
