@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyalign_edge.bundle import MANIFEST, Manifest, Precision
 from tinyalign_edge.data import Row
-from tinyalign_edge.export.architecture import read_architecture
+from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.components import Components, seal, write_bundle
 from tinyalign_edge.export.encoder import encoder_graph
 from tinyalign_edge.export.gate import MAX_SAMPLES, run_gate
