@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,9 @@ class Tiny:
 
 FUSED: dict[str, Tiny] = {
     "llama": Tiny("llama", "grouped heads, tied embedding", TIED),
-    "llama-heads-24": Tiny("llama", "head size 24, one key-value head a head", {"head_dim": 24, "num_key_value_heads": 4}),
+    "llama-heads-24": Tiny(
+        "llama", "head size 24, one key-value head a head", {"head_dim": 24, "num_key_value_heads": 4}
+    ),
     "llama-heads-8": Tiny("llama", "head size 8, untied embedding", {"head_dim": 8, **UNTIED}),
     "llama-biases": Tiny("llama", "biases in attention and MLP", {"attention_bias": True, "mlp_bias": True, **TIED}),
     "llama-epsilon": Tiny("llama", "large epsilon of the norms", {"rms_norm_eps": 0.5, **TIED}),
@@ -122,7 +123,9 @@ def build(tiny: Tiny) -> PreTrainedModel:
     """
     config = AutoConfig.for_model(tiny.model_type, **(COMMON | tiny.settings))
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(mean=float("norm" in name), std=0.2)

@@ -23,7 +23,7 @@ from tinyalign_edge.bundle import (
     file_entries,
 )
 from tinyalign_edge.config import write_json
-from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.language import export_language
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.quantize import quantize_encoder
 from tinyalign_edge.train.checkpoint import MEMORY, TOKENIZER, Checkpoint
@@ -44,17 +44,16 @@ class Components:
 def write_bundle(parts: Components, folder: Path, *, precision: Precision, name: str) -> Manifest:
     """Write a whole bundle but the probe and the gate's result into the empty `folder`; returns its manifest."""
     checkpoint = parts.checkpoint
-    config, language = checkpoint.config, checkpoint.language.model
+    config = checkpoint.config
     encoder = quantize_encoder(parts.encoder) if precision == "int8" else parts.encoder
     (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString(deterministic=True))
-    weights = {name: tensor.numpy() for name, tensor in language.state_dict().items()}
-    decoder = export_decoder(language.config, weights, folder, precision=precision)
+    decoder = export_language(checkpoint.language.model, folder, precision=precision)
     shutil.copyfile(checkpoint.folder / TOKENIZER, folder / TOKENIZER_FILE)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
         image=config.image,
-        prompt=config.prompt,
+        prompt=replace(config.prompt, max_context_tokens=min(config.prompt.max_context_tokens, decoder.max_positions)),
         generation=GenerationConfig(),
         vision=VisionBlock(
             file=ENCODER_FILE,

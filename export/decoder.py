@@ -175,9 +175,7 @@ class _DecoderWriter:
             return graph.op(kind, residual, *inputs, name=path, axis=-1, epsilon=arch.norm_epsilon), residual
         kind, total = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization", f"{path}.residual"
         outputs = (path, "", "", total)
-        graph.node(
-            kind, (residual, update, *inputs), outputs, name=path, domain=MICROSOFT, epsilon=arch.norm_epsilon
-        )
+        graph.node(kind, (residual, update, *inputs), outputs, name=path, domain=MICROSOFT, epsilon=arch.norm_epsilon)
         return path, total
 
     def _after(self, i: int, name: str, update: str) -> str:
@@ -188,7 +186,7 @@ class _DecoderWriter:
         arch, names = self._arch, self._arch.names
         sizes = tuple(heads * arch.head_dim for heads in (arch.heads, arch.kv_heads, arch.kv_heads))
         paths = tuple(self._path(i, part) for part in names.qkv)
-        parts = self._weights.linear(paths, sizes, arch.width)
+        parts: tuple[Floats, ...] = self._weights.linear(paths, sizes, arch.width)
         if arch.interleaved_qkv:
             parts = tuple(_by_kind(part, arch) for part in parts)
         rows, bias = (pad_heads(arch, part) for part in parts)

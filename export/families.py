@@ -236,7 +236,7 @@ def _gpt_neox(config: Config) -> Architecture:
     )
 
 
-GEMMA_NORMS = {
+GEMMA_NORMS: dict[str, Any] = {
     "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "down_norm": "post_feedforward_layernorm",

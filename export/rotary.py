@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tinyalign_edge.errors import InputError, UnsupportedError
 
+CPU = torch.device("cpu")
 READ = ("hidden_size", "num_attention_heads", "max_position_embeddings", "rope_theta", "rope_scaling")
 
 
@@ -38,9 +40,11 @@ def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
         known = ", ".join(map(repr, ROPE_INIT_FUNCTIONS))
         raise UnsupportedError(f"rope_scaling type {kind!r} is not supported; known: {known}")
     optional = ("partial_rotary_factor", "original_max_position_embeddings")
-    read = {key: config.get(key) for key in READ} | {key: config[key] for key in optional if config.get(key)}
+    read: dict[str, Any] = {key: config.get(key) for key in READ} | {
+        key: config[key] for key in optional if config.get(key)
+    }
     try:
-        frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](PretrainedConfig(**read, head_dim=head_dim), "cpu")
+        frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](PretrainedConfig(**read, head_dim=head_dim), CPU)
     except KeyError as missing:
         raise InputError(f"rope_scaling of type {kind!r} lacks {missing}; add it to config.json") from None
     return Rotary(frequencies.numpy(), float(amplitude))

@@ -10,10 +10,10 @@ import numpy as np
 
 from tinyalign_edge.bundle import MANIFEST, Manifest, Precision
 from tinyalign_edge.data import Row
-from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.components import Components, seal, write_bundle
 from tinyalign_edge.export.encoder import encoder_graph
 from tinyalign_edge.export.gate import MAX_SAMPLES, run_gate
+from tinyalign_edge.export.language import check_language
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.model import Model, load
 from tinyalign_edge.runtime.probe import PROBE_FILE, make_probe, write_probe
@@ -33,7 +33,7 @@ def export(checkpoint_folder: Path, out: Path, *, precision: Precision = "int8")
         GateError: the exported files do not compute what torch computes; nothing was written.
     """
     checkpoint = load_checkpoint(checkpoint_folder)
-    read_architecture(checkpoint.language.model.config)  # refuse an unknown family before any long work
+    check_language(checkpoint.language.model)
     rows = sample_questions(checkpoint)
     with whole_folder(out, marker=MANIFEST) as folder, tempfile.TemporaryDirectory() as scratch:
         parts = Components(checkpoint, encoder_graph(checkpoint))

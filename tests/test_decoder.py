@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyalign_edge.bundle import DecoderBlock, Precision
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
-from tinyalign_edge.export.families import product_names, read_architecture
 from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.families import product_names, read_architecture
 from tinyalign_edge.runtime.decoder import Decoder
 
 SHARED = Path(os.environ.get("TINYALIGN_SHARED", Path(__file__).parents[2] / "shared"))

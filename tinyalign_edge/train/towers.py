@@ -93,7 +93,9 @@ def load_language(path: str) -> LanguageTower:
         InputError: the path or hub id cannot be read, or a part of it is missing.
     """
     config = _load(AutoConfig, path, "language model")
-    model = _load(AutoModelForCausalLM, path, "language model", dtype=torch.float32)
+    capped = getattr(config, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
+    options = {"attn_implementation": "eager"} if capped else {}
+    model = _load(AutoModelForCausalLM, path, "language model", dtype=torch.float32, **options)
     model.eval().requires_grad_(False)
     tokenizer = _load(AutoTokenizer, path, "language model", use_fast=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
