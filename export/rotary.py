@@ -15,7 +15,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tinyalign_edge.errors import InputError, UnsupportedError
 
 CPU = torch.device("cpu")
-READ = ("hidden_size", "num_attention_heads", "max_position_embeddings", "rope_theta", "rope_scaling")
+READ = (
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_theta",
+    "rope_scaling",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +47,7 @@ def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     if kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(map(repr, ROPE_INIT_FUNCTIONS))
         raise UnsupportedError(f"rope_scaling type {kind!r} is not supported; known: {known}")
-    optional = ("partial_rotary_factor", "original_max_position_embeddings")
-    read: dict[str, Any] = {key: config.get(key) for key in READ} | {
-        key: config[key] for key in optional if config.get(key)
-    }
+    read: dict[str, Any] = {key: config[key] for key in READ if config.get(key) is not None}
     try:
         frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](PretrainedConfig(**read, head_dim=head_dim), CPU)
     except KeyError as missing:
