@@ -32,6 +32,9 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {"type": "longrope", "short_factor": [1.0 + 0.5 * i for i in range(12)], "long_factor": [9.0] * 12}
 
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.5, "logits_scaling": 2.0}
+EXAONE4 = {"sliding_window": 16, "sliding_window_pattern": 2}
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -113,6 +116,13 @@ FUSED: dict[str, Tiny] = {
     "gpt_neox-sequential": Tiny(
         "gpt_neox", "blocks one after the other, tanh GELU", {"use_parallel_residual": False, "hidden_act": "gelu_new"}
     ),
+}
+TRACED: dict[str, Tiny] = {
+    "olmo2": Tiny("olmo2", "norms of whole queries and keys, norms after the sublayers only", {}),
+    "granite": Tiny("granite", "multipliers of embeddings, residuals, attention and logits", GRANITE),
+    "starcoder2": Tiny("starcoder2", "a window in all layers, LayerNorm, biases", {"sliding_window": 16}),
+    "exaone4": Tiny("exaone4", "a window in some layers, no positions in the others", EXAONE4),
+    "gpt2": Tiny("gpt2", "learnt positions, transposed matrices", {}),
 }
 
 

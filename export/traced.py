@@ -201,7 +201,7 @@ def _trace_layers(model: PreTrainedModel, block: DecoderBlock) -> onnx.ModelProt
     sizes |= {name: {0: "B", 2: "S"} for name in (*pasts, *presents)}
     example = (*inputs.values(), *(buffer for _ in pasts))
     with _plain_attention(model):
-        return _trace(_Layers(model), example, [*inputs, *pasts], ["logits", *presents], sizes, model)
+        return _trace(_Layers(model).eval(), example, [*inputs, *pasts], ["logits", *presents], sizes, model)
 
 
 def _trace_embedding(table: nn.Module, model: PreTrainedModel) -> onnx.ModelProto:
