@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -122,6 +123,7 @@ TRACED: dict[str, Tiny] = {
     "granite": Tiny("granite", "multipliers of embeddings, residuals, attention and logits", GRANITE),
     "starcoder2": Tiny("starcoder2", "a window in all layers, LayerNorm, biases", {"sliding_window": 16}),
     "exaone4": Tiny("exaone4", "a window in some layers, no positions in the others", EXAONE4),
+    "opt": Tiny("opt", "learnt positions, ReLU", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "gpt2": Tiny("gpt2", "learnt positions, transposed matrices", {}),
 }
 
@@ -140,3 +142,9 @@ def build(tiny: Tiny) -> PreTrainedModel:
         for name, weight in model.named_parameters():
             weight.normal_(mean=float("norm" in name), std=0.2)
     return model
+
+
+def random_ids(count: int) -> list[int]:
+    """Token ids, the same at every call."""
+    ids: list[int] = np.random.default_rng(1).integers(0, VOCABULARY, count).tolist()
+    return ids

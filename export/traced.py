@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from tinyalign_edge.bundle import DecoderBlock, Precision
 from tinyalign_edge.errors import BundleError, UnsupportedError
 from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE
+from tinyalign_edge.export.gemm import split_gemm
 from tinyalign_edge.export.graph import DataFile, Graph, tensor
 from tinyalign_edge.export.product import lookup
 from tinyalign_edge.export.quantize import quantize_encoder
@@ -106,7 +107,10 @@ def trace_decoder(model: PreTrainedModel, folder: Path, *, precision: Precision)
     )
     data = DataFile(folder / DATA_FILE)
     decoder = _trace_layers(model, block)
-    _save(quantize_encoder(decoder) if precision == "int8" else decoder, folder / DECODER_FILE, data)
+    if precision == "int8":
+        split_gemm(decoder.graph)
+        decoder = quantize_encoder(decoder)
+    _save(decoder, folder / DECODER_FILE, data)
     table = model.get_input_embeddings()
     if type(table) is nn.Embedding:
         _embed_graph(table, int8=precision == "int8").save(folder / EMBED_FILE, data=data)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tinyalign_edge.bench.tiny import Tiny, build
+from tinyalign_edge.bench.compare import onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.tiny import Tiny, build, random_ids
 from tinyalign_edge.bundle import DecoderBlock, Precision
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
@@ -35,33 +35,6 @@ def export(model: PreTrainedModel, folder: Path, precision: Precision = "fp32", 
     return Decoder(
         folder, export_decoder(model.config, StateDict(model), folder, precision=precision, **options), threads=1
     )
-
-
-def torch_logits(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.tensor([ids])).logits[0].numpy()
-    return logits
-
-
-def onnx_logits(decoder: Decoder, ids: list[int], chunks: list[int]) -> NDArray[np.float32]:
-    """Logits (T, V) of all ids, given to one cache in chunks of the given lengths."""
-    cache = decoder.new_cache(len(ids))
-    pieces = np.split(decoder.embed(ids), np.cumsum(chunks)[:-1])
-    return np.concatenate([decoder.forward(cache, piece, num_logits=len(piece)) for piece in pieces])
-
-
-def random_ids(count: int, vocab_size: int = 96) -> list[int]:
-    return [int(i) for i in np.random.default_rng(1).integers(0, vocab_size, count)]
-
-
-def relative_error(actual: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
-
-
-def divergence(actual: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Mean KL(wanted || actual) over the positions, in nats."""
-    p, q = (torch.log_softmax(torch.tensor(logits).double(), -1) for logits in (wanted, actual))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:

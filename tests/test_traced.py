@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from tests.test_decoder import divergence, onnx_logits, random_ids, relative_error, torch_logits
 from tests.towers import save_lm, train_tiny
-from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build
+from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.language import check_language, export_language
@@ -24,6 +25,14 @@ IDS = random_ids(64)
 
 def decoder(name: str, folder: Path, precision: Precision = "fp32") -> Decoder:
     return Decoder(folder, export_language(build(TRACED[name]), folder, precision=precision), threads=1)
+
+
+def stored_types(folder: Path) -> set[int]:
+    """The types of the matrices that products of the decoder's graph take."""
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    weights = {weight.name: weight for weight in graph.initializer if len(weight.dims) == 2}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "DynamicQuantizeMatMul")]
+    return {weights[node.input[1]].data_type for node in products if node.input[1] in weights}
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -54,6 +63,15 @@ def test_int8_products_stay_close_and_take_a_quarter_of_the_bytes(tmp_path: Path
     assert 0 < divergence(logits, wanted) < 0.015
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= 0.9
     assert sizes["int8"] < 0.6 * sizes["fp32"]  # the nodes of so small a model are a good part of it
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_products_that_torch_writes_in_another_way_become_int8_too(name: str, tmp_path: Path) -> None:
+    decoder(name, tmp_path)
+    assert stored_types(tmp_path) == {onnx.TensorProto.FLOAT}
+    logits = onnx_logits(decoder(name, tmp_path, "int8"), IDS, [64])
+    assert stored_types(tmp_path) == {onnx.TensorProto.INT8}
+    assert 0 < divergence(logits, torch_logits(build(TRACED[name]), IDS)) < 0.015
 
 
 def test_logits_are_those_of_the_last_positions_and_the_buffers_are_filled_in_place(tmp_path: Path) -> None:
