@@ -50,8 +50,9 @@ float32 logits, relative to the largest logit. int8 with dynamically quantised a
 back: mean KL divergence to torch in nats and share of equal next tokens. A random model's next token is often a matter
 of rounding, so agreement says less here than with a trained one.
 """
-FUSED_NOTES = """- Options that no graph is written for (Phi's `qk_layernorm`, Gemma 3's `use_bidirectional_attention`, other kinds of
-  layers than full and sliding attention) are traced or refused, never left out.
+FUSED_NOTES = """- Options that no graph is written for (Phi's `qk_layernorm`, Gemma 3's
+  `use_bidirectional_attention`, other kinds of layers than full and sliding attention) are traced or refused, never
+  left out.
 - Rotary embeddings: transformers' default, linear, dynamic, YaRN, Llama 3 and LongRoPE. With LongRoPE the graph uses
   the short factors and ends at `original_max_position_embeddings`: beyond it transformers changes to other factors,
   which do not fit the keys that are in the cache already.
