@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -103,6 +105,21 @@ def test_rotary_tables_are_not_in_the_files(tmp_path: Path) -> None:
         export(model.config, StateDict(model), tmp_path)
         sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
     assert sizes[0] == sizes[1]
+
+
+def test_rotary_tables_are_computed_when_the_graph_is_loaded_not_at_every_step(tmp_path: Path) -> None:
+    model = build(FUSED["gemma3_text"])
+    block = export_decoder(model.config, StateDict(model), tmp_path, precision="fp32")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(tmp_path / block.file, options, providers=["CPUExecutionProvider"])
+    written, loaded = (
+        {node.op_type for node in onnx.load(tmp_path / name, load_external_data=False).graph.node}
+        for name in (block.file, "optimised.onnx")
+    )
+    assert {"Range", "Cos", "Sin"} <= written
+    assert not {"Range", "Cos", "Sin"} & loaded
 
 
 @pytest.mark.parametrize(
