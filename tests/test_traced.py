@@ -112,17 +112,26 @@ def test_what_will_be_traced_is_told_once_with_the_reason(caplog: pytest.LogCapt
     assert "slower" in message
 
 
+def test_an_option_that_no_graph_is_written_for_is_traced(tmp_path: Path) -> None:
+    model = build(Tiny("phi", "", {**FUSED["phi"].settings, "qk_layernorm": True}))
+    traced = Decoder(tmp_path, export_language(model, tmp_path, precision="fp32"), threads=1)
+    assert traced.block.graph == "traced"
+    assert relative_error(onnx_logits(traced, IDS, [40, 24]), torch_logits(model, IDS)) < 1e-4
+
+
 @pytest.mark.parametrize(
-    ("model_type", "message"),
+    ("tiny", "message"),
     [
-        ("mamba", "language model of type 'mamba': its forward takes no past_key_values"),
-        ("bloom", "language model of type 'bloom': its forward takes no position_ids"),
-        ("cohere", "language model of type 'cohere': its trace holds for one size only"),
+        (Tiny("mamba", "", {}), "'mamba': its forward takes no past_key_values"),
+        (Tiny("bloom", "", {}), "'bloom': its forward takes no position_ids"),
+        (Tiny("cohere", "", {}), "'cohere': its trace holds for one size only"),
+        (Tiny("gemma3_text", "", {"use_bidirectional_attention": True}), "its trace computes something else"),
     ],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_cannot_be_traced_is_refused_in_one_line(model_type: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_traced_is_refused_in_one_line(tiny: Tiny, message: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=message) as error:
-        export_language(build(Tiny(model_type, "", {})), tmp_path, precision="fp32")
+        export_language(build(tiny), tmp_path, precision="fp32")
     assert "\n" not in str(error.value)
 
 
