@@ -80,9 +80,10 @@ def main() -> None:
         text, figures = section()
         pages.append(text)
         result |= figures
+    written = record("models", COMMAND, result)
     PAGE.write_text("\n".join(pages), "utf-8")
     print(PAGE.read_text("utf-8"))
-    print(record("models", COMMAND, result))
+    print(written)
 
 
 def language_section() -> tuple[str, dict[str, Any]]:
