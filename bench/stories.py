@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tinyalign_edge.bench.record import record, shared
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
 PROMPT = "Once upon a time"
@@ -42,9 +43,8 @@ def main() -> None:
 
 def greedy(model: Any, ids: list[int], precision: Precision) -> list[int]:
     """`TOKENS` greedy tokens of the exported decoder."""
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        block = export_decoder(model.config, weights, Path(folder), precision=precision)
+        block = export_decoder(model.config, StateDict(model), Path(folder), precision=precision)
         decoder = Decoder(Path(folder), block)
         cache = decoder.new_cache(len(ids) + TOKENS)
         out = [int(decoder.forward(cache, decoder.embed(ids)).argmax())]

@@ -23,7 +23,7 @@ from tinyalign_edge.bundle import (
     file_entries,
 )
 from tinyalign_edge.config import write_json
-from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.language import export_language
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.quantize import quantize_encoder
 from tinyalign_edge.export.source import Source
@@ -44,17 +44,17 @@ class Components:
 
 def write_bundle(parts: Components, folder: Path, *, precision: Precision, name: str) -> Manifest:
     """Write a whole bundle but the probe and the gate's result into the empty `folder`; returns its manifest."""
-    source, language = parts.source, parts.source.language
+    source = parts.source
     encoder = quantize_encoder(parts.encoder) if precision == "int8" else parts.encoder
     (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString(deterministic=True))
-    weights = {name: tensor.numpy() for name, tensor in language.state_dict().items()}
-    decoder = export_decoder(language.config, weights, folder, precision=precision)
+    decoder = export_language(source.language, folder, precision=precision)
     (folder / TOKENIZER_FILE).write_text(source.tokenizer_json, "utf-8")
+    longest = min(source.prompt.max_context_tokens, decoder.max_positions)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
         image=source.image,
-        prompt=source.prompt,
+        prompt=replace(source.prompt, max_context_tokens=longest),
         generation=GenerationConfig(),
         vision=VisionBlock(
             file=ENCODER_FILE,

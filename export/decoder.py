@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyalign_edge.bundle import DecoderBlock, Precision
-from tinyalign_edge.errors import InputError, UnsupportedError
-from tinyalign_edge.export.architecture import Architecture, product_names, read_architecture
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.export.families import Architecture, product_names, read_architecture
 from tinyalign_edge.export.graph import MICROSOFT, DataFile, Graph
+from tinyalign_edge.export.heads import pad_head_norm, pad_heads
 from tinyalign_edge.export.product import lookup, product
+from tinyalign_edge.export.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 DECODER_FILE, EMBED_FILE, DATA_FILE = "decoder.onnx", "embed.onnx", "lm.data"
-TABLE = "model.embed_tokens.weight"
-IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints carry
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # operator and attributes
+    "silu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.0}),
+    "quick_gelu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.702}),
+    "gelu": ("Gelu", {"approximate": "none"}),
+    "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
+    "relu": ("Relu", {}),
+}
 
 
 def export_decoder(
-    config: PretrainedConfig | Mapping[str, Any],
+    config: PretrainedConfig | Mapping[str, Any] | Architecture,
     weights: Mapping[str, NDArray[Any]],
     folder: Path,
     *,
@@ -39,7 +46,7 @@ def export_decoder(
     """Write `decoder.onnx`, `embed.onnx` and their common `lm.data` into `folder`, as `DecoderBlock` says.
 
     Args:
-        config: the model's Hugging Face configuration, or its `to_dict()`.
+        config: the model's Hugging Face configuration, its `to_dict()`, or what `read_architecture` made of it.
         weights: its state dict under Hugging Face names, any float dtype numpy knows.
         folder: exists; the three files are overwritten. Equal arguments give equal bytes.
         precision: "int8" keeps matrices as int8 with one scale a row; activations are quantised as they come.
@@ -49,12 +56,13 @@ def export_decoder(
         UnsupportedError: a family, activation, rotary scaling or weight that this exporter does not know.
         InputError: a weight is missing or has not the shape that `config` says, or `keep_fp32` has an unknown name.
     """
-    arch = read_architecture(config)
+    arch = config if isinstance(config, Architecture) else read_architecture(config)
     names = frozenset(product_names(arch))
     if unknown := keep_fp32 - names:
         raise InputError(f"keep_fp32: no product {min(unknown)!r}; there are {', '.join(product_names(arch))}")
     in_int8 = names - keep_fp32 if precision == "int8" else frozenset()
-    source = _Weights(weights, tied=arch.tied)
+    unused = frozenset({f"{arch.names.head}.weight"}) if arch.tied else frozenset()  # there twice, or once
+    source = Weights(weights, unused=unused)
     decoder = _DecoderWriter(arch, source, in_int8).write()
     embed = _embed_graph(arch, source, int8="lm_head" in in_int8 if arch.tied else precision == "int8")
     source.refuse_unread()
@@ -64,11 +72,15 @@ def export_decoder(
     return _block(arch, precision)
 
 
-def _embed_graph(arch: Architecture, weights: _Weights, *, int8: bool) -> Graph:
+def _embed_graph(arch: Architecture, weights: Weights, *, int8: bool) -> Graph:
     graph = Graph("embed")
     ids = graph.input("input_ids", np.int64, ("B", "T"))
-    table = weights.take(TABLE, arch.vocab_size, arch.width)
-    lookup(graph, ids, table, name="embed_tokens", int8=int8, output="embeddings")
+    table = weights.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
+    scaled = arch.embedding_scale != 1
+    found = lookup(graph, ids, table, name="embed_tokens", int8=int8, output="rows" if scaled else "embeddings")
+    if scaled:
+        scale = graph.constant("embedding_scale", np.array(arch.embedding_scale, np.float32))
+        graph.op("Mul", found, scale, output="embeddings")
     graph.output("embeddings", np.float32, ("B", "T", arch.width))
     return graph
 
@@ -79,7 +91,7 @@ def _block(arch: Architecture, precision: Precision) -> DecoderBlock:
         embed_file=EMBED_FILE,
         data_files=(DATA_FILE,),
         precision=precision,
-        layers=arch.layers,
+        layers=len(arch.layers),
         width=arch.width,
         kv_heads=arch.kv_heads,
         head_dim=arch.padded_head_dim,
@@ -88,131 +100,162 @@ def _block(arch: Architecture, precision: Precision) -> DecoderBlock:
     )
 
 
-class _Weights:
-    """A state dict that checks shapes and remembers what has been read of it."""
-
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], *, tied: bool) -> None:
-        self._arrays = arrays
-        self._read = {"lm_head.weight"} if tied else set()  # a tied head is there twice, or once
-
-    def take(self, name: str, *shape: int) -> Floats:
-        """The tensor `name`, which must have `shape`, as float32."""
-        if name not in self._arrays:
-            raise InputError(f"weight {name!r} is missing")
-        array = self._arrays[name]
-        if array.shape != shape:
-            raise InputError(f"weight {name!r} has shape {array.shape}, the configuration says {shape}")
-        self._read.add(name)
-        return np.asarray(array, np.float32)
-
-    def linear(self, path: str, outputs: int, inputs: int) -> tuple[Floats, Floats]:
-        """Rows (outputs, inputs) and bias (outputs,) of a linear layer; no bias reads as zeros."""
-        bias = f"{path}.bias"
-        zeros = np.zeros(outputs, np.float32)
-        return self.take(f"{path}.weight", outputs, inputs), self.take(bias, outputs) if bias in self._arrays else zeros
-
-    def refuse_unread(self) -> None:
-        """A weight that no node uses means that the graph is not the model."""
-        for name in self._arrays:
-            if name not in self._read and not name.endswith(IGNORED_WEIGHTS):
-                raise UnsupportedError(f"weight {name!r} is not part of the model that this exporter writes")
-
-
 class _DecoderWriter:
     """Writes the graph of the layers, once."""
 
-    def __init__(self, arch: Architecture, weights: _Weights, in_int8: frozenset[str]) -> None:
+    def __init__(self, arch: Architecture, weights: Weights, in_int8: frozenset[str]) -> None:
         self._graph = Graph("decoder")
         self._arch = arch
         self._weights = weights
         self._in_int8 = in_int8
-        self._names = _block(arch, "int8")
+        self._buffers = _block(arch, "int8")
 
     def write(self) -> Graph:
-        arch, graph = self._arch, self._graph
+        arch, graph, names = self._arch, self._graph, self._arch.names
         residual = graph.input("inputs_embeds", np.float32, ("B", "T", arch.width))
         graph.input("seqlens_k", np.int32, ("B",))
         graph.input("total_sequence_length", np.int32, ())
         graph.input("num_logits", np.int64, ())
         self._rotary_caches()
+        if arch.input_scale != 1:
+            residual = graph.op("Mul", residual, self._scalar("input_scale", arch.input_scale))
         update = ""
-        for i in range(arch.layers):
-            normed, residual = self._norm(f"layers.{i}.input_layernorm", residual, update)
-            update = self._attention(i, normed)
-            normed, residual = self._norm(f"layers.{i}.post_attention_layernorm", residual, update)
-            update = self._mlp(i, normed)
-        normed, _ = self._norm("norm", residual, update)
+        for i in range(len(arch.layers)):
+            normed, residual = self._norm(self._path(i, names.attention_norm), residual, update)
+            attended = self._after(i, names.attention_out_norm, self._attention(i, normed))
+            if not arch.parallel:
+                normed, residual = self._norm(self._path(i, names.mlp_norm), residual, attended)
+            elif names.mlp_norm:
+                normed, _ = self._norm(self._path(i, names.mlp_norm), residual)
+            update = self._after(i, names.down_norm, self._mlp(i, normed))
+            if arch.parallel:
+                update = graph.op("Add", attended, update)
+        normed, _ = self._norm(names.final_norm, residual, update)
         self._logits(normed)
         return graph
 
     def _product(self, name: str, x: str, rows: Floats, bias: Floats, *, level: bool = False) -> str:
         return product(self._graph, x, rows, bias, name=name, int8=name in self._in_int8, level=level)
 
-    def _rotary_caches(self) -> None:
-        """Cosines and sines of every position, (max_positions, padded head_dim / 2); padding does not turn."""
-        arch = self._arch
-        padding = (arch.padded_head_dim - arch.head_dim) // 2
-        frequencies = np.pad(arch.rotary_frequencies, (0, padding))
-        angles = np.outer(np.arange(arch.max_positions, dtype=np.float32), frequencies)
-        self._graph.constant("cos_cache", np.cos(angles))
-        self._graph.constant("sin_cache", np.sin(angles))
+    def _path(self, i: int, part: str) -> str:
+        """The checkpoint's name of a part of layer `i`."""
+        return f"{self._arch.names.layer % i}.{part}"
 
-    def _norm(self, name: str, residual: str, update: str) -> tuple[str, str]:
-        """Add `update` ("" for nothing yet) to the residual stream; returns it normalised, and as it is."""
-        weight = self._graph.constant(f"{name}.weight", self._weights.take(f"model.{name}.weight", self._arch.width))
-        epsilon = self._arch.norm_epsilon
+    def _scalar(self, name: str, value: float) -> str:
+        return self._graph.constant(name, np.array(value, np.float32))
+
+    def _rotary_caches(self) -> None:
+        """Cosines and sines of every position, (max_positions, padded rotary half) each; padding does not turn.
+
+        onnxruntime computes them once, when it loads the graph: they are not in the file.
+        """
+        arch, graph = self._arch, self._graph
+        positions = graph.op(
+            "Range", *(self._scalar(f"positions.{i}", value) for i, value in enumerate((0, arch.max_positions, 1)))
+        )
+        column = graph.op("Unsqueeze", positions, graph.constant("positions.axis", np.array([1])))
+        for i, rotary in enumerate(arch.rotary):
+            padded = np.pad(rotary.frequencies, (0, arch.padded_rotary_half - arch.rotary_half))
+            angles = graph.op("Mul", column, graph.constant(f"rotary.{i}.frequencies", padded[None]))
+            for kind in ("Cos", "Sin"):
+                turned = graph.op(kind, angles)
+                amplitude = self._scalar(f"rotary.{i}.{kind}.amplitude", rotary.amplitude)
+                graph.op("Mul", turned, amplitude, name=f"rotary.{i}.{kind}")
+
+    def _norm(self, path: str, residual: str, update: str = "") -> tuple[str, str]:
+        """Add `update` ("" for nothing) to the residual stream; returns it normalised, and as it is."""
+        arch, graph = self._arch, self._graph
+        rms = arch.norm == "rms"
+        scale = self._weights.take(f"{path}.weight", arch.width) + np.float32(arch.norm_offset)
+        inputs = [graph.constant(f"{path}.weight", scale)]
+        if not rms:
+            inputs.append(graph.constant(f"{path}.bias", self._weights.bias(f"{path}.bias", arch.width)))
         if not update:
-            kind = "SimplifiedLayerNormalization"
-            return self._graph.op(kind, residual, weight, name=name, axis=-1, epsilon=epsilon), residual
-        kind, total = "SkipSimplifiedLayerNormalization", f"{name}.residual"
-        inputs, outputs = (residual, update, weight), (name, "", "", total)
-        self._graph.node(kind, inputs, outputs, name=name, domain=MICROSOFT, epsilon=epsilon)
-        return name, total
+            kind = "SimplifiedLayerNormalization" if rms else "LayerNormalization"
+            return graph.op(kind, residual, *inputs, name=path, axis=-1, epsilon=arch.norm_epsilon), residual
+        kind, total = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization", f"{path}.residual"
+        outputs = (path, "", "", total)
+        graph.node(kind, (residual, update, *inputs), outputs, name=path, domain=MICROSOFT, epsilon=arch.norm_epsilon)
+        return path, total
+
+    def _after(self, i: int, name: str, update: str) -> str:
+        """What a sublayer adds, normalised where the family has a norm there."""
+        return self._norm(self._path(i, name), update)[0] if name else update
 
     def _attention(self, i: int, normed: str) -> str:
-        arch, path = self._arch, f"model.layers.{i}.self_attn"
-        parts = [
-            self._weights.linear(f"{path}.{part}_proj", heads * arch.head_dim, arch.width)
-            for part, heads in (("q", arch.heads), ("k", arch.kv_heads), ("v", arch.kv_heads))
-        ]
-        rows = np.concatenate([_pad_heads(arch, rows) for rows, _ in parts])
-        bias = np.concatenate([_pad_heads(arch, bias) for _, bias in parts])
+        arch, names = self._arch, self._arch.names
+        sizes = tuple(heads * arch.head_dim for heads in (arch.heads, arch.kv_heads, arch.kv_heads))
+        paths = tuple(self._path(i, part) for part in names.qkv)
+        parts: tuple[Floats, ...] = self._weights.linear(paths, sizes, arch.width)
+        if arch.interleaved_qkv:
+            parts = tuple(_by_kind(part, arch) for part in parts)
+        rows, bias = (pad_heads(arch, part) for part in parts)
         qkv = self._product(f"layers.{i}.qkv_proj", normed, rows, bias)
-        attended = self._group_query_attention(i, qkv)
-        rows, bias = self._weights.linear(f"{path}.o_proj", arch.width, arch.heads * arch.head_dim)
-        return self._product(f"layers.{i}.o_proj", attended, _pad_heads(arch, rows.T).T, bias)
+        attended = self._group_query_attention(i, *(self._normed_heads(i, qkv) if names.q_norm else (qkv, "", "")))
+        path = (self._path(i, names.attention_out),)
+        rows, bias = self._weights.linear(path, (arch.width,), arch.heads * arch.head_dim)
+        return self._product(f"layers.{i}.o_proj", attended, pad_heads(arch, rows.T).T, bias)
 
-    def _group_query_attention(self, i: int, qkv: str) -> str:
-        arch, names, name = self._arch, self._names, f"layers.{i}.attention"
+    def _normed_heads(self, i: int, qkv: str) -> tuple[str, str, str]:
+        """Queries, keys and values apart, each head of the first two normalised."""
+        arch, graph, name = self._arch, self._graph, f"layers.{i}.attention"
+        parts = (f"{name}.q", f"{name}.k", f"{name}.v")
+        sizes = np.array([arch.heads, arch.kv_heads, arch.kv_heads]) * arch.padded_head_dim
+        graph.node("Split", (qkv, graph.constant(f"{name}.sizes", sizes)), parts, axis=-1)
+        per_head = graph.constant(f"{name}.per_head", np.array([0, 0, -1, arch.padded_head_dim]))
+        together = graph.constant(f"{name}.together", np.array([0, 0, -1]))
+        normed = []
+        for part, weight_name in zip(parts[:2], (arch.names.q_norm, arch.names.k_norm), strict=True):
+            path = self._path(i, weight_name)
+            weight = self._weights.take(f"{path}.weight", arch.head_dim) + np.float32(arch.norm_offset)
+            weight, epsilon = pad_head_norm(arch, weight)
+            scale = graph.constant(f"{path}.weight", weight)
+            heads = graph.op("Reshape", part, per_head)
+            heads = graph.op("SimplifiedLayerNormalization", heads, scale, name=path, axis=-1, epsilon=epsilon)
+            normed.append(graph.op("Reshape", heads, together))
+        return normed[0], normed[1], parts[2]
+
+    def _group_query_attention(self, i: int, query: str, key: str, value: str) -> str:
+        """Attention over the buffers, which it fills; `query` may hold keys and values too."""
+        arch, names, layer, name = self._arch, self._buffers, self._arch.layers[i], f"layers.{i}.attention"
         shape = ("B", arch.kv_heads, "S", arch.padded_head_dim)
         past = [self._graph.input(template % i, np.float32, shape) for template in (names.past_key, names.past_value)]
         present = [template % i for template in (names.present_key, names.present_value)]
         for buffer in present:
             self._graph.output(buffer, np.float32, shape)
+        turns = layer.rotary is not None
+        caches = (f"rotary.{layer.rotary}.Cos", f"rotary.{layer.rotary}.Sin") if turns else ()
         self._graph.node(
             "GroupQueryAttention",
-            (qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"),
+            (query, key, value, *past, "seqlens_k", "total_sequence_length", *caches),
             (name, *present),
             name=name,
             domain=MICROSOFT,
             num_heads=arch.heads,
             kv_num_heads=arch.kv_heads,
-            do_rotary=1,
-            scale=arch.head_dim**-0.5,
+            do_rotary=int(turns),
+            scale=arch.attention_scale,
+            **({"local_window_size": layer.window} if layer.window else {}),
+            **({"softcap": arch.attention_cap} if arch.attention_cap else {}),
         )
         return name
 
     def _mlp(self, i: int, normed: str) -> str:
-        arch, graph, path = self._arch, self._graph, f"model.layers.{i}.mlp"
-        gate, up = (self._weights.linear(f"{path}.{part}_proj", arch.mlp_width, arch.width) for part in ("gate", "up"))
-        rows, bias = np.concatenate([gate[0], up[0]]), np.concatenate([gate[1], up[1]])
-        both = self._product(f"layers.{i}.gate_up_proj", normed, rows, bias)
-        halves = (f"layers.{i}.gate", f"layers.{i}.up")
-        graph.node("Split", (both,), halves, axis=-1, num_outputs=2)
-        silu = graph.op("QuickGelu", halves[0], domain=MICROSOFT, alpha=1.0)
-        rows, bias = self._weights.linear(f"{path}.down_proj", arch.width, arch.mlp_width)
-        gated = graph.op("Mul", silu, halves[1])  # (B, T, mlp_width); the first token's row can be far the largest
-        return self._product(f"layers.{i}.down_proj", gated, rows, bias, level=True)
+        arch, graph, names = self._arch, self._graph, self._arch.names
+        paths = tuple(self._path(i, part) for part in names.up)
+        sizes = (arch.mlp_width,) * (2 if arch.gated else 1)
+        name = f"layers.{i}.{arch.layer_products[2]}"
+        hidden = self._product(name, normed, *self._weights.linear(paths, sizes, arch.width))
+        kind, attributes = ACTIVATIONS[arch.activation]
+        if arch.gated:
+            halves = (f"layers.{i}.gate", f"layers.{i}.up")
+            graph.node("Split", (hidden,), halves, axis=-1, num_outputs=2)
+            active = graph.op("Mul", graph.op(kind, halves[0], **attributes), halves[1])
+        else:
+            active = graph.op(kind, hidden, **attributes)  # (B, T, mlp_width)
+        rows, bias = self._weights.linear((self._path(i, names.down),), (arch.width,), arch.mlp_width)
+        # level: the first token's row can be far the largest
+        return self._product(f"layers.{i}.down_proj", active, rows, bias, level=True)
 
     def _logits(self, normed: str) -> None:
         arch, graph = self._arch, self._graph
@@ -220,15 +263,19 @@ class _DecoderWriter:
         end = graph.constant("end", np.array([np.iinfo(np.int64).max]))
         start = graph.op("Neg", graph.op("Reshape", "num_logits", one))
         last = graph.op("Slice", normed, start, end, one)  # (B, num_logits, D)
-        head = self._weights.take(TABLE if arch.tied else "lm_head.weight", arch.vocab_size, arch.width)
+        path = arch.names.embedding if arch.tied else arch.names.head
+        head = self._weights.take(f"{path}.weight", arch.vocab_size, arch.width)
+        bias = self._weights.bias(f"{arch.names.head}.bias", arch.vocab_size)
         int8 = "lm_head" in self._in_int8
-        logits = product(graph, last, head, name="lm_head", int8=int8, as_table=arch.tied)
+        logits = product(graph, last, head, bias, name="lm_head", int8=int8, as_table=arch.tied)
+        if arch.logits_cap:
+            cap = self._scalar("logits_cap", arch.logits_cap)
+            logits = graph.op("Mul", graph.op("Tanh", graph.op("Div", logits, cap)), cap)
         graph.op("Identity", logits, output="logits")
         graph.output("logits", np.float32, ("B", "num_logits", arch.vocab_size))
 
 
-def _pad_heads(arch: Architecture, rows: Floats) -> Floats:
-    """Append zeros to both rotary halves of every head: (heads * head_dim, ...) to (heads * padded head_dim, ...)."""
-    half, padded = arch.head_dim // 2, arch.padded_head_dim // 2
-    halves = rows.reshape(-1, half, *rows.shape[1:])
-    return np.pad(halves, [(0, 0), (0, padded - half), *[(0, 0)] * (rows.ndim - 1)]).reshape(-1, *rows.shape[1:])
+def _by_kind(rows: Floats, arch: Architecture) -> Floats:
+    """Rows ordered by head, then query, key, value, to queries of all heads, then keys, then values."""
+    apart = rows.reshape(arch.heads, 3, arch.head_dim, *rows.shape[1:])
+    return np.ascontiguousarray(apart.swapaxes(0, 1)).reshape(rows.shape)

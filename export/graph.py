@@ -111,7 +111,7 @@ class Graph:
             self._name,
             self._inputs,
             self._outputs,
-            [_tensor(name, array, data) for name, array in self._constants.items()],
+            [tensor(name, array, data) for name, array in self._constants.items()],
         )
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="tinyalign-edge")
@@ -122,14 +122,15 @@ def _value(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.Valu
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
-def _tensor(name: str, array: NDArray[Any], data: DataFile | None) -> onnx.TensorProto:
+def tensor(name: str, array: NDArray[Any], data: DataFile | None) -> onnx.TensorProto:
+    """An initializer, its contents in `data` if there is such a file and they are a page or more."""
     kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-    tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
+    made = TensorProto(name=name, data_type=kind, dims=array.shape)
     if data is None or array.nbytes < PAGE_BYTES:
-        tensor.raw_data = array.tobytes()
-        return tensor
+        made.raw_data = array.tobytes()
+        return made
     span = data.add(array)
-    tensor.data_location = TensorProto.EXTERNAL
+    made.data_location = TensorProto.EXTERNAL
     for key, value in (("location", data.path.name), ("offset", span.offset), ("length", span.length)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+        made.external_data.add(key=key, value=str(value))
+    return made

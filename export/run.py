@@ -8,9 +8,9 @@ from pathlib import Path
 from tinyalign_edge.bundle import MANIFEST, Manifest, Precision
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import InputError
-from tinyalign_edge.export.architecture import read_architecture
 from tinyalign_edge.export.components import Components, seal, write_bundle
 from tinyalign_edge.export.gate import run_gate
+from tinyalign_edge.export.language import check_language
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
@@ -43,7 +43,7 @@ def export(
         GateError: the exported files do not compute what torch computes; nothing was written.
     """
     source = _open_source(folder, calibration, images, chat_template)
-    read_architecture(source.language.config)  # refuse an unknown family before any long work
+    check_language(source.language)
     with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
         rows = source.rows(_subfolder(scratch, "samples"))
         parts = Components(source, source.encoder())

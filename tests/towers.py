@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     MobileNetV2Config,
     MobileNetV2ImageProcessor,
     MobileNetV2Model,
@@ -48,8 +48,8 @@ def save_cnn(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def save_lm(folder: Path, **changes: Any) -> None:
-    """A Llama of two layers with a byte-level tokenizer of 300 tokens that puts <s> first.
+def save_lm(folder: Path, model_type: str = "llama", *, steps: int = 200, **changes: Any) -> None:
+    """A language model of two layers with a byte-level tokenizer of 300 tokens that puts <s> first.
 
     It has read the world's texts for a second or two: next to a random model, whose likeliest token is a matter of
     rounding, it knows what it wants to say.
@@ -69,14 +69,21 @@ def save_lm(folder: Path, **changes: Any) -> None:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-    _read_texts(model, tokenizer)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **changes}))
+    _read_texts(model, tokenizer, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def train_tiny(
-    world: Path, towers: Path, out: Path, *, vision: str = "vit", data: Path | None = None, **options: Any
+    world: Path,
+    towers: Path,
+    out: Path,
+    *,
+    vision: str = "vit",
+    lm: str = "lm",
+    data: Path | None = None,
+    **options: Any,
 ) -> Path:
     """Train for a few steps and return the checkpoint's folder."""
     from tinyalign_edge.train.run import TrainOptions, train
@@ -86,7 +93,7 @@ def train_tiny(
         data=data or world / "train.json",
         images=world,
         vision=str(towers / vision),
-        lm=str(towers / "lm"),
+        lm=str(towers / lm),
         out=out,
         options=TrainOptions(**chosen),
     )
@@ -101,7 +108,7 @@ def _scale_up(model: torch.nn.Module, factor: float) -> None:
                 weight.mul_(factor)
 
 
-def _read_texts(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int = 200) -> None:
+def _read_texts(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):

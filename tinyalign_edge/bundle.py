@@ -112,6 +112,7 @@ class DecoderBlock:
     head_dim: int  # of the buffers: padded to what the attention operator takes
     vocab_size: int
     max_positions: int
+    graph: Literal["fused", "traced"] = "fused"  # "traced": by torch, for a family without a graph of its own; slower
     past_key: str = "past_key_values.%d.key"
     past_value: str = "past_key_values.%d.value"
     present_key: str = "present.%d.key"

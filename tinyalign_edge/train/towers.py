@@ -181,7 +181,9 @@ def load_language(path: str) -> LanguageTower:
         )
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
-    model, info = _load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32)
+    capped = getattr(config, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
+    options = {"attn_implementation": "eager"} if capped else {}
+    model, info = _load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32, **options)
     weights = model.state_dict()
     for name in info["missing_keys"]:
         raise missing_weight(name, tuple(weights[name].shape), LANGUAGE, path)

@@ -1,0 +1,180 @@
+"""Every family of models on a tiny one that shows its features: ONNX against torch, in float32 and in int8.
+
+    python -m tinyalign_edge.bench.models
+
+Writes `docs/models.md` and `bench/results/models.json`; takes seconds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.left_out import LEFT_OUT
+from tinyalign_edge.bench.models_encoders import encoder_rows
+from tinyalign_edge.bench.record import RESULTS, record
+from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
+from tinyalign_edge.bundle import DecoderBlock
+from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.families import read_architecture
+from tinyalign_edge.export.language import export_language
+from tinyalign_edge.export.weights import StateDict
+from tinyalign_edge.runtime.decoder import Decoder
+
+Floats = NDArray[np.float32]
+
+COMMAND = "python -m tinyalign_edge.bench.models"
+PAGE = RESULTS.parents[1] / "docs" / "models.md"
+TOKENS = 64
+PASSES = {"prefill": [64], "chunks": [20, 1, 11, 32], "decode": [32] + [1] * 32}
+IDS = random_ids(TOKENS)
+
+INTRODUCTION = f"""# Models
+
+Made by `{COMMAND}` (`just models`); do not edit. The raw figures are in
+[`bench/results/models.json`](../bench/results/models.json).
+
+Every model here is tiny and random, with weights so large and settings so tight (windows shorter than the prompt, soft
+caps that bite, heads that need padding) that each feature shows. What a real model loses in int8 is measured when it is
+exported, and stands in its bundle.
+"""
+LANGUAGE = f"""## Language models
+
+{TOKENS} tokens in one pass, in chunks of {PASSES["chunks"]}, and one by one after 32: the largest difference to torch's
+float32 logits, relative to the largest logit. int8 with dynamically quantised activations everywhere, nothing given
+back: mean KL divergence to torch in nats and share of equal next tokens. A random model's next token is often a matter
+of rounding, so agreement says less here than with a trained one.
+"""
+ENCODERS = """## Vision encoders
+
+Encoder, connector and retrieval key in one graph: the largest difference to torch's float32 visual tokens and key,
+relative to the largest value; the mean cosine of the visual tokens in int8; how many attention blocks are one operator
+(each of these has two layers, convolutional ones have none).
+"""
+FUSED_NOTES = """- Options that no graph is written for (Phi's `qk_layernorm`, Gemma 3's
+  `use_bidirectional_attention`, other kinds of layers than full and sliding attention) are traced or refused, never
+  left out.
+- Rotary embeddings: transformers' default, linear, dynamic, YaRN, Llama 3 and LongRoPE. With LongRoPE the graph uses
+  the short factors and ends at `original_max_position_embeddings`: beyond it transformers changes to other factors,
+  which do not fit the keys that are in the cache already.
+- transformers' default attention leaves Gemma 2's soft cap out; the reference here, and the loader, use the plain one.
+"""
+TRACED_TEXT = """### Other families: traced
+
+A model type that is not in the table above, or has an option that is not, is traced by torch into a graph with the same
+inputs and outputs. It is checked in the same way, and slower: attention is not fused, every linear layer is a product
+of its own, and a tied embedding is stored twice. `export` says so, and `bundle.json` has `"graph": "traced"`. Models
+without a cache of keys and values (Mamba), that take no embeddings or positions, or whose trace holds for one size
+only, are refused. Some that work:
+"""
+LEFT_OUT_TEXT = """### Features left out
+
+The same comparison with one feature changed in the graph's description, to show that the comparison would see it:
+"""
+
+
+def main() -> None:
+    """Measure and write."""
+    pages: list[str] = [INTRODUCTION]
+    result: dict[str, Any] = {}
+    for section in SECTIONS:
+        text, figures = section()
+        pages.append(text)
+        result |= figures
+    written = record("models", COMMAND, result)
+    PAGE.write_text("\n".join(pages), "utf-8")
+    print(PAGE.read_text("utf-8"))
+    print(written)
+
+
+def language_section() -> tuple[str, dict[str, Any]]:
+    """The matrix of language models: Markdown, and its figures by name."""
+    fused = [_measure(name, tiny) for name, tiny in FUSED.items()]
+    traced = [_measure(name, tiny) for name, tiny in TRACED.items()]
+    left_out = [_measure_left_out(name, feature) for name, features in LEFT_OUT.items() for feature in features]
+    parts = [LANGUAGE, _matrix(fused), FUSED_NOTES, TRACED_TEXT, _matrix(traced), LEFT_OUT_TEXT]
+    parts.append(
+        _table(("model", "changed", "error"), [(r["model"], r["changed"], f"{r['error']:.2f}") for r in left_out])
+    )
+    return "\n".join(parts), {"language_models": fused, "traced_language_models": traced, "left_out": left_out}
+
+
+def encoder_section() -> tuple[str, dict[str, Any]]:
+    """The matrix of vision encoders: Markdown, and its figures by name."""
+    rows = list(encoder_rows())
+    cells = [
+        (
+            row.encoder,
+            row.features,
+            f"{row.fp32_error:.0e}",
+            f"{row.fp32_key_error:.0e}",
+            f"{row.int8_cosine:.5f}",
+            f"{row.attentions}",
+        )
+        for row in rows
+    ]
+    head = ("encoder", "shown", "visual tokens", "key", "int8 cosine", "fused attention")
+    return f"{ENCODERS}\n{_table(head, cells)}", {"encoders": [asdict(row) for row in rows]}
+
+
+SECTIONS: tuple[Callable[[], tuple[str, dict[str, Any]]], ...] = (language_section, encoder_section)
+
+
+def _measure(name: str, tiny: Tiny) -> dict[str, Any]:
+    model = build(tiny)
+    wanted = torch_logits(model, IDS)
+    written = _logits(lambda folder: export_language(model, folder, precision="fp32"), list(PASSES.values()))
+    (int8,) = _logits(lambda folder: export_language(model, folder, precision="int8"), [PASSES["prefill"]])
+    return {
+        "model": name,
+        "model_type": tiny.model_type,
+        "shows": tiny.shows,
+        **{f"{kind}_error": relative_error(logits, wanted) for kind, logits in zip(PASSES, written, strict=True)},
+        "int8_kl": divergence(int8, wanted),
+        "int8_agreement": float((int8.argmax(-1) == wanted.argmax(-1)).mean()),
+    }
+
+
+def _measure_left_out(name: str, feature: str) -> dict[str, Any]:
+    model = build(FUSED[name])
+    config = model.config.to_dict()
+    arch, weights = LEFT_OUT[name][feature](read_architecture(config), dict(StateDict(model)), config)
+    (logits,) = _logits(lambda folder: export_decoder(arch, weights, folder, precision="fp32"), [PASSES["prefill"]])
+    return {"model": name, "changed": feature, "error": relative_error(logits, torch_logits(model, IDS))}
+
+
+def _logits(write: Callable[[Path], DecoderBlock], passes: list[list[int]]) -> list[Floats]:
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = Decoder(Path(folder), write(Path(folder)), threads=1)
+        return [onnx_logits(decoder, IDS, chunks) for chunks in passes]
+
+
+def _matrix(rows: list[dict[str, Any]]) -> str:
+    head = ("model_type", "shown", "prefill", "chunks", "decode", "int8 KL", "agreement")
+    cells = [
+        (
+            f"`{row['model_type']}`",
+            row["shows"],
+            *(f"{row[f'{kind}_error']:.0e}" for kind in PASSES),
+            f"{row['int8_kl']:.4f}",
+            f"{row['int8_agreement']:.0%}",
+        )
+        for row in rows
+    ]
+    return _table(head, cells)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

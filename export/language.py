@@ -1,0 +1,44 @@
+"""The graphs of a language model: fused where its family is known, traced where it is not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.errors import UnsupportedError
+from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.families import read_architecture
+from tinyalign_edge.export.traced import probe, trace_decoder
+from tinyalign_edge.export.weights import StateDict
+
+logger = logging.getLogger(__name__)
+
+
+def check_language(model: PreTrainedModel) -> None:
+    """Refuse before any long work what cannot be exported; warn of what will be traced, and why.
+
+    Raises:
+        UnsupportedError: neither way takes the model.
+    """
+    try:
+        read_architecture(model.config)
+    except UnsupportedError as reason:
+        probe(model)
+        logger.warning("warning: %s; torch traces its graph instead, which is right but slower", reason)
+
+
+def export_language(model: PreTrainedModel, folder: Path, *, precision: Precision) -> DecoderBlock:
+    """Write the decoder's and the embedding's graph into `folder`; `DecoderBlock.graph` says which way was taken.
+
+    Raises:
+        UnsupportedError: neither way takes the model.
+        InputError: weights that disagree with the configuration.
+    """
+    try:
+        architecture = read_architecture(model.config)
+    except UnsupportedError:
+        return trace_decoder(model, folder, precision=precision)
+    return export_decoder(architecture, StateDict(model), folder, precision=precision)
