@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyalign_edge.bench.record import record, shared
-from tinyalign_edge.bundle import Precision
+from tinyalign_edge.bundle import Format
 from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.runtime.decoder import Decoder
 
 PROMPT = "Once upon a time"
@@ -40,11 +41,11 @@ def main() -> None:
     print(record("stories260k", "python -m tinyalign_edge.bench.stories", result))
 
 
-def greedy(model: Any, ids: list[int], precision: Precision) -> list[int]:
+def greedy(model: Any, ids: list[int], precision: Format) -> list[int]:
     """`TOKENS` greedy tokens of the exported decoder."""
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        block = export_decoder(model.config, weights, Path(folder), precision=precision)
+        block = export_decoder(model.config, weights, Path(folder), plan=Plan(precision))
         decoder = Decoder(Path(folder), block)
         cache = decoder.new_cache(len(ids) + TOKENS)
         out = [int(decoder.forward(cache, decoder.embed(ids)).argmax())]

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock, Format
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.export.architecture import product_names, read_architecture
 from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.runtime.decoder import Decoder
 
 SHARED = Path(os.environ.get("TINYALIGN_SHARED", Path(__file__).parents[2] / "shared"))
@@ -62,9 +63,12 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return model
 
 
-def export(model: LlamaForCausalLM, folder: Path, precision: Precision = "fp32", **options: Any) -> Decoder:
+def export(
+    model: LlamaForCausalLM, folder: Path, base: Format = "fp32", given_back: dict[str, Format] | None = None
+) -> Decoder:
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return Decoder(folder, export_decoder(model.config, weights, folder, precision=precision, **options), threads=1)
+    block = export_decoder(model.config, weights, folder, plan=Plan(base, given_back or {}))
+    return Decoder(folder, block, threads=1)
 
 
 def torch_logits(model: LlamaForCausalLM, ids: list[int]) -> NDArray[np.float32]:
@@ -211,7 +215,7 @@ def test_int8_stays_close_to_torch(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "item_bytes"), [("int8", 1), ("fp32", 4)])
-def test_a_tied_embedding_is_on_disk_once(precision: Precision, item_bytes: int, tmp_path: Path) -> None:
+def test_a_tied_embedding_is_on_disk_once(precision: Format, item_bytes: int, tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):
         export(llama(vocab_size=4096, tie_word_embeddings=tied), tmp_path, precision)
@@ -227,16 +231,16 @@ def test_products_kept_in_fp32_leave_no_error_when_all_are_kept(model: LlamaForC
     ids = random_ids(40)
     wanted = torch_logits(model, ids)
     errors = [
-        relative_error(onnx_logits(export(model, tmp_path, "int8", keep_fp32=frozenset(kept)), ids, [40]), wanted)
+        relative_error(onnx_logits(export(model, tmp_path, "int8", dict.fromkeys(kept, "fp32")), ids, [40]), wanted)
         for kept in ((), names[:-1], names)
     ]
     assert errors[0] > errors[1] > 1e-3 > 1e-4 > errors[2]
     with pytest.raises(InputError, match=r"no product 'layers\.9\.o_proj'"):
-        export(model, tmp_path, "int8", keep_fp32=frozenset({"layers.9.o_proj"}))
+        export(model, tmp_path, "int8", {"layers.9.o_proj": "fp32"})
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_a_second_export_writes_the_same_bytes(precision: Precision, model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_second_export_writes_the_same_bytes(precision: Format, model: LlamaForCausalLM, tmp_path: Path) -> None:
     contents = []
     for _ in range(2):
         export(model, tmp_path, precision)
@@ -260,7 +264,7 @@ def test_what_the_exporter_does_not_know_is_an_error_that_lists_what_it_does(
     changes: dict[str, Any], message: str, model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        export_decoder(model.config.to_dict() | changes, {}, tmp_path, precision="fp32")
+        export_decoder(model.config.to_dict() | changes, {}, tmp_path, plan=Plan("fp32"))
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -272,7 +276,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(model: LlamaForCa
         (weights | {extra: np.ones(16, np.float32)}, f"{extra}' is not part of the model"),
     ):
         with pytest.raises(InputError, match=message):
-            export_decoder(model.config, changed, tmp_path, precision="fp32")
+            export_decoder(model.config, changed, tmp_path, plan=Plan("fp32"))
 
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -284,7 +288,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(model: LlamaForCa
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no {STORIES}; set TINYALIGN_SHARED")
 @pytest.mark.parametrize(("precision", "agreeing"), [("fp32", 40), ("int8", 40)])
-def test_stories260k_tells_the_story_that_torch_tells(precision: Precision, agreeing: int, tmp_path: Path) -> None:
+def test_stories260k_tells_the_story_that_torch_tells(precision: Format, agreeing: int, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(STORIES).eval()
     ids = Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode("Once upon a time").ids
     wanted = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()

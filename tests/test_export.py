@@ -18,11 +18,13 @@ from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.evaluate import evaluate
 from tinyalign_edge.export import components
-from tinyalign_edge.export.run import export
+from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+FP32 = ExportOptions(precision="fp32")
 KINDS = ("none", "tokens", "latents")
 
 
@@ -44,7 +46,7 @@ def test_every_kind_of_memory_passes_the_gate(bundles: dict[str, Path], kind: st
 def test_the_fp32_bundle_answers_as_torch_does(
     checkpoints: dict[str, Path], world: Path, tmp_path: Path, kind: str
 ) -> None:
-    export(checkpoints[kind], tmp_path / "fp32", precision="fp32")
+    export(checkpoints[kind], tmp_path / "fp32", FP32)
     rows = read_rows(world / "test.json", world)
     expected = TorchAnswerer(load_checkpoint(checkpoints[kind])).ask_all(rows)
     with ta.load(tmp_path / "fp32") as model:
@@ -87,8 +89,8 @@ def test_a_broken_quantisation_is_caught_and_the_old_bundle_stays(
     before = contents(tmp_path / "b")
     honest = components.quantize_encoder
 
-    def broken(model: onnx.ModelProto) -> onnx.ModelProto:
-        model = honest(model)
+    def broken(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+        model = honest(model, plan)
         for tensor in model.graph.initializer:
             if tensor.name.endswith(".scales"):
                 tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
@@ -113,7 +115,7 @@ def test_an_interrupt_or_a_full_disk_leaves_the_old_bundle_whole(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(run, "run_gate", fail)
+    monkeypatch.setattr(run, "Gate", fail)
     with pytest.raises((KeyboardInterrupt, ta.TinyAlignError)):
         export(checkpoints["none"], tmp_path / "b")
     assert contents(tmp_path / "b") == before
@@ -121,7 +123,7 @@ def test_an_interrupt_or_a_full_disk_leaves_the_old_bundle_whole(
 
 
 def test_evaluation_of_checkpoint_and_bundle_agree(checkpoints: dict[str, Path], world: Path, tmp_path: Path) -> None:
-    export(checkpoints["tokens"], tmp_path / "fp32", precision="fp32")
+    export(checkpoints["tokens"], tmp_path / "fp32", FP32)
     given: dict[str, Any] = {"data": world / "test.json", "images": world, "limit": 12}
     for memory in ("own", "none", "shuffled"):
         torch_side = evaluate(checkpoints["tokens"], memory=memory, **given)  # type: ignore[arg-type]
@@ -132,7 +134,7 @@ def test_evaluation_of_checkpoint_and_bundle_agree(checkpoints: dict[str, Path],
 
 
 def test_logits_that_are_not_numbers_fail_the_gate() -> None:
-    from tinyalign_edge.export.gate import _failures, _result, _Tally
+    from tinyalign_edge.export.gate import _failure
 
-    tally = _Tally([0.0, float("nan")], [0.0], [True], [(1.0, 1.0)], [1.0], [True])
-    assert "fp32 logit error is nan" in _failures(_result(tally, 1), "fp32")[0]
+    assert _failure("mean KL", float("nan")) == "mean KL is nan, must be <= 0.005"
+    assert not _failure("mean KL", 0.005)

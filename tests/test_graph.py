@@ -10,10 +10,13 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from tinyalign_edge.bundle import Format
 from tinyalign_edge.export.graph import PAGE_BYTES, DataFile, Graph
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.product import lookup, product, quantize_rows
 
 Floats = NDArray[np.float32]
+INT8 = Plan("int8")
 
 
 def normal(*shape: int) -> Floats:
@@ -48,10 +51,10 @@ def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
     table, data = normal(100, 64), DataFile(tmp_path / "shared.data")
     find, head = Graph("find"), Graph("head")
     find.input("ids", np.int64, ("B", "T"))
-    lookup(find, "ids", table, name="table", int8=True, output="rows")
+    lookup(find, "ids", table, name="table", plan=INT8, output="rows")
     find.output("rows", np.float32, ("B", "T", 64))
     head.input("x", np.float32, ("T", 64))
-    head.output(product(head, "x", table, name="head", int8=True, as_table=True), np.float32, ("T", 100))
+    head.output(product(head, "x", table, name="head", plan=INT8, as_table=True), np.float32, ("T", 100))
     for graph, name in ((find, "find.onnx"), (head, "head.onnx")):
         graph.save(tmp_path / name, data=data)
     assert (tmp_path / "shared.data").stat().st_size == table.size
@@ -62,11 +65,13 @@ def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
     assert worst(products, table[:3] @ table.T) < 0.02
 
 
-@pytest.mark.parametrize(("options", "bound"), [({"int8": False}, 1e-6), ({"int8": True}, 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "bound"), [("fp32", 1e-6), ("int8", 0.02), ("int8_weight", 0.02), ("int4_weight", 0.2)]
+)
 @pytest.mark.parametrize("level", [False, True])
-def test_a_product_is_that_of_numpy(options: dict[str, bool], bound: float, level: bool, tmp_path: Path) -> None:
+def test_a_product_is_that_of_numpy(kind: Format, bound: float, level: bool, tmp_path: Path) -> None:
     x, rows, bias = normal(5, 64), normal(32, 64)[::-1], normal(32)
-    assert worst(run_product(tmp_path, x, rows, bias, level=level, **options), x @ rows.T + bias) < bound
+    assert worst(run_product(tmp_path, x, rows, bias, level=level, plan=Plan(kind)), x @ rows.T + bias) < bound
 
 
 def test_levelling_keeps_a_large_row_from_spoiling_the_others(tmp_path: Path) -> None:
@@ -74,7 +79,7 @@ def test_levelling_keeps_a_large_row_from_spoiling_the_others(tmp_path: Path) ->
     x[0] *= 300
     x[5] = 0
     errors = [
-        worst(run_product(tmp_path, x, rows, int8=True, level=level)[1:], x[1:] @ rows.T) for level in (False, True)
+        worst(run_product(tmp_path, x, rows, plan=INT8, level=level)[1:], x[1:] @ rows.T) for level in (False, True)
     ]
     assert errors[0] > 0.3 > 0.02 > errors[1]
 

@@ -84,12 +84,28 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that 'train' wrote.")],
     out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
+    lm_bits: Annotated[str, typer.Option(help="Of the language model's weights in int8: 8 or 4.")] = "8",
+    target: Annotated[str, typer.Option(help="Processors: portable, vnni, avx2 or arm64.")] = "portable",
+    calibration: Annotated[Path | None, typer.Option(help="Rows to find the formats on (default: training's).")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
+    allow_degraded: Annotated[
+        bool, typer.Option("--allow-degraded", help="Write it even if it is not proved.")
+    ] = False,
 ) -> None:
     """Write a bundle, proved against torch on held-out samples."""
+    from tinyalign_edge.export.run import ExportOptions
     from tinyalign_edge.export.run import export as run
     from tinyalign_edge.report import print_gate
 
-    manifest = run(checkpoint, out, precision=_one_of("--precision", precision, "int8", "fp32"))
+    options = ExportOptions(
+        precision=_one_of("--precision", precision, "int8", "fp32"),
+        lm_bits=4 if _one_of("--lm-bits", lm_bits, "8", "4") == "4" else 8,
+        target=_one_of("--target", target, "portable", "vnni", "avx2", "arm64"),
+        calibration=calibration,
+        images=images,
+        allow_degraded=allow_degraded,
+    )
+    manifest = run(checkpoint, out, options)
     print_gate(manifest)
     print(f"bundle: {out}\nnext: tinyalign-edge ask {out} IMAGE QUESTION")
 
