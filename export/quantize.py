@@ -32,7 +32,7 @@ def quantize_encoder(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
         if matrix is None or plan.format(node.name) == "fp32":
             nodes.append(node)
         elif matrix.convolution:
-            nodes += _quantize_convolution(graph, node, tensors[node.input[1]], plan)
+            nodes += _quantize_convolution(graph, node, tensors[node.input[1]])
         else:
             nodes.append(_quantize_product(graph, node, matrix, tensors[node.input[1]], plan))
     del graph.node[:]
@@ -64,9 +64,9 @@ def _quantize_product(graph: GraphProto, node: NodeProto, matrix: Matrix, weight
     return helper.make_node(operator, inputs, list(node.output), name=node.name, domain=MICROSOFT, **attributes)
 
 
-def _quantize_convolution(graph: GraphProto, node: NodeProto, weight: TensorProto, plan: Plan) -> list[NodeProto]:
+def _quantize_convolution(graph: GraphProto, node: NodeProto, weight: TensorProto) -> list[NodeProto]:
     array = numpy_helper.to_array(weight)  # (out channels, in channels, height, width)
-    levels, scales = quantize_rows(array.reshape(len(array), -1), plan.max_level)
+    levels, scales = quantize_rows(array.reshape(len(array), -1))  # computed in float32: no target limits them
     names = f"{node.name}.levels", f"{node.name}.scales", f"{node.name}.weight"
     graph.initializer.append(numpy_helper.from_array(levels.reshape(array.shape), names[0]))
     graph.initializer.append(numpy_helper.from_array(scales, names[1]))
