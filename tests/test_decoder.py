@@ -214,7 +214,7 @@ def test_int8_stays_close_to_torch(variant: str, tmp_path: Path) -> None:
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= 0.8
 
 
-@pytest.mark.parametrize(("precision", "item_bytes"), [("int8", 1), ("fp32", 4)])
+@pytest.mark.parametrize(("precision", "item_bytes"), [("int8", 1), ("int8_weight", 1), ("fp32", 4)])
 def test_a_tied_embedding_is_on_disk_once(precision: Format, item_bytes: int, tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):

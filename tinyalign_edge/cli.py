@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError
+from tinyalign_edge.errors import DegradedWarning, InputError, MissingExtraError, TinyAlignError
 
 app = typer.Typer(
     name="tinyalign-edge",
@@ -210,6 +211,7 @@ def main() -> None:
 def _run() -> int:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    warnings.showwarning = _show_warning
     try:
         code = int(app(standalone_mode=False) or 0)
     except TinyAlignError as error:
@@ -228,6 +230,17 @@ def _run() -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (set TINYALIGN_DEBUG=1 for the traceback)", 1)
     return _fail("interrupted", code) if code == INTERRUPTED else code  # typer may give the code and no message
+
+
+_show_others = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+    """Ours is one line on standard error, as errors are; those of others stay as they are."""
+    if issubclass(category, DegradedWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        _show_others(message, category, *rest, **options)
 
 
 def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside, open_bundle
-from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.errors import BundleError, DegradedWarning, InputError
 from tinyalign_edge.image import ImageLike, open_image, preprocess
 from tinyalign_edge.memory import Bank, Entry
 from tinyalign_edge.prompt import Prompt, load_tokenizer
@@ -84,8 +85,14 @@ def load(
     Raises:
         InputError: `path` is not a bundle.
         BundleError: damaged, hostile, too new, or not the one expected.
+
+    Warns:
+        DegradedWarning: the bundle failed the exporter's comparison with torch.
     """
     manifest = open_bundle(path, expect_sha256=expect_sha256)
+    if manifest.gate is not None and not manifest.gate.passed:
+        failures = "; ".join(manifest.gate.failures)
+        warnings.warn(f"{path}: degraded, it does not compute what torch computes: {failures}", DegradedWarning, 2)
     return Model(Path(path), manifest, threads=threads, memory=memory)
 
 
