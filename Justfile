@@ -55,3 +55,4 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.demo
     {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
     {{ bin }}/python -m tinyalign_edge.bench.stories
+    {{ bin }}/python -m tinyalign_edge.bench.formats

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from tinyalign_edge.bundle import Format
 from tinyalign_edge.export.matrices import Matrix
 from tinyalign_edge.export.plan import NEXT_FORMAT, Plan, matrix_bytes
@@ -19,25 +21,51 @@ CHUNKS = 8
 Passes = Callable[[Plan], bool]
 
 
-def search(base: Plan, ranking: Sequence[str], matrices: Mapping[str, Matrix], passes: Passes) -> Plan:
-    """The plan with the fewest bytes given back that was found to pass.
+def search(
+    base: Plan,
+    ranking: Sequence[str],
+    matrices: Mapping[str, Matrix],
+    loss: Callable[[Plan], float],
+    limit: float,
+) -> Plan:
+    """The plan with the fewest bytes given back that was found to lose at most `limit`.
 
     Args:
-        base: nothing given back; it does not pass.
+        base: nothing given back; it loses more.
         ranking: the component's nodes that are not in float32, the most sensitive first.
         matrices: of those nodes.
-        passes: writes and measures a plan. Called some 10 times for one bad node, some 30 at most.
+        loss: writes and measures a plan. Called some 10 times for one bad node, some 30 at most.
 
     Returns:
-        A plan that passes; or one that does not, cut to `MAX_GROWTH`.
+        A plan within the limit and `MAX_GROWTH`; if there is none, the one within `MAX_GROWTH` that loses least.
     """
+    tried = [(loss(base), base)]
+
+    def passes(plan: Plan) -> bool:
+        found = loss(plan)
+        if affordable(plan, matrices):
+            tried.append((found, plan))
+        return found <= limit
+
     formats: list[Format] = [base.base]
     while formats[-1] != "fp32":
         formats.append(NEXT_FORMAT[formats[-1]])
-        found = _shortest_head(base, ranking, formats[-1], matrices, passes)
-        if found is not None:
-            return _affordable(_take_again(found, formats[:-1], matrices, passes), ranking, matrices)
-    return base
+        head = _shortest_head(base, ranking, formats[-1], matrices, passes)
+        if head is not None:
+            plan = _take_again(head, formats[:-1], matrices, passes)
+            if affordable(plan, matrices):
+                return plan
+            break
+    return min(tried, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))[1]
+
+
+def affordable(plan: Plan, matrices: Mapping[str, Matrix]) -> bool:
+    """Whether the component's matrices stay within `MAX_GROWTH` of their size in the base format."""
+
+    def size(kind: Callable[[str], Format]) -> int:
+        return sum(matrix_bytes(m.rows, m.columns, kind(name)) for name, m in matrices.items())
+
+    return size(plan.format) <= MAX_GROWTH * size(lambda _: plan.base)
 
 
 def _shortest_head(
@@ -72,23 +100,6 @@ def _take_again(plan: Plan, cheaper: Sequence[Format], matrices: Mapping[str, Ma
                 plan = cut
                 break
     return plan
-
-
-def _affordable(plan: Plan, ranking: Sequence[str], matrices: Mapping[str, Matrix]) -> Plan:
-    """The plan without its least sensitive nodes that make the component grow beyond `MAX_GROWTH`."""
-
-    def size(name: str, kind: Format) -> int:
-        return matrix_bytes(matrices[name].rows, matrices[name].columns, kind)
-
-    budget = (MAX_GROWTH - 1) * sum(size(name, plan.base) for name in matrices)
-    kept: dict[str, Format] = {}
-    for name in ranking:
-        kind = plan.format(name)
-        budget -= size(name, kind) - size(name, plan.base)
-        if budget < 0:
-            break
-        kept[name] = kind
-    return Plan(plan.base, _without(kept, plan.base), plan.max_level)
 
 
 def _format(kind: Format, matrix: Matrix) -> Format:

@@ -34,6 +34,7 @@ class Sample:
 
     row: Row
     image: EncodedImage
+    memory_inputs: Feed  # from the float32 embedding table
     log_p: Floats  # (A, V) of the reference's first tokens
 
 
@@ -80,15 +81,15 @@ class Tuner:
         return tuple(entries)
 
     def _find(self, component: Component, share: float, advance: Callable[..., None]) -> Plan:
-        def passes(plan: Plan) -> bool:
-            loss = self._loss(component, plan)
-            advance(note=f"{component}: {len(plan.given_back)} given back, loss {loss:.5f}")
-            return loss <= share * LIMITS[component]
+        def loss(plan: Plan) -> float:
+            found = self._loss(component, plan)
+            advance(note=f"{component}: {len(plan.given_back)} given back, loss {found:.5f}")
+            return found
 
-        base = self._base.of(component)
-        if passes(base):
+        base, limit = self._base.of(component), share * LIMITS[component]
+        if loss(base) <= limit:
             return base
-        return search(base, self._ranking(component, base), self._matrices(component), passes)
+        return search(base, self._ranking(component, base), self._matrices(component), loss, limit)
 
     def _matrices(self, component: Component) -> dict[str, Matrix]:
         """The matrices of a component by node name."""
@@ -118,7 +119,7 @@ class Tuner:
             exact, written = (folder / self._file(component) for folder in (self._fp32.folder, self._folder))
             with Model(self._folder, self._manifest) as model:
                 feeds = [FEEDS[component](model, sample) for sample in self._samples[:RANKING_SAMPLES]]
-            errors = relative_errors(exact, written, feeds)
+            errors = relative_errors(exact, written, [feed for feed in feeds if feed])
             self._rankings[component] = sorted(errors, key=lambda name: -errors[name])
         return self._rankings[component]
 
@@ -130,7 +131,8 @@ def _key(plan: Plan) -> str:
 def _sample(fp32: Model, row: Row) -> Sample:
     image, turn = fp32.encode(row.path), row.turns[0]
     logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
-    return Sample(row, image, log_softmax(logits[:MAX_ANSWER_TOKENS]).astype(np.float32))
+    inputs = fp32.memory_inputs(image.memories) if image.memories else {}
+    return Sample(row, image, inputs, log_softmax(logits[:MAX_ANSWER_TOKENS]).astype(np.float32))
 
 
 def _decoder_loss(model: Model, sample: Sample) -> float:
@@ -145,8 +147,10 @@ def _vision_loss(model: Model, sample: Sample) -> float:
 
 
 def _memory_loss(model: Model, sample: Sample) -> float:
-    found = model.memory_tokens(sample.image.memories)
-    return 1 - float(row_cosines(found, sample.image.memory_tokens).mean()) if len(found) else 0.0
+    if not sample.image.memories:
+        return 0.0
+    found = model.connect(sample.memory_inputs)
+    return 1 - float(row_cosines(found, sample.image.memory_tokens).mean())
 
 
 def _decoder_inputs(model: Model, sample: Sample) -> Feed:
@@ -159,8 +163,8 @@ def _vision_inputs(model: Model, sample: Sample) -> Feed:
     return {"pixel_values": preprocess(open_image(sample.row.path), model.manifest.image)}
 
 
-def _memory_inputs(model: Model, sample: Sample) -> Feed:
-    return model.memory_inputs(sample.image.memories)
+def _memory_inputs(_: Model, sample: Sample) -> Feed:
+    return sample.memory_inputs
 
 
 MEASURES: dict[Component, Callable[[Model, Sample], float]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -253,8 +253,12 @@ class Model:
         """Memory tokens (M, D) of retrieved entries."""
         if not sum(len(entry.value) for entry in entries) or self._connector is None:
             return np.zeros((0, self.manifest.decoder.width), np.float32)
+        return self.connect(self.memory_inputs(entries))
+
+    def connect(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Float:
+        """Memory tokens (M, D) of the inputs that `memory_inputs` gives."""
         with onnxruntime_errors(self.folder / str(self.manifest.memory.file)):
-            out: Float = self._connector.run(["memory_tokens"], self.memory_inputs(entries))[0]
+            out: Float = self._connector.run(["memory_tokens"], dict(inputs))[0]
         return out
 
     def memory_inputs(self, entries: Sequence[Entry]) -> dict[str, npt.NDArray[Any]]:
