@@ -45,7 +45,7 @@ class ExportOptions:
 
     precision: Literal["int8", "fp32"] = "int8"
     lm_bits: Literal[4, 8] = 8
-    target: Target = "portable"
+    target: Target = "vnni"
     allow_degraded: bool = False
     calibration: Path | None = None
     images: Path | None = None

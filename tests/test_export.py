@@ -87,7 +87,7 @@ def test_a_convolutional_encoder_exports(world: Path, towers: Path, tmp_path: Pa
 def test_a_second_export_gives_the_same_bytes(
     checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    export(checkpoints["tokens"], tmp_path / "tokens", ExportOptions(target="vnni"))
+    export(checkpoints["tokens"], tmp_path / "tokens")
     assert contents(tmp_path / "tokens") == contents(bundles["tokens"])
 
 
@@ -166,12 +166,11 @@ def test_planted_outliers_are_found_and_the_rest_stays_int8(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = plant_outlier(checkpoints["none"], tmp_path)
-    options = ExportOptions(target="vnni")
     with monkeypatch.context() as without_search:
         without_search.setattr(tune, "search", lambda base, *_: base)
         with pytest.raises(ta.GateError, match="mean KL is"):
-            export(checkpoint, tmp_path / "b", options)
-    manifest = export(checkpoint, tmp_path / "b", options)
+            export(checkpoint, tmp_path / "b")
+    manifest = export(checkpoint, tmp_path / "b")
     assert manifest.gate is not None
     assert manifest.gate.passed
     assert [(n.component, n.node) for n in manifest.given_back] == [("decoder", "layers.0.gate_up_proj")]

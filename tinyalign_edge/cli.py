@@ -86,7 +86,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
     lm_bits: Annotated[str, typer.Option(help="Of the language model's weights in int8: 8 or 4.")] = "8",
-    target: Annotated[str, typer.Option(help="Processors: portable, vnni, avx2 or arm64.")] = "portable",
+    target: Annotated[str, typer.Option(help="Processors: vnni, arm64, avx2 or portable.")] = "vnni",
     calibration: Annotated[Path | None, typer.Option(help="Rows to find the formats on (default: training's).")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
     allow_degraded: Annotated[
