@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_a_degraded_bundle_is_marked_and_warns_when_it_is_loaded(
             cli.main()
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("warning: ") and "degraded" in line for line in lines) == 1
+
+
+def test_calibration_rows_need_their_images_and_are_read_before_any_work(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    given = ExportOptions(calibration=tmp_path / "rows.json")
+    with pytest.raises(ta.InputError, match="--calibration and --images: give both"):
+        export(checkpoints["none"], tmp_path / "b", given)
+    with pytest.raises(ta.InputError, match=r"rows\.json: no such file"):
+        export(checkpoints["none"], tmp_path / "b", replace(given, images=tmp_path))
 
 
 OUTLIER, CHANNEL = 200.0, 5
