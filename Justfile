@@ -55,6 +55,7 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.demo
     {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
     {{ bin }}/python -m tinyalign_edge.bench.stories
+    {{ bin }}/python -m tinyalign_edge.bench.formats
 
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from tinyalign_edge.export.gate import log_softmax
+from tinyalign_edge.export.measure import log_softmax
 from tinyalign_edge.runtime.decoder import Decoder
 
 Floats = NDArray[np.float32]

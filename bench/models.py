@@ -25,6 +25,7 @@ from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.language import export_language
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -130,8 +131,8 @@ SECTIONS: tuple[Callable[[], tuple[str, dict[str, Any]]], ...] = (language_secti
 def _measure(name: str, tiny: Tiny) -> dict[str, Any]:
     model = build(tiny)
     wanted = torch_logits(model, IDS)
-    written = _logits(lambda folder: export_language(model, folder, precision="fp32"), list(PASSES.values()))
-    (int8,) = _logits(lambda folder: export_language(model, folder, precision="int8"), [PASSES["prefill"]])
+    written = _logits(lambda folder: export_language(model, folder, plan=Plan("fp32")), list(PASSES.values()))
+    (int8,) = _logits(lambda folder: export_language(model, folder, plan=Plan("int8")), [PASSES["prefill"]])
     return {
         "model": name,
         "model_type": tiny.model_type,
@@ -146,7 +147,7 @@ def _measure_left_out(name: str, feature: str) -> dict[str, Any]:
     model = build(FUSED[name])
     config = model.config.to_dict()
     arch, weights = LEFT_OUT[name][feature](read_architecture(config), dict(StateDict(model)), config)
-    (logits,) = _logits(lambda folder: export_decoder(arch, weights, folder, precision="fp32"), [PASSES["prefill"]])
+    (logits,) = _logits(lambda folder: export_decoder(arch, weights, folder, plan=Plan("fp32")), [PASSES["prefill"]])
     return {"model": name, "changed": feature, "error": relative_error(logits, torch_logits(model, IDS))}
 
 

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tinyalign_edge.bench.tiny_encoders import ENCODERS, save_encoder
 from tinyalign_edge.export.encoder import trace_encoder
 from tinyalign_edge.export.fuse import fused_attentions
-from tinyalign_edge.export.quantize import quantize_encoder
+from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 from tinyalign_edge.train.towers import VisionTower, image_settings, load_vision, patch_features
@@ -56,7 +57,7 @@ def compare(name: str, folder: Path, *, side: int | None = None) -> EncoderRow:
     pictures = np.random.default_rng(0).standard_normal(size, np.float32)
     expected = _torch_outputs(tower, model, pictures)
     graph = trace_encoder(tower, model)
-    fp32, int8 = onnx_outputs(graph, pictures), onnx_outputs(quantize_encoder(graph), pictures)
+    fp32, int8 = onnx_outputs(graph, pictures), onnx_outputs(quantize_graph(graph, Plan("int8")), pictures)
     return EncoderRow(
         encoder=name,
         features=ENCODERS[name].features,

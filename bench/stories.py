@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyalign_edge.bench.record import record, shared
-from tinyalign_edge.bundle import Precision
+from tinyalign_edge.bundle import Format
 from tinyalign_edge.export.decoder import export_decoder
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -41,10 +42,10 @@ def main() -> None:
     print(record("stories260k", "python -m tinyalign_edge.bench.stories", result))
 
 
-def greedy(model: Any, ids: list[int], precision: Precision) -> list[int]:
+def greedy(model: Any, ids: list[int], precision: Format) -> list[int]:
     """`TOKENS` greedy tokens of the exported decoder."""
     with tempfile.TemporaryDirectory() as folder:
-        block = export_decoder(model.config, StateDict(model), Path(folder), precision=precision)
+        block = export_decoder(model.config, StateDict(model), Path(folder), plan=Plan(precision))
         decoder = Decoder(Path(folder), block)
         cache = decoder.new_cache(len(ids) + TOKENS)
         out = [int(decoder.forward(cache, decoder.embed(ids)).argmax())]

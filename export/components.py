@@ -14,20 +14,23 @@ from tinyalign_edge.bundle import (
     MANIFEST,
     MEMORY_DIR,
     SCHEMA_VERSION,
-    GateResult,
+    Component,
+    DecoderBlock,
     GenerationConfig,
     Manifest,
     MemoryBlock,
-    Precision,
+    Target,
     VisionBlock,
     file_entries,
 )
 from tinyalign_edge.config import write_json
 from tinyalign_edge.export.language import export_language
+from tinyalign_edge.export.memory_graph import FILE as MEMORY_FILE
 from tinyalign_edge.export.memory_graph import export_memory_connector
-from tinyalign_edge.export.quantize import quantize_encoder
+from tinyalign_edge.export.plan import PRECISIONS, Plan, Plans
+from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.export.source import Source
-from tinyalign_edge.train.checkpoint import MEMORY, Checkpoint
+from tinyalign_edge.train.checkpoint import MEMORY
 
 ENCODER_FILE = "encoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,19 +39,21 @@ TOOLS = ("onnx", "onnxruntime", "optimum-onnx", "torch", "transformers", "usearc
 
 @dataclass(frozen=True)
 class Components:
-    """Graphs that do not depend on the precision, made once for both."""
+    """Graphs that do not depend on the formats, made once for all of them."""
 
     source: Source
     encoder: onnx.ModelProto  # float32
 
 
-def write_bundle(parts: Components, folder: Path, *, precision: Precision, name: str) -> Manifest:
-    """Write a whole bundle but the probe and the gate's result into the empty `folder`; returns its manifest."""
+def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Target, name: str) -> Manifest:
+    """Write a whole bundle but probe, card and manifest into the empty `folder`; returns its manifest so far."""
     source = parts.source
-    encoder = quantize_encoder(parts.encoder) if precision == "int8" else parts.encoder
-    (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString(deterministic=True))
-    decoder = export_language(source.language, folder, precision=precision)
     (folder / TOKENIZER_FILE).write_text(source.tokenizer_json, "utf-8")
+    if source.memory is not None:
+        shutil.copytree(source.memory.folder / MEMORY, folder / MEMORY_DIR)
+        write_component(parts, folder, "memory", plans.memory)
+    write_component(parts, folder, "vision", plans.vision)
+    decoder = _write_decoder(parts, folder, plans.decoder)
     longest = min(source.prompt.max_context_tokens, decoder.max_positions)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -58,24 +63,41 @@ def write_bundle(parts: Components, folder: Path, *, precision: Precision, name:
         generation=GenerationConfig(),
         vision=VisionBlock(
             file=ENCODER_FILE,
-            precision=precision,
+            precision=PRECISIONS[plans.vision.base],
             visual_tokens=source.visual_tokens,
             key_dim=source.key_dim,
             outputs=("visual_tokens", "key") if source.key_dim else ("visual_tokens",),
         ),
         decoder=decoder,
-        memory=_memory(source.checkpoint, folder, precision),
+        memory=_memory(source),
         tokenizer_file=TOKENIZER_FILE,
         probe_file="",
+        target=target,
+        given_back=(),
         gate=None,
         licences={part: tower.licence for part, tower in source.towers.items()},
         tool_versions=tool_versions(),
     )
 
 
-def seal(manifest: Manifest, folder: Path, *, probe_file: str, gate: GateResult | None) -> Manifest:
+def write_component(parts: Components, folder: Path, component: Component, plan: Plan) -> None:
+    """Write one component's graphs and weights in the formats of `plan`; its files in `folder` are overwritten."""
+    if component == "vision":
+        encoder = quantize_graph(parts.encoder, plan)
+        (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString(deterministic=True))
+    elif component == "decoder":
+        _write_decoder(parts, folder, plan)
+    elif parts.source.memory is not None:
+        export_memory_connector(parts.source.memory.connector, folder, plan=plan)
+
+
+def _write_decoder(parts: Components, folder: Path, plan: Plan) -> DecoderBlock:
+    return export_language(parts.source.language, folder, plan=plan)
+
+
+def seal(manifest: Manifest, folder: Path) -> Manifest:
     """Hash every file and write `bundle.json`, which makes the folder a bundle."""
-    manifest = replace(manifest, probe_file=probe_file, gate=gate, files=file_entries(folder))
+    manifest = replace(manifest, files=file_entries(folder))
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -85,11 +107,10 @@ def tool_versions() -> dict[str, str]:
     return {"tinyalign-edge": tinyalign_edge.__version__, **{t: importlib.metadata.version(t) for t in TOOLS}}
 
 
-def _memory(checkpoint: Checkpoint | None, folder: Path, precision: Precision) -> MemoryBlock:
-    if checkpoint is None or checkpoint.model.memory_connector is None:
+def _memory(source: Source) -> MemoryBlock:
+    if source.memory is None:
         return MemoryBlock(kind="none")
-    settings, connector = checkpoint.config.memory, checkpoint.model.memory_connector
-    shutil.copytree(checkpoint.folder / MEMORY, folder / MEMORY_DIR)
+    settings = source.memory.settings
     return MemoryBlock(
         kind=settings.kind,
         k=settings.k,
@@ -99,5 +120,5 @@ def _memory(checkpoint: Checkpoint | None, folder: Path, precision: Precision) -
         latents=settings.latents if settings.kind == "latents" else 0,
         latent_dim=settings.latent_dim if settings.kind == "latents" else 0,
         fingerprint=settings.fingerprint,
-        file=export_memory_connector(connector, folder, precision=precision),
+        file=MEMORY_FILE,
     )

@@ -17,6 +17,7 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.families import Architecture, product_names, read_architecture
 from tinyalign_edge.export.graph import MICROSOFT, DataFile, Graph
 from tinyalign_edge.export.heads import pad_head_norm, pad_heads
+from tinyalign_edge.export.plan import PRECISIONS, Plan
 from tinyalign_edge.export.product import lookup, product
 from tinyalign_edge.export.weights import Weights
 
@@ -40,8 +41,7 @@ def export_decoder(
     weights: Mapping[str, NDArray[Any]],
     folder: Path,
     *,
-    precision: Precision,
-    keep_fp32: frozenset[str] = frozenset(),
+    plan: Plan,
 ) -> DecoderBlock:
     """Write `decoder.onnx`, `embed.onnx` and their common `lm.data` into `folder`, as `DecoderBlock` says.
 
@@ -49,35 +49,34 @@ def export_decoder(
         config: the model's Hugging Face configuration, its `to_dict()`, or what `read_architecture` made of it.
         weights: its state dict under Hugging Face names, any float dtype numpy knows.
         folder: exists; the three files are overwritten. Equal arguments give equal bytes.
-        precision: "int8" keeps matrices as int8 with one scale a row; activations are quantised as they come.
-        keep_fp32: `product_names` to leave in float32 all the same. A tied embedding follows "lm_head".
+        plan: the format of each of `product_names`. A tied embedding follows "lm_head"; another is int8, or float32
+            where that is the plan's base.
 
     Raises:
         UnsupportedError: a family, activation, rotary scaling or weight that this exporter does not know.
-        InputError: a weight is missing or has not the shape that `config` says, or `keep_fp32` has an unknown name.
+        InputError: a weight is missing or has not the shape that `config` says, or `plan` names no product.
     """
     arch = config if isinstance(config, Architecture) else read_architecture(config)
-    names = frozenset(product_names(arch))
-    if unknown := keep_fp32 - names:
-        raise InputError(f"keep_fp32: no product {min(unknown)!r}; there are {', '.join(product_names(arch))}")
-    in_int8 = names - keep_fp32 if precision == "int8" else frozenset()
+    if unknown := plan.given_back.keys() - set(product_names(arch)):
+        raise InputError(f"no product {min(unknown)!r}; there are {', '.join(product_names(arch))}")
     unused = frozenset({f"{arch.names.head}.weight"}) if arch.tied else frozenset()  # there twice, or once
     source = Weights(weights, unused=unused)
-    decoder = _DecoderWriter(arch, source, in_int8).write()
-    embed = _embed_graph(arch, source, int8="lm_head" in in_int8 if arch.tied else precision == "int8")
+    decoder = _DecoderWriter(arch, source, plan).write()
+    embed = _embed_graph(arch, source, plan)
     source.refuse_unread()
     data = DataFile(folder / DATA_FILE)
     decoder.save(folder / DECODER_FILE, data=data)
     embed.save(folder / EMBED_FILE, data=data)
-    return _block(arch, precision)
+    return _block(arch, PRECISIONS[plan.base])
 
 
-def _embed_graph(arch: Architecture, weights: Weights, *, int8: bool) -> Graph:
+def _embed_graph(arch: Architecture, weights: Weights, plan: Plan) -> Graph:
     graph = Graph("embed")
     ids = graph.input("input_ids", np.int64, ("B", "T"))
     table = weights.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
-    scaled = arch.embedding_scale != 1
-    found = lookup(graph, ids, table, name="embed_tokens", int8=int8, output="rows" if scaled else "embeddings")
+    kind = plan.format("lm_head") if arch.tied else "fp32" if plan.base == "fp32" else "int8"
+    own, scaled = Plan(kind, max_level=plan.max_level), arch.embedding_scale != 1
+    found = lookup(graph, ids, table, name="embed_tokens", plan=own, output="rows" if scaled else "embeddings")
     if scaled:
         scale = graph.constant("embedding_scale", np.array(arch.embedding_scale, np.float32))
         graph.op("Mul", found, scale, output="embeddings")
@@ -103,11 +102,11 @@ def _block(arch: Architecture, precision: Precision) -> DecoderBlock:
 class _DecoderWriter:
     """Writes the graph of the layers, once."""
 
-    def __init__(self, arch: Architecture, weights: Weights, in_int8: frozenset[str]) -> None:
+    def __init__(self, arch: Architecture, weights: Weights, plan: Plan) -> None:
         self._graph = Graph("decoder")
         self._arch = arch
         self._weights = weights
-        self._in_int8 = in_int8
+        self._plan = plan
         self._buffers = _block(arch, "int8")
 
     def write(self) -> Graph:
@@ -135,7 +134,7 @@ class _DecoderWriter:
         return graph
 
     def _product(self, name: str, x: str, rows: Floats, bias: Floats, *, level: bool = False) -> str:
-        return product(self._graph, x, rows, bias, name=name, int8=name in self._in_int8, level=level)
+        return product(self._graph, x, rows, bias, name=name, plan=self._plan, level=level)
 
     def _path(self, i: int, part: str) -> str:
         """The checkpoint's name of a part of layer `i`."""
@@ -266,8 +265,7 @@ class _DecoderWriter:
         path = arch.names.embedding if arch.tied else arch.names.head
         head = self._weights.take(f"{path}.weight", arch.vocab_size, arch.width)
         bias = self._weights.bias(f"{arch.names.head}.bias", arch.vocab_size)
-        int8 = "lm_head" in self._in_int8
-        logits = product(graph, last, head, bias, name="lm_head", int8=int8, as_table=arch.tied)
+        logits = product(graph, last, head, bias, name="lm_head", plan=self._plan, as_table=arch.tied)
         if arch.logits_cap:
             cap = self._scalar("logits_cap", arch.logits_cap)
             logits = graph.op("Mul", graph.op("Tanh", graph.op("Div", logits, cap)), cap)

@@ -12,23 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tinyalign_edge.bundle import GateResult, Precision
+from tinyalign_edge.bundle import GateResult
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
+from tinyalign_edge.export.measure import Floats, divergences, log_softmax, row_cosines
 from tinyalign_edge.export.source import MAX_SAMPLES, Reference
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model
 
-Floats = npt.NDArray[np.floating]
-
-FP32_MAX_LOGIT_ERROR = 1e-3
-INT8_MAX_KL = 0.005
-INT8_MIN_AGREEMENT = 0.97
-INT8_MAX_NLL_CHANGE = 0.01
-INT8_MIN_COSINE = 0.999
+MAX_FP32_LOGIT_ERROR = 1e-3
+MAX_KL = 0.005
+MIN_AGREEMENT = 0.97
+MAX_NLL_CHANGE = 0.01
+MIN_COSINE = 0.999
 
 
 @dataclass
@@ -37,90 +35,105 @@ class _Tally:
 
     fp32_error: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    decoder_kl: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
     nll: list[tuple[float, float]] = field(default_factory=list)  # torch, exported
-    cosine: list[float] = field(default_factory=list)
+    visual_cosine: list[float] = field(default_factory=list)
+    memory_cosine: list[float] = field(default_factory=list)
     equal: list[bool] = field(default_factory=list)
 
 
-def run_gate(
-    torch_side: Reference, fp32: Model, exported: Model, rows: Sequence[Row], *, precision: Precision
-) -> GateResult:
-    """Compare on the first question of each row.
+class Gate:
+    """Compares a bundle on the first question of each row; torch reads and answers them once.
 
     Raises:
-        GateError: a figure is outside its limit; the message names all of them.
+        GateError: there are no rows.
     """
-    rows = rows[:MAX_SAMPLES]
-    if not rows:
-        raise GateError("no held-out samples in the checkpoint: nothing can be proved; train on at least 10 pictures")
-    tally = _Tally()
-    prepared = torch_side.prepare(rows)
-    answers = torch_side.answers(prepared.examples)
-    with progress("Comparing with torch", len(rows)) as advance:
-        for row, example, answer in zip(rows, prepared.examples, answers, strict=True):
-            _compare(tally, torch_side, fp32, exported, row, example)
-            tally.equal.append(normalize(exported.ask(row.path, row.turns[0].question).text) == normalize(answer))
-            advance()
-    result = _result(tally, len(rows))
-    if failures := _failures(result, precision):
-        raise GateError("the export does not compute what torch computes: " + "; ".join(failures))
-    return result
 
+    def __init__(self, reference: Reference, fp32: Model, rows: Sequence[Row]) -> None:
+        self._torch, self._fp32, self._rows = reference, fp32, rows[:MAX_SAMPLES]
+        if not rows:
+            raise GateError(
+                "no held-out samples in the checkpoint: nothing can be proved; train on at least 10 pictures"
+            )
+        self._examples = reference.prepare(self._rows).examples
+        self._answers = reference.answers(self._examples)
 
-def _compare(tally: _Tally, torch_side: Reference, fp32: Model, exported: Model, row: Row, example: Any) -> None:
-    memories = torch_side.memories(example)
-    question, answer = row.turns[0].question, row.turns[0].answer
-    reference = torch_side.logits(example)  # (A, V)
-    own, ids = fp32.answer_logits(fp32.encode(row.path, memories=memories), question, answer)
-    image = exported.encode(row.path, memories=memories)
-    given, _ = exported.answer_logits(image, question, answer)
-    tally.fp32_error.append(float(np.abs(own - reference).max()))
-    log_p, log_q = log_softmax(reference), log_softmax(given)
-    tally.kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
-    tally.agree += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).tolist()
-    at = np.arange(len(ids))
-    tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
-    tally.cosine += _row_cosines(torch_side.visual_tokens(example), image.visual_tokens).tolist()
+    def measure(self, exported: Model) -> GateResult:
+        """The figures of an open bundle.
+
+        Raises:
+            GateError: the float32 graphs do not compute what torch computes, so no format can help.
+        """
+        tally = _Tally()
+        with progress("Comparing with torch", len(self._rows)) as advance:
+            for row, example, answer in zip(self._rows, self._examples, self._answers, strict=True):
+                self._compare(tally, exported, row, example)
+                tally.equal.append(normalize(exported.ask(row.path, row.turns[0].question).text) == normalize(answer))
+                advance()
+        error = float(np.max(tally.fp32_error))
+        if not error <= MAX_FP32_LOGIT_ERROR:  # not a number fails too
+            raise GateError(f"the graphs do not compute what torch computes: {_failure('fp32 logit error', error)}")
+        return _result(tally, len(self._rows))
+
+    def _compare(self, tally: _Tally, exported: Model, row: Row, example: Any) -> None:
+        memories = self._torch.memories(example)
+        question, answer = row.turns[0].question, row.turns[0].answer
+        reference = self._torch.logits(example)  # (A, V)
+        own_image, image = (side.encode(row.path, memories=memories) for side in (self._fp32, exported))
+        own, ids = self._fp32.answer_logits(own_image, question, answer)
+        tally.fp32_error.append(float(np.abs(own - reference).max()))
+        log_p, log_q = log_softmax(reference), log_softmax(exported.answer_logits(image, question, answer)[0])
+        alone = log_softmax(exported.answer_logits(own_image, question, answer)[0])
+        tally.kl += divergences(log_p, log_q).tolist()
+        tally.decoder_kl += divergences(log_p, alone).tolist()
+        tally.agree += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).tolist()
+        at = np.arange(len(ids))
+        tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
+        tally.visual_cosine += row_cosines(self._torch.visual_tokens(example), image.visual_tokens).tolist()
+        tally.memory_cosine += row_cosines(own_image.memory_tokens, image.memory_tokens).tolist()
 
 
 def _result(tally: _Tally, answers: int) -> GateResult:
     nll = np.array(tally.nll)  # (tokens, 2)
+    kl, agreement = float(np.mean(tally.kl)), float(np.mean(tally.agree))
+    nll_change = float(nll[:, 1].mean() / nll[:, 0].mean() - 1)
+    cosines: Floats = np.array(tally.visual_cosine)
+    figures = {
+        "mean KL": kl,
+        "next-token agreement": agreement,
+        "NLL change": abs(nll_change),
+        "visual token cosine": float(cosines.mean()),
+    }
+    failures = tuple(filter(None, (_failure(name, value) for name, value in figures.items())))
     return GateResult(
-        passed=True,
+        passed=not failures,
+        failures=failures,
         answers=answers,
         tokens=len(nll),
-        fp32_max_logit_error=float(np.max(tally.fp32_error)),  # not a number stays so, and fails
-        int8_mean_kl=float(np.mean(tally.kl)),
-        int8_top1_agreement=float(np.mean(tally.agree)),
-        int8_nll_change=float(nll[:, 1].mean() / nll[:, 0].mean() - 1),
-        int8_visual_cosine_min=float(np.min(tally.cosine)),
-        int8_visual_cosine_mean=float(np.mean(tally.cosine)),
+        fp32_max_logit_error=float(np.max(tally.fp32_error)),
+        mean_kl=kl,
+        decoder_mean_kl=float(np.mean(tally.decoder_kl)),
+        top1_agreement=agreement,
+        nll_change=nll_change,
+        visual_cosine_min=float(cosines.min()),
+        visual_cosine_mean=float(cosines.mean()),
+        memory_cosine_mean=float(np.mean(tally.memory_cosine)) if tally.memory_cosine else None,
         answers_equal=float(np.mean(tally.equal)),
     )
 
 
-def _failures(result: GateResult, precision: Precision) -> list[str]:
-    limits = [("fp32 logit error", result.fp32_max_logit_error, "<=", FP32_MAX_LOGIT_ERROR)]
-    if precision == "int8":
-        limits += [
-            ("int8 mean KL", result.int8_mean_kl, "<=", INT8_MAX_KL),
-            ("int8 next-token agreement", result.int8_top1_agreement, ">=", INT8_MIN_AGREEMENT),
-            ("int8 NLL change", abs(result.int8_nll_change), "<=", INT8_MAX_NLL_CHANGE),
-            ("int8 visual token cosine", result.int8_visual_cosine_mean, ">=", INT8_MIN_COSINE),
-        ]
-    return [
-        f"{name} is {value:.5f}, must be {sign} {limit}"
-        for name, value, sign, limit in limits
-        if not (value <= limit if sign == "<=" else value >= limit)
-    ]
+LIMITS: dict[str, tuple[str, float]] = {
+    "fp32 logit error": ("<=", MAX_FP32_LOGIT_ERROR),
+    "mean KL": ("<=", MAX_KL),
+    "next-token agreement": (">=", MIN_AGREEMENT),
+    "NLL change": ("<=", MAX_NLL_CHANGE),
+    "visual token cosine": (">=", MIN_COSINE),
+}
 
 
-def log_softmax(logits: Floats) -> Floats:
-    """Log probabilities of logits (A, V), in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
-def _row_cosines(a: Floats, b: Floats) -> Floats:
-    return np.asarray((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+def _failure(name: str, value: float) -> str:
+    """What is wrong with a figure, or nothing; not a number is wrong."""
+    sign, limit = LIMITS[name]
+    good = value <= limit if sign == "<=" else value >= limit
+    return "" if good else f"{name} is {value:.5f}, must be {sign} {limit}"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import read_architecture
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.traced import probe, trace_decoder
 from tinyalign_edge.export.weights import StateDict
 
@@ -30,7 +31,7 @@ def check_language(model: PreTrainedModel) -> None:
         logger.warning("warning: %s; torch traces its graph instead, which is right but slower", reason)
 
 
-def export_language(model: PreTrainedModel, folder: Path, *, precision: Precision) -> DecoderBlock:
+def export_language(model: PreTrainedModel, folder: Path, *, plan: Plan) -> DecoderBlock:
     """Write the decoder's and the embedding's graph into `folder`; `DecoderBlock.graph` says which way was taken.
 
     Raises:
@@ -40,5 +41,5 @@ def export_language(model: PreTrainedModel, folder: Path, *, precision: Precisio
     try:
         architecture = read_architecture(model.config)
     except UnsupportedError:
-        return trace_decoder(model, folder, precision=precision)
-    return export_decoder(architecture, StateDict(model), folder, precision=precision)
+        return trace_decoder(model, folder, plan=plan)
+    return export_decoder(architecture, StateDict(model), folder, plan=plan)

@@ -7,40 +7,38 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tinyalign_edge.bundle import Precision
 from tinyalign_edge.export.graph import Graph
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.product import Floats, product
 from tinyalign_edge.train.connector import MemoryConnector
 
 FILE = "memory_connector.onnx"
 
 
-def export_memory_connector(connector: MemoryConnector, folder: Path, *, precision: Precision) -> str:
-    """Write the graph into `folder`; returns its file name."""
+def export_memory_connector(connector: MemoryConnector, folder: Path, *, plan: Plan) -> None:
+    """Write the graph into `folder`."""
     width = connector.rank.shape[1]
     graph = Graph("memory_connector")
     values = graph.input("values", np.float32, ("M", connector.expand.in_features if connector.expand else width))
     rank = graph.input("rank", np.int64, ("M",))
     similarity = graph.input("similarity", np.float32, ("M",))
-    int8 = precision == "int8"
     if connector.expand is not None:
         weight, bias = _array(connector.expand.weight), _array(connector.expand.bias)
-        values = product(graph, values, weight, bias, name="expand", int8=int8, level=True)
+        values = product(graph, values, weight, bias, name="expand", plan=plan, level=True)
     ranked = graph.op("Gather", graph.constant("rank_vectors", _array(connector.rank)), rank)  # (M, D)
     column = graph.op("Unsqueeze", similarity, graph.constant("last", np.array([1])))  # (M, 1)
     told = graph.op("Mul", column, graph.constant("similarity_vector", _array(connector.similarity)))
     values = graph.op("Add", graph.op("Add", values, ranked), told)
     scale, shift = (graph.constant(f"norm.{n}", _array(getattr(connector.norm, n))) for n in ("weight", "bias"))
     normed = graph.op("LayerNormalization", values, scale, shift, epsilon=connector.norm.eps)
-    hidden = product(graph, normed, _array(connector.up.weight), _array(connector.up.bias), name="up", int8=int8)
+    hidden = product(graph, normed, _array(connector.up.weight), _array(connector.up.bias), name="up", plan=plan)
     hidden = graph.op("Gelu", hidden)
     residual = product(
-        graph, hidden, _array(connector.down.weight), _array(connector.down.bias), name="down", int8=int8, level=True
+        graph, hidden, _array(connector.down.weight), _array(connector.down.bias), name="down", plan=plan, level=True
     )
     graph.op("Add", values, residual, output="memory_tokens")
     graph.output("memory_tokens", np.float32, ("M", width))
     graph.save(folder / FILE)
-    return FILE
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -1,41 +1,41 @@
-"""A float32 encoder graph to int8.
+"""A float32 graph that was traced, with its matrices in the formats of a plan.
 
-Matrix products with constant weights become `DynamicQuantizeMatMul`: int8 weights with one scale an output channel,
-activations quantised as they come. Convolutions keep float32 arithmetic and get int8 weights, which onnxruntime
-unpacks once when it loads the graph: with activations in int8 too (static ranges, calibrated), MobileNetV2's visual
-tokens fell far below the gate. Grouped convolutions stay float32: they hold few bytes.
+Convolutions keep float32 arithmetic and get int8 weights, which onnxruntime unpacks once when it loads the graph: with
+activations in int8 too (static ranges, calibrated), MobileNetV2's visual tokens fell far below the gate. Grouped
+convolutions stay float32: they hold few bytes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.onnx_ml_pb2 import GraphProto, NodeProto, TensorProto
 
 from tinyalign_edge.export.fuse import fold_biases
 from tinyalign_edge.export.graph import MICROSOFT
-from tinyalign_edge.export.product import quantize_rows
+from tinyalign_edge.export.matrices import Matrix, constants, find_matrices
+from tinyalign_edge.export.plan import BLOCK, Plan
+from tinyalign_edge.export.product import ACTIVATIONS_IN_INT8, WEIGHT_BITS, quantize_blocks, quantize_rows
 
-KEY_SCOPE = "/key/"  # the retrieval key stays float32: it is compared with keys that torch made
 
-
-def quantize_encoder(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the encoder graph with int8 weights."""
+def quantize_graph(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """A copy of the graph with its matrices as `plan` says."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    matrices, tensors = find_matrices(model), constants(model)
     nodes: list[NodeProto] = []
     for node in graph.node:
-        weight = weights.get(node.input[1]) if len(node.input) > 1 else None
-        if weight is None or node.name.startswith(KEY_SCOPE) or weight.data_type != TensorProto.FLOAT:
+        matrix = matrices.get(node.name)
+        if matrix is None or plan.format(node.name) == "fp32":
             nodes.append(node)
-        elif node.op_type == "MatMul" and len(weight.dims) == 2:
-            nodes.append(_quantize_product(graph, node, weight))
-        elif node.op_type == "Conv" and _groups(node) == 1:
-            nodes += _quantize_convolution(graph, node, weight)
+        elif matrix.convolution:
+            nodes += _quantize_convolution(graph, node, tensors[node.input[1]])
         else:
-            nodes.append(node)
+            nodes.append(_quantize_product(graph, node, matrix, tensors[node.input[1]], plan))
     del graph.node[:]
     graph.node.extend(nodes)
     fold_biases(graph)
@@ -45,19 +45,30 @@ def quantize_encoder(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _quantize_product(graph: GraphProto, node: NodeProto, weight: TensorProto) -> NodeProto:
-    levels, scales = quantize_rows(np.ascontiguousarray(numpy_helper.to_array(weight).T))  # (N, K), (N,)
+def _quantize_product(graph: GraphProto, node: NodeProto, matrix: Matrix, weight: TensorProto, plan: Plan) -> NodeProto:
+    rows = np.ascontiguousarray(numpy_helper.to_array(weight).T)  # (N, K)
     names = f"{node.name}.levels", f"{node.name}.scales"
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(levels.T), names[0]))
+    bits = WEIGHT_BITS.get(plan.format(node.name))
+    attributes: dict[str, Any] = {}
+    levels: NDArray[Any]
+    if bits is None:
+        operator = "DynamicQuantizeMatMul"
+        levels, scales = quantize_rows(rows, plan.max_level)
+        levels = np.ascontiguousarray(levels.T)
+    else:
+        operator = "MatMulNBits"
+        levels, scales = quantize_blocks(rows, bits)
+        attributes = {"N": matrix.rows, "K": matrix.columns, "bits": bits, "block_size": BLOCK}
+        attributes["accuracy_level"] = ACTIVATIONS_IN_INT8
+    graph.initializer.append(numpy_helper.from_array(levels, names[0]))
     graph.initializer.append(numpy_helper.from_array(scales, names[1]))
-    return helper.make_node(
-        "DynamicQuantizeMatMul", [node.input[0], *names], list(node.output), name=node.name, domain=MICROSOFT
-    )
+    inputs = [node.input[0], *names]
+    return helper.make_node(operator, inputs, list(node.output), name=node.name, domain=MICROSOFT, **attributes)
 
 
 def _quantize_convolution(graph: GraphProto, node: NodeProto, weight: TensorProto) -> list[NodeProto]:
     array = numpy_helper.to_array(weight)  # (out channels, in channels, height, width)
-    levels, scales = quantize_rows(array.reshape(len(array), -1))
+    levels, scales = quantize_rows(array.reshape(len(array), -1))  # computed in float32: no target limits them
     names = f"{node.name}.levels", f"{node.name}.scales", f"{node.name}.weight"
     graph.initializer.append(numpy_helper.from_array(levels.reshape(array.shape), names[0]))
     graph.initializer.append(numpy_helper.from_array(scales, names[1]))
@@ -66,10 +77,6 @@ def _quantize_convolution(graph: GraphProto, node: NodeProto, weight: TensorProt
     convolution.CopyFrom(node)
     convolution.input[1] = names[2]
     return [unpack, convolution]
-
-
-def _groups(node: NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def _drop_unused(graph: GraphProto) -> None:

@@ -3,69 +3,106 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from tinyalign_edge.bundle import MANIFEST, Manifest, Precision
+from tinyalign_edge.bundle import MANIFEST, GateResult, GivenBack, Manifest, Target
 from tinyalign_edge.data import read_rows
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.errors import GateError, InputError
+from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
-from tinyalign_edge.export.gate import run_gate
+from tinyalign_edge.export.gate import Gate
 from tinyalign_edge.export.language import check_language
+from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
+from tinyalign_edge.export.tune import Tuner
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
-from tinyalign_edge.runtime.model import Model, load
-from tinyalign_edge.runtime.probe import PROBE_FILE, make_probe, write_probe
+from tinyalign_edge.runtime.model import Model
+from tinyalign_edge.runtime.probe import make_probe, write_probe
+
+FP32 = Plans(*[Plan("fp32")] * 3)
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of what the gate allows, given to each component until the whole passes
 
 
-def export(
-    folder: Path,
-    out: Path,
-    *,
-    precision: Precision = "int8",
-    calibration: Path | None = None,
-    images: Path | None = None,
-    chat_template: Path | None = None,
-) -> Manifest:
+@dataclass(frozen=True)
+class ExportOptions:
+    """In which formats and for whom.
+
+    Attributes:
+        precision: of all components, before anything is given back; "fp32" leaves all others without effect.
+        lm_bits: of the language model's weights; 4 keeps activations and the rest as with 8 weight-only bits.
+        target: the processors whose int8 products must be exact.
+        allow_degraded: write a bundle that fails the gate, and mark it.
+        calibration, images: rows to find the formats on, instead of the checkpoint's own; a whole model, which has no
+            samples of its own, is compared with torch on them too.
+        chat_template: a Jinja file to use in place of a whole model's own.
+    """
+
+    precision: Literal["int8", "fp32"] = "int8"
+    lm_bits: Literal[4, 8] = 8
+    target: Target = "vnni"
+    allow_degraded: bool = False
+    calibration: Path | None = None
+    images: Path | None = None
+    chat_template: Path | None = None
+
+    @property
+    def plans(self) -> Plans:
+        """The plans before anything is given back."""
+        plan = Plan(self.precision, max_level=MAX_LEVELS[self.target])
+        small = self.precision == "int8" and self.lm_bits == 4
+        return Plans(plan, plan, replace(plan, base="int4_weight") if small else plan)
+
+
+def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Manifest:
     """Write the bundle `out`, once it has been compared with torch on sample pictures and questions.
 
     An existing bundle at `out` is replaced, its memory too, and only when the new one is whole.
 
     Args:
         folder: a checkpoint, whose held-out samples are used, or a vision-language model in Hugging Face format.
-        calibration: conversations to compare a vision-language model on, their pictures below `images`; without them
-            drawn pictures are used.
-        chat_template: a Jinja template to use in place of the vision-language model's own.
 
     Raises:
         InputError: neither a checkpoint nor a model, samples that cannot be read, or `out` cannot be written.
         UnsupportedError: a language model, encoder or whole model that cannot be exported.
         GateError: the exported files do not compute what torch computes; nothing was written.
     """
-    source = _open_source(folder, calibration, images, chat_template)
+    options = options or ExportOptions()
+    source = _open_source(folder, options)
     check_language(source.language)
     with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
         rows = source.rows(_subfolder(scratch, "samples"))
         parts = Components(source, source.encoder())
-        fp32 = _open(parts, _subfolder(scratch, "fp32"), precision="fp32")
-        manifest = write_bundle(parts, target, precision=precision, name=out.name)
-        exported = _reopen(manifest, target)
-        gate = run_gate(source.reference, fp32, exported, rows, precision=precision)
-        write_probe(target, make_probe(exported))
-        exported.close()
-        fp32.close()
-        return seal(manifest, target, probe_file=PROBE_FILE, gate=gate)
+        fp32_folder = _subfolder(scratch, "fp32")
+        manifest = write_bundle(parts, fp32_folder, plans=FP32, target=options.target, name="scratch")
+        with Model(fp32_folder, manifest) as fp32:
+            gate = Gate(source.reference, fp32, rows)
+            manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
+            tuner = Tuner(parts, fp32, target, manifest, options.plans, source.calibration or rows)
+            result, given_back = _tune(tuner, gate, target, manifest)
+        if not result.passed and not options.allow_degraded:
+            raise GateError(
+                f"the export does not compute what torch computes: {'; '.join(result.failures)}; "
+                "--allow-degraded writes it all the same"
+            )
+        with Model(target, manifest) as exported:
+            probe_file = write_probe(target, make_probe(exported))
+        manifest = replace(manifest, probe_file=probe_file, gate=result, given_back=given_back)
+        write_card(target, manifest, source.towers)
+        return seal(manifest, target)
 
 
-def _open_source(folder: Path, calibration: Path | None, images: Path | None, chat_template: Path | None) -> Source:
-    if (calibration is None) != (images is None):
+def _open_source(folder: Path, options: ExportOptions) -> Source:
+    if (options.calibration is None) != (options.images is None):
         raise InputError("--calibration and --images: give both, a conversation file and the folder of its pictures")
+    rows = read_rows(options.calibration, options.images) if options.calibration and options.images else None
     if is_whole_model(folder):
-        rows = sample_questions(read_rows(calibration, images)) if calibration and images else None
-        return vlm_source(folder, rows=rows, chat_template=chat_template)
-    if calibration or chat_template:
-        raise InputError(f"{folder}: --calibration and --chat-template are for whole vision-language models")
-    return checkpoint_source(folder)
+        return vlm_source(folder, rows=rows and sample_questions(rows), chat_template=options.chat_template)
+    if options.chat_template:
+        raise InputError(f"{folder}: --chat-template is for whole vision-language models; a checkpoint has its own")
+    return checkpoint_source(folder, rows)
 
 
 def _subfolder(scratch: str, name: str) -> Path:
@@ -74,11 +111,19 @@ def _subfolder(scratch: str, name: str) -> Path:
     return folder
 
 
-def _open(parts: Components, folder: Path, *, precision: Precision) -> Model:
-    """A bundle in a scratch folder, opened as an app would."""
-    return _reopen(write_bundle(parts, folder, precision=precision, name="scratch"), folder)
+def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[GateResult, tuple[GivenBack, ...]]:
+    """Give back until the gate passes or nothing more can be given; `folder` holds what was measured last."""
 
+    def measure() -> GateResult:
+        with Model(folder, manifest) as exported:
+            return gate.measure(exported)
 
-def _reopen(manifest: Manifest, folder: Path) -> Model:
-    seal(manifest, folder, probe_file=manifest.tokenizer_file, gate=None)
-    return load(folder)
+    plans = tuner.find(SHARES[0])
+    result = measure()
+    for share in SHARES[1:]:
+        if result.passed:
+            break
+        found = tuner.find(share)
+        if found != plans:
+            plans, result = found, measure()
+    return result, tuner.given_back(plans)

@@ -13,12 +13,14 @@ import onnx
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.data import Row
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.encoder import encoder_graph
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
-from tinyalign_edge.train.samples import HELD_OUT, read_samples
-from tinyalign_edge.train.settings import TowerRef
+from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, load_checkpoint
+from tinyalign_edge.train.connector import MemoryConnector
+from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
+from tinyalign_edge.train.settings import MemorySettings, TowerRef
 
 MAX_SAMPLES = 256
 
@@ -53,6 +55,15 @@ class Reference(Protocol):
 
 
 @dataclass(frozen=True)
+class SourceMemory:
+    """The memory of a checkpoint in `folder`: how it is read, and by what."""
+
+    folder: Path
+    settings: MemorySettings
+    connector: MemoryConnector
+
+
+@dataclass(frozen=True)
 class Source:
     """A model to export. `rows` are samples for the gate: single questions with their answers."""
 
@@ -66,18 +77,25 @@ class Source:
     reference: Reference
     rows: Callable[[Path], list[Row]]  # given an empty folder that lasts as long as they do
     encoder: Callable[[], onnx.ModelProto]  # the float32 graph, as `VisionBlock` says
-    checkpoint: Checkpoint | None = None  # whose memory goes into the bundle
+    calibration: Sequence[Row] = ()  # to find the formats on; where there are none, `rows` serve
+    memory: SourceMemory | None = None
 
 
-def checkpoint_source(folder: Path) -> Source:
+def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source:
     """The model of a training run, with its held-out samples.
 
+    Args:
+        calibration: to find the formats on; None for the checkpoint's own.
+
     Raises:
-        InputError: not a checkpoint, or a tower cannot be loaded.
+        InputError: not a checkpoint, a tower cannot be loaded, or there are no calibration samples.
         BundleError: as `load_checkpoint`.
     """
     checkpoint = load_checkpoint(folder)
-    config = checkpoint.config
+    config, connector = checkpoint.config, checkpoint.model.memory_connector
+    calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
+    if not calibration:
+        raise InputError("no calibration samples in the checkpoint; give --calibration FILE --images DIR")
     return Source(
         image=config.image,
         prompt=config.prompt,
@@ -89,7 +107,8 @@ def checkpoint_source(folder: Path) -> Source:
         reference=TorchAnswerer(checkpoint),
         rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
         encoder=lambda: encoder_graph(checkpoint),
-        checkpoint=checkpoint,
+        calibration=calibration,
+        memory=None if connector is None else SourceMemory(folder, config.memory, connector),
     )
 
 

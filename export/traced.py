@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.errors import BundleError, UnsupportedError
 from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE
 from tinyalign_edge.export.gemm import split_gemm
 from tinyalign_edge.export.graph import DataFile, Graph, tensor
+from tinyalign_edge.export.plan import PRECISIONS, Plan
 from tinyalign_edge.export.product import lookup
-from tinyalign_edge.export.quantize import quantize_encoder
+from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.export.rotary import longest_position
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -83,10 +84,10 @@ def probe(model: PreTrainedModel) -> Shape:
     return Shape(len(cache.layers), kv_heads, head_dim, embeds.shape[-1], logits.shape[-1], longest_position(settings))
 
 
-def trace_decoder(model: PreTrainedModel, folder: Path, *, precision: Precision) -> DecoderBlock:
+def trace_decoder(model: PreTrainedModel, folder: Path, *, plan: Plan) -> DecoderBlock:
     """Write the files that `export_decoder` writes, from a trace of the model itself.
 
-    In int8 the products with constant matrices get int8 weights, one scale an output channel.
+    The products with constant matrices get the formats of `plan` by the names of their nodes.
 
     Raises:
         UnsupportedError: torch cannot export the model; one line says why.
@@ -96,7 +97,7 @@ def trace_decoder(model: PreTrainedModel, folder: Path, *, precision: Precision)
         file=DECODER_FILE,
         embed_file=EMBED_FILE,
         data_files=(DATA_FILE,),
-        precision=precision,
+        precision=PRECISIONS[plan.base],
         layers=shape.layers,
         width=shape.width,
         kv_heads=shape.kv_heads,
@@ -107,13 +108,12 @@ def trace_decoder(model: PreTrainedModel, folder: Path, *, precision: Precision)
     )
     data = DataFile(folder / DATA_FILE)
     decoder = _trace_layers(model, block)
-    if precision == "int8":
-        split_gemm(decoder.graph)
-        decoder = quantize_encoder(decoder)
+    split_gemm(decoder.graph)
+    decoder = quantize_graph(decoder, plan)
     _save(decoder, folder / DECODER_FILE, data)
     table = model.get_input_embeddings()
     if type(table) is nn.Embedding:
-        _embed_graph(table, int8=precision == "int8").save(folder / EMBED_FILE, data=data)
+        _embed_graph(table, plan).save(folder / EMBED_FILE, data=data)
     else:  # one that does more than look up, such as scaling
         _save(_trace_embedding(table, model), folder / EMBED_FILE, data)
     _check(model, block, folder)
@@ -231,10 +231,11 @@ def _trace(
         return onnx.load(path)
 
 
-def _embed_graph(table: nn.Embedding, *, int8: bool) -> Graph:
+def _embed_graph(table: nn.Embedding, plan: Plan) -> Graph:
     graph = Graph("embed")
     ids = graph.input("input_ids", np.int64, ("B", "T"))
-    lookup(graph, ids, table.weight.detach().float().numpy(), name="embed_tokens", int8=int8, output="embeddings")
+    own = Plan("fp32" if plan.base == "fp32" else "int8", max_level=plan.max_level)
+    lookup(graph, ids, table.weight.detach().float().numpy(), name="embed_tokens", plan=own, output="embeddings")
     graph.output("embeddings", np.float32, ("B", "T", table.embedding_dim))
     return graph
 

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinyalign_edge.bench.compare import onnx_logits, relative_error, torch_logits
 from tinyalign_edge.bench.tiny import Tiny, build, random_ids
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock, Format
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import product_names, read_architecture
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -31,10 +32,11 @@ def llama(**changes: Any) -> PreTrainedModel:
     return build(Tiny("llama", "", {"tie_word_embeddings": True, **changes}))
 
 
-def export(model: PreTrainedModel, folder: Path, precision: Precision = "fp32", **options: Any) -> Decoder:
-    return Decoder(
-        folder, export_decoder(model.config, StateDict(model), folder, precision=precision, **options), threads=1
-    )
+def export(
+    model: PreTrainedModel, folder: Path, base: Format = "fp32", given_back: dict[str, Format] | None = None
+) -> Decoder:
+    block = export_decoder(model.config, StateDict(model), folder, plan=Plan(base, given_back or {}))
+    return Decoder(folder, block, threads=1)
 
 
 def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
@@ -123,8 +125,8 @@ def test_ids_and_capacities_out_of_range_are_refused(decoder: Decoder) -> None:
         decoder.new_cache(129)
 
 
-@pytest.mark.parametrize(("precision", "item_bytes"), [("int8", 1), ("fp32", 4)])
-def test_a_tied_embedding_is_on_disk_once(precision: Precision, item_bytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "item_bytes"), [("int8", 1), ("int8_weight", 1), ("fp32", 4)])
+def test_a_tied_embedding_is_on_disk_once(precision: Format, item_bytes: int, tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):
         export(llama(vocab_size=4096, tie_word_embeddings=tied), tmp_path, precision)
@@ -140,16 +142,16 @@ def test_products_kept_in_fp32_leave_no_error_when_all_are_kept(model: PreTraine
     ids = random_ids(40)
     wanted = torch_logits(model, ids)
     errors = [
-        relative_error(onnx_logits(export(model, tmp_path, "int8", keep_fp32=frozenset(kept)), ids, [40]), wanted)
+        relative_error(onnx_logits(export(model, tmp_path, "int8", dict.fromkeys(kept, "fp32")), ids, [40]), wanted)
         for kept in ((), names[:-1], names)
     ]
     assert errors[0] > errors[1] > 1e-3 > 1e-4 > errors[2]
     with pytest.raises(InputError, match=r"no product 'layers\.9\.o_proj'"):
-        export(model, tmp_path, "int8", keep_fp32=frozenset({"layers.9.o_proj"}))
+        export(model, tmp_path, "int8", {"layers.9.o_proj": "fp32"})
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_a_second_export_writes_the_same_bytes(precision: Precision, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_second_export_writes_the_same_bytes(precision: Format, model: PreTrainedModel, tmp_path: Path) -> None:
     contents = []
     for _ in range(2):
         export(model, tmp_path, precision)
@@ -172,7 +174,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(model: PreTrained
         (weights | {extra: np.ones(16, np.float32)}, f"{extra}' is not part of the model"),
     ):
         with pytest.raises(InputError, match=message):
-            export_decoder(model.config, changed, tmp_path, precision="fp32")
+            export_decoder(model.config, changed, tmp_path, plan=Plan("fp32"))
 
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(model: PreTrained
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no {STORIES}; set TINYALIGN_SHARED")
 @pytest.mark.parametrize(("precision", "agreeing"), [("fp32", 40), ("int8", 40)])
-def test_stories260k_tells_the_story_that_torch_tells(precision: Precision, agreeing: int, tmp_path: Path) -> None:
+def test_stories260k_tells_the_story_that_torch_tells(precision: Format, agreeing: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
     ids = Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode("Once upon a time").ids
     wanted = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()

@@ -17,7 +17,8 @@ from tinyalign_edge.bench.models_encoders import compare, onnx_outputs, untraine
 from tinyalign_edge.bench.tiny_encoders import ENCODERS, SIDE, save_encoder
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export import encoder, fuse
-from tinyalign_edge.export.quantize import quantize_encoder
+from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.train.towers import image_settings, load_vision, patch_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,7 +77,7 @@ def products(model: onnx.ModelProto) -> list[str]:
 def test_every_product_of_the_encoder_becomes_int8_under_its_own_name(folders: dict[str, Path]) -> None:
     tower = load_vision(str(folders["vit"]))
     graph = encoder.trace_encoder(tower, untrained(tower))
-    quantized = quantize_encoder(graph).graph
+    quantized = quantize_graph(graph, Plan("int8")).graph
     int8 = {node.name: node for node in quantized.node if node.op_type == "DynamicQuantizeMatMul"}
     layers = {name for name in int8 if "/layer." in name}
     assert len(layers) == 6 * 2

@@ -19,6 +19,7 @@ from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import FAMILIES, read_architecture
+from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -26,7 +27,7 @@ IDS = random_ids(64)
 
 
 def export(arch: Any, weights: Any, folder: Path, precision: Precision = "fp32") -> Decoder:
-    return Decoder(folder, export_decoder(arch, weights, folder, precision=precision), threads=1)
+    return Decoder(folder, export_decoder(arch, weights, folder, plan=Plan(precision)), threads=1)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -109,7 +110,7 @@ def test_rotary_tables_are_not_in_the_files(tmp_path: Path) -> None:
 
 def test_rotary_tables_are_computed_when_the_graph_is_loaded_not_at_every_step(tmp_path: Path) -> None:
     model = build(FUSED["gemma3_text"])
-    block = export_decoder(model.config, StateDict(model), tmp_path, precision="fp32")
+    block = export_decoder(model.config, StateDict(model), tmp_path, plan=Plan("fp32"))
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3

@@ -16,7 +16,8 @@ from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.language import check_language, export_language
-from tinyalign_edge.export.run import export
+from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.model import load
 
@@ -24,7 +25,7 @@ IDS = random_ids(64)
 
 
 def decoder(name: str, folder: Path, precision: Precision = "fp32") -> Decoder:
-    return Decoder(folder, export_language(build(TRACED[name]), folder, precision=precision), threads=1)
+    return Decoder(folder, export_language(build(TRACED[name]), folder, plan=Plan(precision)), threads=1)
 
 
 def stored_types(folder: Path) -> set[int]:
@@ -47,7 +48,7 @@ def test_a_scaled_embedding_is_traced_too(tmp_path: Path) -> None:
     """Gemma 3 with an option that has no written graph, but the one option that changes nothing here."""
     model = build(Tiny("gemma3_text", "", {**FUSED["gemma3_text"].settings, "layer_types": ["full_attention"] * 2}))
     model.config.hidden_activation = "gelu_python_tanh"
-    traced = Decoder(tmp_path, export_language(model, tmp_path, precision="fp32"), threads=1)
+    traced = Decoder(tmp_path, export_language(model, tmp_path, plan=Plan("fp32")), threads=1)
     assert traced.block.graph == "traced"
     assert relative_error(onnx_logits(traced, IDS, [40, 24]), torch_logits(model, IDS)) < 1e-4
 
@@ -97,7 +98,7 @@ def test_a_second_trace_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = build(TRACED["olmo2"])
     model.set_attn_implementation("sdpa")
-    export_language(model, tmp_path, precision="fp32")
+    export_language(model, tmp_path, plan=Plan("fp32"))
     assert model.config._attn_implementation == "sdpa"
     assert not any(module.training for module in model.modules())  # no dropout from here on
 
@@ -114,7 +115,7 @@ def test_what_will_be_traced_is_told_once_with_the_reason(caplog: pytest.LogCapt
 
 def test_an_option_that_no_graph_is_written_for_is_traced(tmp_path: Path) -> None:
     model = build(Tiny("phi", "", {**FUSED["phi"].settings, "qk_layernorm": True}))
-    traced = Decoder(tmp_path, export_language(model, tmp_path, precision="fp32"), threads=1)
+    traced = Decoder(tmp_path, export_language(model, tmp_path, plan=Plan("fp32")), threads=1)
     assert traced.block.graph == "traced"
     assert relative_error(onnx_logits(traced, IDS, [40, 24]), torch_logits(model, IDS)) < 1e-4
 
@@ -131,7 +132,7 @@ def test_an_option_that_no_graph_is_written_for_is_traced(tmp_path: Path) -> Non
 )
 def test_what_cannot_be_traced_is_refused_in_one_line(tiny: Tiny, message: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=message) as error:
-        export_language(build(tiny), tmp_path, precision="fp32")
+        export_language(build(tiny), tmp_path, plan=Plan("fp32"))
     assert "\n" not in str(error.value)
 
 
@@ -139,7 +140,7 @@ def test_a_checkpoint_with_such_a_model_exports_and_passes_the_gate(world: Path,
     shutil.copytree(towers / "vit", tmp_path / "vit")
     save_lm(tmp_path / "lm", "olmo2", steps=0)
     checkpoint = train_tiny(world, tmp_path, tmp_path / "checkpoint", eval_every=4)
-    manifest = export(checkpoint, tmp_path / "bundle", precision="fp32")
+    manifest = export(checkpoint, tmp_path / "bundle", ExportOptions(precision="fp32"))
     assert manifest.decoder.graph == "traced"
     assert manifest.gate is not None and manifest.gate.passed
     with load(tmp_path / "bundle") as model:

@@ -22,7 +22,7 @@ from tests.vlms import KINDS, load_processor, load_vlm, processor_inputs, save_v
 from tinyalign_edge.bundle import PictureInTemplate, PromptConfig, open_bundle
 from tinyalign_edge.errors import BundleError, GateError, InputError, UnsupportedError
 from tinyalign_edge.export import vlm, vlm_samples
-from tinyalign_edge.export.run import export
+from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.runtime.verify import verify
@@ -55,7 +55,7 @@ def fp32(tmp_path_factory: pytest.TempPathFactory, vlms: Path, few: dict[str, Pa
     """The float32 bundle of each."""
     folder = tmp_path_factory.mktemp("fp32")
     for kind in KINDS:
-        export(vlms / kind, folder / kind, precision="fp32", **few)
+        export(vlms / kind, folder / kind, ExportOptions(precision="fp32", **few))
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -124,7 +124,7 @@ def test_the_fp32_bundle_says_what_transformers_generates(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_int8_bundle_passes_the_gate_and_verifies(vlms: Path, world: Path, tmp_path: Path, kind: str) -> None:
-    manifest = export(vlms / kind, tmp_path / "b", calibration=world / "test.json", images=world)
+    manifest = export(vlms / kind, tmp_path / "b", ExportOptions(calibration=world / "test.json", images=world))
     assert manifest.gate is not None
     assert manifest.gate.passed
     assert manifest.gate.answers == 24
@@ -155,7 +155,7 @@ def test_a_graph_that_is_not_the_models_is_caught(
 
     monkeypatch.setattr(vlm, eye, wrong)
     with pytest.raises(GateError, match="fp32 logit error"):
-        export(vlms / kind, tmp_path / "b", precision="fp32", **few)
+        export(vlms / kind, tmp_path / "b", ExportOptions(precision="fp32", **few))
     assert not (tmp_path / "b").exists()
 
 
@@ -163,12 +163,12 @@ def test_without_samples_drawn_pictures_are_used(
     vlms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vlm_samples, "DRAWN", 6)
-    manifest = export(vlms / "smolvlm", tmp_path / "b", precision="fp32")
+    manifest = export(vlms / "smolvlm", tmp_path / "b", ExportOptions(precision="fp32"))
     assert manifest.gate is not None
     assert (manifest.gate.answers, manifest.gate.answers_equal) == (6, 1.0)
     assert "--calibration" in capsys.readouterr().err
     first = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
-    export(vlms / "smolvlm", tmp_path / "b", precision="fp32")
+    export(vlms / "smolvlm", tmp_path / "b", ExportOptions(precision="fp32"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == first
 
 
@@ -214,9 +214,11 @@ def test_a_model_without_a_chat_template_says_how_to_give_one(copy: Path, tmp_pa
         export(copy, tmp_path / "b")
     (tmp_path / "blind.jinja").write_text("{{ messages[0]['role'] }}", "utf-8")
     with pytest.raises(InputError, match="does not write the token '<image>' once"):
-        export(copy, tmp_path / "b", chat_template=tmp_path / "blind.jinja")
+        export(copy, tmp_path / "b", ExportOptions(chat_template=tmp_path / "blind.jinja"))
     (tmp_path / "own.jinja").write_text(template, "utf-8")
-    manifest = export(copy, tmp_path / "b", precision="fp32", chat_template=tmp_path / "own.jinja", **few)
+    manifest = export(
+        copy, tmp_path / "b", ExportOptions(precision="fp32", chat_template=tmp_path / "own.jinja", **few)
+    )
     assert manifest.prompt.chat_template == template
 
 
@@ -229,17 +231,18 @@ def test_the_older_places_of_a_chat_template_are_read(
     if not (copy / name).is_file():
         (copy / name).write_text("{}", "utf-8")
     edit_json(copy / name, chat_template=template)
-    manifest = export(copy, tmp_path / "b", precision="fp32", **few)
+    manifest = export(copy, tmp_path / "b", ExportOptions(precision="fp32", **few))
     assert manifest.prompt.chat_template == template
 
 
-def test_samples_need_both_options_and_a_checkpoint_has_its_own(
+def test_samples_need_both_options_and_a_checkpoint_has_its_own_template(
     vlms: Path, checkpoints: dict[str, Path], world: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="--calibration and --images: give both"):
-        export(vlms / "smolvlm", tmp_path / "b", calibration=world / "test.json")
-    with pytest.raises(InputError, match="are for whole vision-language models"):
-        export(checkpoints["none"], tmp_path / "b", calibration=world / "test.json", images=world)
+        export(vlms / "smolvlm", tmp_path / "b", ExportOptions(calibration=world / "test.json"))
+    template = tmp_path / "own.jinja"
+    with pytest.raises(InputError, match="is for whole vision-language models"):
+        export(checkpoints["none"], tmp_path / "b", ExportOptions(chat_template=template))
 
 
 def test_a_picture_that_the_template_writes_twice_or_the_tokenizer_does_not_know_is_refused(
@@ -261,7 +264,7 @@ def test_a_picture_that_is_to_be_split_into_tiles_is_read_as_one(
     """The setting is switched off: what the processor gives with `do_image_splitting=False` is what is read."""
     folder = Path(shutil.copytree(vlms / "idefics3", tmp_path / "vlm"))
     edit_json(folder / "preprocessor_config.json", do_image_splitting=True)
-    manifest = export(folder, tmp_path / "b", precision="fp32", **few)
+    manifest = export(folder, tmp_path / "b", ExportOptions(precision="fp32", **few))
     processor = load_processor(vlms / "idefics3", "idefics3")
     picture = open_image(pictures(world)[1])
     expected = processor_inputs(processor, "idefics3", picture, "What?")["pixel_values"][0].numpy()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         BundleError as BundleError,
     )
     from tinyalign_edge.errors import (
+        DegradedWarning as DegradedWarning,
+    )
+    from tinyalign_edge.errors import (
         GateError as GateError,
     )
     from tinyalign_edge.errors import (
@@ -58,6 +61,7 @@ _HOMES = {
     "tinyalign_edge.bundle": ("open_bundle",),
     "tinyalign_edge.errors": (
         "BundleError",
+        "DegradedWarning",
         "GateError",
         "InputError",
         "MissingExtraError",

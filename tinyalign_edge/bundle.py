@@ -18,7 +18,10 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MEMORY_DIR = "memory"
 
-Precision = Literal["int8", "fp32"]
+Precision = Literal["int8", "int4", "fp32"]  # of a component, but for the matrices that were given back
+Component = Literal["vision", "memory", "decoder"]
+Format = Literal["int8", "int8_weight", "int4_weight", "fp32"]  # of a matrix: see `tinyalign_edge.export.product`
+Target = Literal["portable", "vnni", "avx2", "arm64"]
 
 
 @dataclass(frozen=True)
@@ -142,18 +145,46 @@ class MemoryBlock:
 
 
 @dataclass(frozen=True)
+class GivenBack:
+    """A matrix in a better format than its component's, because the gate needs it there."""
+
+    component: Component
+    node: str
+    format: Format
+    extra_bytes: int
+
+
+@dataclass(frozen=True)
 class GateResult:
-    """What `export` measured on held-out samples before it wrote the bundle."""
+    """What `export` measured on held-out samples before it wrote the bundle: the exported files against torch.
+
+    Attributes:
+        passed: every figure is within its limit; if not, the bundle is a degraded one.
+        failures: what is not, one sentence a figure.
+        answers: samples, each a question with its reference answer.
+        tokens: tokens of the references.
+        fp32_max_logit_error: of the same graphs in float32.
+        mean_kl: of the distributions that predict the references' tokens, in nats, from end to end.
+        decoder_mean_kl: the same with the language model alone exported.
+        top1_agreement: share of those distributions whose likeliest token is torch's.
+        nll_change: of the references' mean loss, relative.
+        visual_cosine_min, visual_cosine_mean: over the visual tokens.
+        memory_cosine_mean: over the memory tokens; None without a memory.
+        answers_equal: share of greedy answers that are torch's, each side with its own retrieval.
+    """
 
     passed: bool
+    failures: tuple[str, ...]
     answers: int
     tokens: int
     fp32_max_logit_error: float
-    int8_mean_kl: float
-    int8_top1_agreement: float
-    int8_nll_change: float
-    int8_visual_cosine_min: float
-    int8_visual_cosine_mean: float
+    mean_kl: float
+    decoder_mean_kl: float
+    top1_agreement: float
+    nll_change: float
+    visual_cosine_min: float
+    visual_cosine_mean: float
+    memory_cosine_mean: float | None
     answers_equal: float
 
 
@@ -171,6 +202,8 @@ class Manifest:
     memory: MemoryBlock
     tokenizer_file: str
     probe_file: str
+    target: Target
+    given_back: tuple[GivenBack, ...]
     gate: GateResult | None
     licences: dict[str, str]
     tool_versions: dict[str, str]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError
+from tinyalign_edge.errors import DegradedWarning, InputError, MissingExtraError, TinyAlignError
 
 app = typer.Typer(
     name="tinyalign-edge",
@@ -86,22 +87,30 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A folder that 'train' wrote, or a vision-language model's.")],
     out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
-    calibration: Annotated[Path | None, typer.Option(help="Conversations to compare a whole model on.")] = None,
+    lm_bits: Annotated[str, typer.Option(help="Of the language model's weights in int8: 8 or 4.")] = "8",
+    target: Annotated[str, typer.Option(help="Processors: vnni, arm64, avx2 or portable.")] = "vnni",
+    calibration: Annotated[Path | None, typer.Option(help="Rows to find the formats on (default: training's).")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of a whole model's own.")] = None,
+    allow_degraded: Annotated[
+        bool, typer.Option("--allow-degraded", help="Write it even if it is not proved.")
+    ] = False,
 ) -> None:
     """Write a bundle, proved against torch on held-out samples."""
+    from tinyalign_edge.export.run import ExportOptions
     from tinyalign_edge.export.run import export as run
     from tinyalign_edge.report import print_gate
 
-    manifest = run(
-        folder,
-        out,
+    options = ExportOptions(
         precision=_one_of("--precision", precision, "int8", "fp32"),
+        lm_bits=4 if _one_of("--lm-bits", lm_bits, "8", "4") == "4" else 8,
+        target=_one_of("--target", target, "portable", "vnni", "avx2", "arm64"),
         calibration=calibration,
         images=images,
         chat_template=chat_template,
+        allow_degraded=allow_degraded,
     )
+    manifest = run(folder, out, options)
     print_gate(manifest)
     print(f"bundle: {out}\nnext: tinyalign-edge ask {out} IMAGE QUESTION")
 
@@ -206,6 +215,7 @@ def main() -> None:
 def _run() -> int:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    warnings.showwarning = _show_warning
     try:
         code = int(app(standalone_mode=False) or 0)
     except TinyAlignError as error:
@@ -224,6 +234,17 @@ def _run() -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {first} (set TINYALIGN_DEBUG=1 for the traceback)", 1)
     return _fail("interrupted", code) if code == INTERRUPTED else code  # typer may give the code and no message
+
+
+_show_others = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+    """Ours is one line on standard error, as errors are; those of others stay as they are."""
+    if issubclass(category, DegradedWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        _show_others(message, category, *rest, **options)
 
 
 def _missing_extra(error: ModuleNotFoundError) -> MissingExtraError:

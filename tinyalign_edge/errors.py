@@ -7,7 +7,7 @@
     ├── GateError             the exported files do not compute what torch computes (exit code 3)
     └── MissingExtraError     a command needs packages of an extra that is not installed (exit code 1)
 
-A message is one line: what is wrong, the value, the remedy.
+A message is one line: what is wrong, the value, the remedy. `DegradedWarning` is the only warning.
 """
 
 from __future__ import annotations
@@ -43,3 +43,7 @@ class GateError(TinyAlignError):
 
 class MissingExtraError(TinyAlignError):
     """A command needs an extra that is not installed."""
+
+
+class DegradedWarning(UserWarning):
+    """The bundle that was loaded failed the comparison with torch; it was written all the same, as was asked."""

@@ -54,25 +54,20 @@ def print_scores(scores: Scores) -> None:
 
 def print_gate(manifest: Manifest) -> None:
     """The result of `export`."""
-    gate = manifest.gate
+    gate, given_back = manifest.gate, manifest.given_back
     if gate is None:
         return
-    precision = manifest.decoder.precision
-    print_table(
-        [
-            ("held-out answers", f"{gate.answers} ({gate.tokens} tokens)"),
-            ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch"),
-            (f"{precision} mean KL", f"{gate.int8_mean_kl:.5f} nats"),
-            (f"{precision} next token", f"{gate.int8_top1_agreement:.2%} equal"),
-            (f"{precision} loss", f"{gate.int8_nll_change:+.3%}"),
-            (
-                f"{precision} visual tokens",
-                f"cosine {gate.int8_visual_cosine_mean:.5f} (least {gate.int8_visual_cosine_min:.5f})",
-            ),
-            (f"{precision} answers", f"{gate.answers_equal:.1%} equal to torch's"),
-        ],
-        title="Compared with torch",
-    )
+    rows = [
+        ("held-out answers", f"{gate.answers} ({gate.tokens} tokens)"),
+        ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch"),
+        ("mean KL", f"{gate.mean_kl:.5f} nats (language model alone {gate.decoder_mean_kl:.5f})"),
+        ("next token", f"{gate.top1_agreement:.2%} equal"),
+        ("loss", f"{gate.nll_change:+.3%}"),
+        ("visual tokens", f"cosine {gate.visual_cosine_mean:.5f} (least {gate.visual_cosine_min:.5f})"),
+        ("answers", f"{gate.answers_equal:.1%} equal to torch's"),
+    ]
+    rows += [(f"given back in {n.component}", f"{n.node} in {n.format}, {n.extra_bytes:+,} bytes") for n in given_back]
+    print_table(rows, title=f"{manifest.decoder.precision} compared with torch")
 
 
 def print_verified(verified: Verified) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside, open_bundle
-from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.errors import BundleError, DegradedWarning, InputError
 from tinyalign_edge.image import ImageLike, open_image, preprocess
 from tinyalign_edge.memory import Bank, Entry
 from tinyalign_edge.prompt import Prompt, load_tokenizer
@@ -84,8 +85,14 @@ def load(
     Raises:
         InputError: `path` is not a bundle.
         BundleError: damaged, hostile, too new, or not the one expected.
+
+    Warns:
+        DegradedWarning: the bundle failed the exporter's comparison with torch.
     """
     manifest = open_bundle(path, expect_sha256=expect_sha256)
+    if manifest.gate is not None and not manifest.gate.passed:
+        failures = "; ".join(manifest.gate.failures)
+        warnings.warn(f"{path}: degraded, it does not compute what torch computes: {failures}", DegradedWarning, 2)
     return Model(Path(path), manifest, threads=threads, memory=memory)
 
 
@@ -141,7 +148,7 @@ class Model:
         found = self._retrieve(key) if memories is None else tuple(memories)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
-        tokens = self._memory_tokens(found)
+        tokens = self.memory_tokens(found)
         timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
         return EncodedImage(visual[0], key, found, tokens, timings)
 
@@ -168,12 +175,16 @@ class Model:
         Returns:
             logits (A, V) float32 and the answer's token ids (A,), the end-of-answer token included.
         """
-        ids = np.array(self.prompt.answer(question, answer), np.int64)
-        prefix = self._prefix(image, question)
-        embeddings = np.concatenate([prefix, self._decoder.embed(ids[:-1])])
-        self._fit(len(embeddings))
+        embeddings, ids = self.answer_embeddings(image, question, answer)
         cache = self._decoder.new_cache(len(embeddings))
         return self._decoder.forward(cache, embeddings, num_logits=len(ids)), ids
+
+    def answer_embeddings(self, image: EncodedImage, question: str, answer: str) -> tuple[Float, npt.NDArray[np.int64]]:
+        """What `answer_logits` gives to the language model, (T, D) float32, and the answer's token ids (A,)."""
+        ids = np.array(self.prompt.answer(question, answer), np.int64)
+        embeddings = np.concatenate([self._prefix(image, question), self._decoder.embed(ids[:-1])])
+        self._fit(len(embeddings))
+        return embeddings, ids
 
     def answer_nll(self, image: EncodedImage, question: str, answer: str) -> Float:
         """Negative log-likelihood of each token of a given answer (A,), in nats."""
@@ -241,22 +252,29 @@ class Model:
             return ()
         return self.memory.search(key, settings.k, floor=settings.floor)
 
-    def _memory_tokens(self, entries: Sequence[Entry]) -> Float:
+    def memory_tokens(self, entries: Sequence[Entry]) -> Float:
         """Memory tokens (M, D) of retrieved entries."""
-        lengths = [len(entry.value) for entry in entries]
-        if not sum(lengths) or self._connector is None:
+        if not sum(len(entry.value) for entry in entries) or self._connector is None:
             return np.zeros((0, self.manifest.decoder.width), np.float32)
+        return self.connect(self.memory_inputs(entries))
+
+    def connect(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Float:
+        """Memory tokens (M, D) of the inputs that `memory_inputs` gives."""
+        with onnxruntime_errors(self.folder / str(self.manifest.memory.file)):
+            out: Float = self._connector.run(["memory_tokens"], dict(inputs))[0]
+        return out
+
+    def memory_inputs(self, entries: Sequence[Entry]) -> dict[str, npt.NDArray[Any]]:
+        """What the memory's graph reads of retrieved entries, as `MemoryBlock` says."""
+        lengths = [len(entry.value) for entry in entries]
         values = np.concatenate([entry.value for entry in entries])
         if self.manifest.memory.kind == "tokens":
             values = self._decoder.embed(values)
-        feed = {
+        return {
             "values": values,
             "rank": np.repeat(np.arange(len(entries), dtype=np.int64), lengths),
             "similarity": np.repeat(np.array([e.similarity for e in entries], np.float32), lengths),
         }
-        with onnxruntime_errors(self.folder / str(self.manifest.memory.file)):
-            out: Float = self._connector.run(["memory_tokens"], feed)[0]
-        return out
 
     def _open_memory(self) -> None:
         settings = self.manifest.memory

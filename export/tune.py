@@ -1,0 +1,179 @@
+"""Find in which format each component's matrices have to be, on calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tinyalign_edge.bundle import Component, GivenBack, Manifest
+from tinyalign_edge.data import Row
+from tinyalign_edge.export.components import Components, write_component
+from tinyalign_edge.export.gate import MAX_KL, MIN_COSINE
+from tinyalign_edge.export.matrices import Floats, Matrix, find_matrices
+from tinyalign_edge.export.measure import divergences, log_softmax, row_cosines
+from tinyalign_edge.export.plan import Plan, Plans, matrix_bytes
+from tinyalign_edge.export.search import search
+from tinyalign_edge.export.sensitivity import Feed, decoder_feed, relative_errors
+from tinyalign_edge.image import open_image, preprocess
+from tinyalign_edge.progress import progress
+from tinyalign_edge.runtime.model import EncodedImage, Model
+
+SAMPLES = 16
+MAX_ANSWER_TOKENS = 16  # of a sample: their distributions over the vocabulary are kept
+RANKING_SAMPLES = 4
+LIMITS: dict[Component, float] = {"vision": 1 - MIN_COSINE, "memory": 1 - MIN_COSINE, "decoder": MAX_KL}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question as the float32 graphs read and answer it."""
+
+    row: Row
+    image: EncodedImage
+    memory_inputs: Feed  # from the float32 embedding table
+    log_p: Floats  # (A, V) of the reference's first tokens
+
+
+class Tuner:
+    """Writes components into a bundle's folder in one plan after another and measures them.
+
+    Args:
+        parts: what is written.
+        fp32: the same bundle in float32.
+        folder, manifest: the bundle, written in the plans `base` already.
+        rows: calibration samples, one question each.
+    """
+
+    def __init__(
+        self, parts: Components, fp32: Model, folder: Path, manifest: Manifest, base: Plans, rows: Sequence[Row]
+    ) -> None:
+        self._parts, self._fp32, self._folder, self._manifest, self._base = parts, fp32, folder, manifest, base
+        self._samples = [_sample(fp32, row) for row in rows[:SAMPLES]]
+        self._losses: dict[tuple[Component, str], float] = {}
+        self._rankings: dict[Component, list[str]] = {}
+        present: list[Component] = ["vision", "memory", "decoder"]
+        self._components: list[Component] = present if manifest.memory.file is not None else ["vision", "decoder"]
+        self._written = {component: _key(base.of(component)) for component in present}
+
+    def find(self, share: float) -> Plans:
+        """Plans whose components lose at most `share` of what the gate allows; the folder holds them afterwards."""
+        found = self._base
+        with progress("Finding formats", None) as advance:
+            for component in self._components:
+                plan = self._find(component, share, advance)
+                self._write(component, plan)
+                found = replace(found, **{component: plan})
+        return found
+
+    def given_back(self, plans: Plans) -> tuple[GivenBack, ...]:
+        """What `plans` give back in each component, by node name, with the bytes it takes beyond the base."""
+        entries = []
+        for component in self._components:
+            plan, matrices = plans.of(component), self._matrices(component)
+            for name, kind in sorted(plan.given_back.items()):
+                rows, columns = matrices[name].rows, matrices[name].columns
+                extra = matrix_bytes(rows, columns, kind) - matrix_bytes(rows, columns, plan.base)
+                entries.append(GivenBack(component, name, kind, extra))
+        return tuple(entries)
+
+    def _find(self, component: Component, share: float, advance: Callable[..., None]) -> Plan:
+        def loss(plan: Plan) -> float:
+            found = self._loss(component, plan)
+            advance(note=f"{component}: {len(plan.given_back)} given back, loss {found:.5f}")
+            return found
+
+        base, limit = self._base.of(component), share * LIMITS[component]
+        if loss(base) <= limit:
+            return base
+        return search(base, self._ranking(component, base), self._matrices(component), loss, limit)
+
+    def _matrices(self, component: Component) -> dict[str, Matrix]:
+        """The matrices of a component by node name."""
+        return find_matrices(onnx.load(self._fp32.folder / self._file(component), load_external_data=False))
+
+    def _file(self, component: Component) -> str:
+        files = {"vision": self._manifest.vision.file, "decoder": self._manifest.decoder.file}
+        return files.get(component, str(self._manifest.memory.file))
+
+    def _write(self, component: Component, plan: Plan) -> None:
+        if self._written[component] != _key(plan):
+            write_component(self._parts, self._folder, component, plan)
+            self._written[component] = _key(plan)
+
+    def _loss(self, component: Component, plan: Plan) -> float:
+        key = component, _key(plan)
+        if key not in self._losses:
+            self._write(component, plan)
+            with Model(self._folder, self._manifest) as model:
+                self._losses[key] = float(np.mean([MEASURES[component](model, sample) for sample in self._samples]))
+        return self._losses[key]
+
+    def _ranking(self, component: Component, base: Plan) -> list[str]:
+        """Node names, the one that adds the largest error first."""
+        if component not in self._rankings:
+            self._write(component, base)
+            exact, written = (folder / self._file(component) for folder in (self._fp32.folder, self._folder))
+            with Model(self._folder, self._manifest) as model:
+                feeds = [FEEDS[component](model, sample) for sample in self._samples[:RANKING_SAMPLES]]
+            errors = relative_errors(exact, written, [feed for feed in feeds if feed])
+            self._rankings[component] = sorted(errors, key=lambda name: -errors[name])
+        return self._rankings[component]
+
+
+def _key(plan: Plan) -> str:
+    return repr((plan.base, plan.max_level, sorted(plan.given_back.items())))
+
+
+def _sample(fp32: Model, row: Row) -> Sample:
+    image, turn = fp32.encode(row.path), row.turns[0]
+    logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
+    inputs = fp32.memory_inputs(image.memories) if image.memories else {}
+    return Sample(row, image, inputs, log_softmax(logits[:MAX_ANSWER_TOKENS]).astype(np.float32))
+
+
+def _decoder_loss(model: Model, sample: Sample) -> float:
+    turn = sample.row.turns[0]
+    logits, _ = model.answer_logits(sample.image, turn.question, turn.answer)
+    return float(divergences(sample.log_p, log_softmax(logits[:MAX_ANSWER_TOKENS])).mean())
+
+
+def _vision_loss(model: Model, sample: Sample) -> float:
+    found = model.encode(sample.row.path, memories=()).visual_tokens
+    return 1 - float(row_cosines(found, sample.image.visual_tokens).mean())
+
+
+def _memory_loss(model: Model, sample: Sample) -> float:
+    if not sample.image.memories:
+        return 0.0
+    found = model.connect(sample.memory_inputs)
+    return 1 - float(row_cosines(found, sample.image.memory_tokens).mean())
+
+
+def _decoder_inputs(model: Model, sample: Sample) -> Feed:
+    turn = sample.row.turns[0]
+    embeddings, ids = model.answer_embeddings(sample.image, turn.question, turn.answer)
+    return decoder_feed(model.manifest.decoder, embeddings, len(ids))
+
+
+def _vision_inputs(model: Model, sample: Sample) -> Feed:
+    return {"pixel_values": preprocess(open_image(sample.row.path), model.manifest.image)}
+
+
+def _memory_inputs(_: Model, sample: Sample) -> Feed:
+    return sample.memory_inputs
+
+
+MEASURES: dict[Component, Callable[[Model, Sample], float]] = {
+    "vision": _vision_loss,
+    "memory": _memory_loss,
+    "decoder": _decoder_loss,
+}
+FEEDS: dict[Component, Callable[[Model, Sample], Feed]] = {
+    "vision": _vision_inputs,
+    "memory": _memory_inputs,
+    "decoder": _decoder_inputs,
+}
