@@ -216,9 +216,8 @@ def test_a_model_without_a_chat_template_says_how_to_give_one(copy: Path, tmp_pa
     with pytest.raises(InputError, match="does not write the token '<image>' once"):
         export(copy, tmp_path / "b", ExportOptions(chat_template=tmp_path / "blind.jinja"))
     (tmp_path / "own.jinja").write_text(template, "utf-8")
-    manifest = export(
-        copy, tmp_path / "b", ExportOptions(precision="fp32", chat_template=tmp_path / "own.jinja", **few)
-    )
+    own = tmp_path / "own.jinja"
+    manifest = export(copy, tmp_path / "b", ExportOptions(precision="fp32", chat_template=own, **few))
     assert manifest.prompt.chat_template == template
 
 
