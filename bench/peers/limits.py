@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tinyalign_edge.bench.peers.plan import OURS
@@ -56,8 +57,8 @@ def layer_weights(config: dict[str, Any]) -> int:
     """Weights in the matrix products of all layers."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     kv_width = width * config["num_key_value_heads"] // heads
-    each = 2 * width * width + 2 * width * kv_width + 3 * width * config["intermediate_size"]
-    return int(config["num_hidden_layers"] * each)
+    each: int = 2 * width * width + 2 * width * kv_width + 3 * width * config["intermediate_size"]
+    return each * int(config["num_hidden_layers"])
 
 
 def multiply_adds(config: dict[str, Any], tokens: int) -> int:
@@ -78,7 +79,7 @@ def _product(kind: str, rows: int, threads: int) -> dict[str, Any]:
     scale = numpy_helper.from_array(np.full(SIDE, 1e-3, np.float32), "scale")
     if kind == "MatMulInteger":
         node, given, taken = helper.make_node(kind, ["x", "weight"], ["y"]), TensorProto.UINT8, TensorProto.INT32
-        x = rng.integers(0, 256, (rows, SIDE)).astype(np.uint8)
+        x: NDArray[Any] = rng.integers(0, 256, (rows, SIDE)).astype(np.uint8)
     else:
         node = helper.make_node(kind, ["x", "weight", "scale"], ["y"], domain=MICROSOFT)
         given = taken = TensorProto.FLOAT
@@ -99,7 +100,7 @@ def _product(kind: str, rows: int, threads: int) -> dict[str, Any]:
     return {"kind": kind, "rows": rows, "side": SIDE, "threads": threads, "macs_per_s": rows * SIDE * SIDE / seconds}
 
 
-def _read(memory: np.ndarray[Any, Any], threads: int) -> float:
+def _read(memory: NDArray[np.int64], threads: int) -> float:
     pieces = np.array_split(memory, threads)
     with ThreadPoolExecutor(threads) as pool:
         return memory.nbytes / _fastest(lambda: list(pool.map(np.bitwise_or.reduce, pieces)))

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = given.rounds or part.rounds
         result = measure(part, ready, folders, rounds=rounds, say=log.say, timed=log.timed)
         result.failed |= unprepared
-        now = {"commit": commit(), "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        now: dict[str, Any] = {"commit": commit(), "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         now |= {"model": part.model, "threads": part.threads}
         store(part, chosen[part], result, folders.part(part), now)
     limits = folders.root / "parts" / "limits.json"
@@ -114,7 +114,7 @@ def _guess(part: Part, phase: Phase) -> float:
     width, layers = config["hidden_size"], config.get("num_hidden_layers", 1)
     weights = layers * width * (4 * width + 3 * config["intermediate_size"]) + width * config.get("vocab_size", 0)
     passes = {"prefill": phase.tokens / 8, "decode": phase.tokens, "verify": 10, "encode": 20}[phase.name]
-    return weights * passes / part.threads
+    return float(weights * passes / part.threads)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

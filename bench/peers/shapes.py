@@ -151,12 +151,12 @@ def write_language(name: str, folder: Path) -> None:
     """Write the checkpoint, a small tokenizer and the logits that torch gives in float32 into `folder`."""
     settings = {**LANGUAGE[name].config, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-5}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model: Any = AutoModelForCausalLM.from_config(config).float().eval()
     _fill_language(model)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     with torch.inference_mode():
-        logits = model(torch.from_numpy(check_ids(config.vocab_size))[None]).logits[0, checked_positions()]
+        logits = model(torch.from_numpy(check_ids(config.vocab_size)).unsqueeze(0)).logits[0, checked_positions()]
     np.save(folder / REFERENCE, logits.numpy())
 
 
