@@ -70,7 +70,7 @@ def read_bytes(config: dict[str, Any], context: int) -> int:
     """Bytes that a decoding step has to read: int8 weights with `lm_head`, keys and values in float32."""
     kv_width = config["hidden_size"] * config["num_key_value_heads"] // config["num_attention_heads"]
     cache = config["num_hidden_layers"] * 2 * kv_width * context * 4
-    return layer_weights(config) + int(config["hidden_size"] * config["vocab_size"]) + cache
+    return int(layer_weights(config) + config["hidden_size"] * config["vocab_size"] + cache)
 
 
 def _product(kind: str, rows: int, threads: int) -> dict[str, Any]:

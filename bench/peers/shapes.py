@@ -151,7 +151,8 @@ def write_language(name: str, folder: Path) -> None:
     """Write the checkpoint, a small tokenizer and the logits that torch gives in float32 into `folder`."""
     settings = {**LANGUAGE[name].config, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rms_norm_eps": 1e-5}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model: Any = AutoModelForCausalLM.from_config(config).float().eval()
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model = model.float().eval()
     _fill_language(model)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
@@ -164,7 +165,7 @@ def write_encoder(name: str, folder: Path) -> None:
     """Write the checkpoint and its image processor into `folder`."""
     shape = ENCODERS[name]
     torch.manual_seed(0)
-    model = shape.model(**shape.config)
+    model: Any = shape.model(**shape.config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2 and len(weight) != (shape.config["image_size"] // shape.config["patch_size"]) ** 2:
