@@ -16,9 +16,10 @@ REFERENCE = "reference.npy"
 PROMPT_TOKENS = 32
 STEPS = 16
 
-# What is refused is an engine that computes another model: a graph with one part wrong is nats away, or has a cosine
-# far below these. How much is lost to rounding is reported, not judged.
-MAX_KL = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.3, "q8_0": 0.1, "int4": 1.5, "q4_0": 1.5}
+# What is refused is an engine that computes another model: distributions that have nothing to do with each other are
+# about 9 nats apart (the variance of the random models' logits), unrelated features have cosines near 0. How much is
+# lost to rounding is reported, not judged: 4 bits lose much of a deep model whose weights are random.
+MAX_KL = {"fp32": 1e-4, "bf16": 0.3, "int8": 0.3, "q8_0": 0.3, "int4": 2.5, "q4_0": 2.5}
 MIN_COSINE = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.97}
 
 

@@ -68,7 +68,7 @@ LANGUAGE = {
             "rope_theta": 100000.0,
             "tie_word_embeddings": True,
         },
-        rounds={1: 3, 2: 7},
+        rounds={1: 3, 2: 5},
     ),
     "qwen2.5-0.5b": LanguageShape(
         {
@@ -98,7 +98,7 @@ LANGUAGE = {
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,
         },
-        rounds={2: 2},
+        rounds={2: 1},
         resident=False,
     ),
     "smoke-lm": LanguageShape(  # for tests of the benchmark itself
@@ -136,7 +136,7 @@ ENCODERS = {
         lambda **c: SiglipVisionModel(SiglipVisionConfig(**c)),
         {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
          "image_size": 384, "patch_size": 14, **SIGLIP},
-        rounds={1: 3, 2: 5},
+        rounds={1: 2, 2: 3},
     ),
     "smoke-encoder": EncoderShape(
         lambda **c: SiglipVisionModel(SiglipVisionConfig(**c)),
