@@ -60,3 +60,19 @@ bench:
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:
     {{ bin }}/python -m tinyalign_edge.bench.models
+
+# Speed beside onnxruntime-genai, llama.cpp, optimum and torch, on an idle machine (writes bench/results/peers.json)
+peers *ARGS: peers-setup
+    {{ bin }}/python -m tinyalign_edge.bench.peers.run {{ ARGS }}
+
+# The environments of engines that need their own; llama.cpp is compiled for this processor (cmake, a C++ compiler)
+peers-setup:
+    [ -e runs/peers/venv-genai/done ] || {{ python }} -m venv --clear runs/peers/venv-genai
+    [ -e runs/peers/venv-genai/done ] || runs/peers/venv-genai/bin/python -m pip install --quiet \
+        onnxruntime-genai onnx onnx-ir 'transformers>=5' 'torch>=2.6,<2.14'
+    touch runs/peers/venv-genai/done
+    [ -e runs/peers/venv-llama/done ] || {{ python }} -m venv --clear runs/peers/venv-llama
+    [ -e runs/peers/venv-llama/done ] || CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=ON -DLLAVA_BUILD=OFF}" \
+        runs/peers/venv-llama/bin/python -m pip install --quiet --no-binary llama-cpp-python \
+        llama-cpp-python gguf safetensors
+    touch runs/peers/venv-llama/done

@@ -12,6 +12,7 @@ from tinyalign_edge.config import write_json
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.components import tool_versions
 
+CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -24,8 +25,15 @@ def record(name: str, command: str, result: dict[str, Any]) -> Path:
 
 
 def host() -> dict[str, Any]:
-    """Processor, cores and system of this machine."""
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "machine": platform.machine(), "system": platform.system()}
+    """Processor, what it has for matrix products, cores and system of this machine."""
+    found = _cpuinfo("flags", "Features").split()
+    return {
+        "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
+        "features": [feature for feature in CPU_FEATURES if feature in found],
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
 
 
 def commit() -> str:
@@ -48,10 +56,9 @@ def shared(*parts: str) -> Path:
     return folder
 
 
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or "unknown"
+def _cpuinfo(*keys: str) -> str:
+    """The first value of one of the keys in Linux's `/proc/cpuinfo`; empty where there is none."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    values = (value for key, _, value in (line.partition(":") for line in lines) if key.strip() in keys)
+    return next(values, "").strip()
