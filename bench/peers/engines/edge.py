@@ -22,9 +22,11 @@ def prepare(source: Path, folder: Path, precision: str) -> None:
     from safetensors.numpy import load_file
 
     from tinyalign_edge.export.decoder import export_decoder
+    from tinyalign_edge.export.plan import Plan
 
     weights = load_file(source / "model.safetensors")
-    block = export_decoder(read_json(source / "config.json"), weights, folder, precision=precision)  # type: ignore[arg-type]
+    plan = Plan("int8" if precision == "int8" else "fp32")
+    block = export_decoder(read_json(source / "config.json"), weights, folder, plan=plan)
     write_json(folder / BLOCK, block)
 
 
