@@ -212,7 +212,7 @@ def test_a_whole_model_exports_and_answers(run, tmp_path: Path, world: Path) -> 
     samples = ("--calibration", world / "test.json", "--images", world)
     exported = run("export", tmp_path / "vlm", "--out", tmp_path / "bundle", *samples)
     assert exported.code == 0, exported.err
-    assert "Compared with torch" in exported.out
+    assert "compared with torch" in exported.out
     asked = run("ask", tmp_path / "bundle", PICTURE, QUESTION, "--json")
     assert asked.json["memories"] == []
     assert asked.json["text"]
