@@ -105,6 +105,7 @@ class Part:
 
 LANGUAGE_ENGINES = (
     Engine(OURS, "int8", "edge"),
+    Engine(OURS, "int4", "edge"),
     Engine(OURS, "fp32", "edge"),
     Engine(GENAI, "int8", "genai", "venv-genai"),
     Engine(GENAI, "int8-last", "genai", "venv-genai"),

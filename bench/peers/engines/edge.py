@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from tinyalign_edge.bench.peers.check import Floats, folder_bytes
 from tinyalign_edge.bench.peers.worker import CAPACITY, Language
-from tinyalign_edge.bundle import DecoderBlock
+from tinyalign_edge.bundle import DecoderBlock, Format
 from tinyalign_edge.config import from_json, read_json, write_json
 from tinyalign_edge.runtime.decoder import Decoder
 
 PACKAGES = ("tinyalign-edge", "onnxruntime")
 BLOCK = "block.json"
+FORMATS: dict[str, Format] = {"int8": "int8", "int4": "int4_weight", "fp32": "fp32"}  # as `export` writes them
 
 
 def prepare(source: Path, folder: Path, precision: str) -> None:
@@ -25,8 +26,7 @@ def prepare(source: Path, folder: Path, precision: str) -> None:
     from tinyalign_edge.export.plan import Plan
 
     weights = load_file(source / "model.safetensors")
-    plan = Plan("int8" if precision == "int8" else "fp32")
-    block = export_decoder(read_json(source / "config.json"), weights, folder, plan=plan)
+    block = export_decoder(read_json(source / "config.json"), weights, folder, plan=Plan(FORMATS[precision]))
     write_json(folder / BLOCK, block)
 
 
