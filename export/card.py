@@ -27,6 +27,7 @@ def write_card(folder: Path, manifest: Manifest, towers: Mapping[str, TowerRef])
         "A licence is what a tower's own files state; it is yours to keep.",
         "## Components",
         _table(("component", "precision", "bytes"), _components(folder, manifest)),
+        *_smoothed(manifest),
         *_given_back(manifest),
         "## Compared with torch",
         *_gate(manifest.gate),
@@ -77,6 +78,14 @@ def _components(folder: Path, manifest: Manifest) -> list[tuple[str, str, str]]:
         (what, precision, f"{sum((folder / name).stat().st_size for name in names):,}")
         for (what, precision), names in named.items()
     ]
+
+
+def _smoothed(manifest: Manifest) -> Iterable[str]:
+    if manifest.decoder.smoothed:
+        yield (
+            "Outlier channels of the language model's activations are folded into neighbouring weights (SmoothQuant), "
+            "which leaves what it computes as it is and loses less in int8."
+        )
 
 
 def _given_back(manifest: Manifest) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -29,6 +29,7 @@ from tinyalign_edge.export.memory_graph import FILE as MEMORY_FILE
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.plan import PRECISIONS, Plan, Plans
 from tinyalign_edge.export.quantize import quantize_graph
+from tinyalign_edge.export.smooth import Factors
 from tinyalign_edge.export.source import Source
 from tinyalign_edge.train.checkpoint import MEMORY
 
@@ -43,6 +44,7 @@ class Components:
 
     source: Source
     encoder: onnx.ModelProto  # float32
+    smoothing: Factors = field(default_factory=dict)  # of the language model, for plans that are to be smooth
 
 
 def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Target, name: str) -> Manifest:
@@ -92,7 +94,7 @@ def write_component(parts: Components, folder: Path, component: Component, plan:
 
 
 def _write_decoder(parts: Components, folder: Path, plan: Plan) -> DecoderBlock:
-    return export_language(parts.source.language, folder, plan=plan)
+    return export_language(parts.source.language, folder, plan=plan, smoothing=parts.smoothing)
 
 
 def seal(manifest: Manifest, folder: Path) -> Manifest:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tinyalign_edge.bundle import DecoderBlock
@@ -12,6 +15,7 @@ from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.smooth import Factors, SmoothedWeights
 from tinyalign_edge.export.traced import probe, trace_decoder
 from tinyalign_edge.export.weights import StateDict
 
@@ -31,8 +35,13 @@ def check_language(model: PreTrainedModel) -> None:
         logger.warning("warning: %s; torch traces its graph instead, which is right but slower", reason)
 
 
-def export_language(model: PreTrainedModel, folder: Path, *, plan: Plan) -> DecoderBlock:
+def export_language(
+    model: PreTrainedModel, folder: Path, *, plan: Plan, smoothing: Factors | None = None
+) -> DecoderBlock:
     """Write the decoder's and the embedding's graph into `folder`; `DecoderBlock.graph` says which way was taken.
+
+    Args:
+        smoothing: as `smoothing_factors` gives them, for a `plan` that is to be smooth.
 
     Raises:
         UnsupportedError: neither way takes the model.
@@ -42,4 +51,7 @@ def export_language(model: PreTrainedModel, folder: Path, *, plan: Plan) -> Deco
         architecture = read_architecture(model.config)
     except UnsupportedError:
         return trace_decoder(model, folder, plan=plan)
-    return export_decoder(architecture, StateDict(model), folder, plan=plan)
+    weights: Mapping[str, NDArray[Any]] = StateDict(model)
+    if plan.smooth and smoothing:
+        weights = SmoothedWeights(architecture, weights, smoothing)
+    return export_decoder(architecture, weights, folder, plan=plan)

@@ -27,11 +27,13 @@ class Plan:
         base: what was asked for.
         given_back: node name to a better format.
         max_level: largest magnitude of an int8 weight's level.
+        smooth: outlier channels are folded into neighbouring weights (`smooth`).
     """
 
     base: Format
     given_back: Mapping[str, Format] = field(default_factory=dict)
     max_level: int = INT8_MAX
+    smooth: bool = False
 
     def format(self, name: str) -> Format:
         """The format of the matrix `name`."""

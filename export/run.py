@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tinyalign_edge.bundle import MANIFEST, GateResult, GivenBack, Manifest, Target
+from tinyalign_edge.bundle import MANIFEST, GateResult, Manifest, Target
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import GateError, InputError
 from tinyalign_edge.export.card import write_card
@@ -81,7 +81,8 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
             gate = Gate(source.reference, fp32, rows)
             manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
             tuner = Tuner(parts, fp32, target, manifest, options.plans, source.calibration or rows)
-            result, given_back = _tune(tuner, gate, target, manifest)
+            result, plans = _tune(tuner, gate, target, manifest)
+            given_back = tuner.given_back(plans)
         if not result.passed and not options.allow_degraded:
             raise GateError(
                 f"the export does not compute what torch computes: {'; '.join(result.failures)}; "
@@ -89,7 +90,8 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
             )
         with Model(target, manifest) as exported:
             probe_file = write_probe(target, make_probe(exported))
-        manifest = replace(manifest, probe_file=probe_file, gate=result, given_back=given_back)
+        decoder = replace(manifest.decoder, smoothed=plans.decoder.smooth)
+        manifest = replace(manifest, decoder=decoder, probe_file=probe_file, gate=result, given_back=given_back)
         write_card(target, manifest, source.towers)
         return seal(manifest, target)
 
@@ -111,7 +113,7 @@ def _subfolder(scratch: str, name: str) -> Path:
     return folder
 
 
-def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[GateResult, tuple[GivenBack, ...]]:
+def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[GateResult, Plans]:
     """Give back until the gate passes or nothing more can be given; `folder` holds what was measured last."""
 
     def measure() -> GateResult:
@@ -126,4 +128,4 @@ def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[G
         found = tuner.find(share)
         if found != plans:
             plans, result = found, measure()
-    return result, tuner.given_back(plans)
+    return result, plans

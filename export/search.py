@@ -8,6 +8,7 @@ back; then what was given back in vain is taken again, in at most `CHUNKS` piece
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def _take_again(plan: Plan, cheaper: Sequence[Format], matrices: Mapping[str, Ma
     for start in range(0, len(names), size):
         for kind in cheaper:
             piece = {name: _format(kind, matrices[name]) for name in names[start : start + size]}
-            cut = Plan(plan.base, _without({**plan.given_back, **piece}, plan.base), plan.max_level)
+            cut = replace(plan, given_back=_without({**plan.given_back, **piece}, plan.base))
             if cut != plan and passes(cut):
                 plan = cut
                 break

@@ -42,7 +42,7 @@ def relative_errors(exact: Path, written: Path, feeds: Sequence[Feed]) -> dict[s
     sums = {node.name: 0.0 for node in products}
     held = constants(model)
     biases = {n.name: numpy_helper.to_array(held[n.input[BIAS]]) for n in products if len(n.input) > BIAS}
-    for values in _watch(model, products, written.with_name(WATCHED), feeds):
+    for values in watch(model, products, written.with_name(WATCHED), feeds):
         for node in products:
             rows = matrix_rows(reference, matrices[node.name], exact.parent)
             y = values[node.output[0]] - biases.get(node.name, 0)
@@ -66,7 +66,7 @@ def decoder_feed(block: DecoderBlock, embeddings: Floats, num_logits: int) -> di
     }
 
 
-def _watch(model: onnx.ModelProto, nodes: Sequence[NodeProto], path: Path, feeds: Sequence[Feed]) -> Any:
+def watch(model: onnx.ModelProto, nodes: Sequence[NodeProto], path: Path, feeds: Sequence[Feed]) -> Any:
     """Run the graph with the inputs and outputs of `nodes` made visible; yields them by name, one dict a feed."""
     names = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.output[0])))
     known = {value.name for value in (*model.graph.input, *model.graph.output)}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+from transformers import PretrainedConfig
 
 from tinyalign_edge.bundle import Component, GivenBack, Manifest
 from tinyalign_edge.data import Row
+from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.components import Components, write_component
+from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import MAX_KL, MIN_COSINE
 from tinyalign_edge.export.matrices import Floats, Matrix, find_matrices
 from tinyalign_edge.export.measure import divergences, log_softmax, row_cosines
 from tinyalign_edge.export.plan import Plan, Plans, matrix_bytes
 from tinyalign_edge.export.search import search
 from tinyalign_edge.export.sensitivity import Feed, decoder_feed, relative_errors
+from tinyalign_edge.export.smooth import Factors, smoothing_factors
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import EncodedImage, Model
@@ -51,8 +56,9 @@ class Tuner:
     def __init__(
         self, parts: Components, fp32: Model, folder: Path, manifest: Manifest, base: Plans, rows: Sequence[Row]
     ) -> None:
-        self._parts, self._fp32, self._folder, self._manifest, self._base = parts, fp32, folder, manifest, base
+        self._fp32, self._folder, self._manifest, self._base = fp32, folder, manifest, base
         self._samples = [_sample(fp32, row) for row in rows[:SAMPLES]]
+        self._parts = replace(parts, smoothing=self._smoothing(parts.source.language.config))
         self._losses: dict[tuple[Component, str], float] = {}
         self._rankings: dict[Component, list[str]] = {}
         present: list[Component] = ["vision", "memory", "decoder"]
@@ -86,10 +92,25 @@ class Tuner:
             advance(note=f"{component}: {len(plan.given_back)} given back, loss {found:.5f}")
             return found
 
-        base, limit = self._base.of(component), share * LIMITS[component]
+        limit = share * LIMITS[component]
+        base = min(self._bases(component), key=loss)
         if loss(base) <= limit:
             return base
         return search(base, self._ranking(component, base), self._matrices(component), loss, limit)
+
+    def _bases(self, component: Component) -> list[Plan]:
+        """What the search begins with: the plan that was asked for, and the same with outliers folded away."""
+        base = self._base.of(component)
+        smooth = component == "decoder" and base.base != "fp32" and self._parts.smoothing
+        return [base, replace(base, smooth=True)] if smooth else [base]
+
+    def _smoothing(self, config: PretrainedConfig) -> Factors:
+        try:
+            arch = read_architecture(config)
+        except UnsupportedError:  # traced: which weight makes which channel is not known
+            return {}
+        feeds = [_decoder_inputs(self._fp32, sample) for sample in self._samples]
+        return smoothing_factors(arch, self._fp32.folder / self._manifest.decoder.file, feeds)
 
     def _matrices(self, component: Component) -> dict[str, Matrix]:
         """The matrices of a component by node name."""
@@ -116,16 +137,22 @@ class Tuner:
         """Node names, the one that adds the largest error first."""
         if component not in self._rankings:
             self._write(component, base)
-            exact, written = (folder / self._file(component) for folder in (self._fp32.folder, self._folder))
             with Model(self._folder, self._manifest) as model:
                 feeds = [FEEDS[component](model, sample) for sample in self._samples[:RANKING_SAMPLES]]
-            errors = relative_errors(exact, written, [feed for feed in feeds if feed])
+            feeds = [feed for feed in feeds if feed]
+            with tempfile.TemporaryDirectory() as scratch:
+                exact = self._fp32.folder
+                if base.smooth:
+                    exact = Path(scratch)
+                    write_component(self._parts, exact, component, Plan("fp32", smooth=True))
+                file = self._file(component)
+                errors = relative_errors(exact / file, self._folder / file, feeds)
             self._rankings[component] = sorted(errors, key=lambda name: -errors[name])
         return self._rankings[component]
 
 
 def _key(plan: Plan) -> str:
-    return repr((plan.base, plan.max_level, sorted(plan.given_back.items())))
+    return repr((plan.base, plan.max_level, plan.smooth, sorted(plan.given_back.items())))
 
 
 def _sample(fp32: Model, row: Row) -> Sample:

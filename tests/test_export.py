@@ -153,18 +153,23 @@ def test_calibration_rows_need_their_images_and_are_read_before_any_work(
 OUTLIER, CHANNEL = 200.0, 5
 
 
-def plant_outlier(checkpoint: Path, folder: Path) -> Path:
-    """The same checkpoint on a language model that computes the same with one activation 200 times as large.
+def plant_outlier(checkpoint: Path, folder: Path, where: str) -> Path:
+    """The same checkpoint on a language model that computes the same with one activation 200 times as large: what the
+    MLP reads ("norm"), or what attention gives ("values").
 
-    In a large language model a few channels of the residual stream are like this one.
+    In a large language model a few channels are like this one.
     """
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     model = LlamaForCausalLM.from_pretrained(config["language"]["path"])
+    layer, head_dim = model.model.layers[0], model.config.head_dim
     with torch.no_grad():
-        layer = model.model.layers[0]
-        layer.post_attention_layernorm.weight[CHANNEL] *= OUTLIER
-        for product in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            product.weight[:, CHANNEL] /= OUTLIER
+        if where == "norm":
+            layer.post_attention_layernorm.weight[CHANNEL] *= OUTLIER
+            for product in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                product.weight[:, CHANNEL] /= OUTLIER
+        else:
+            layer.self_attn.v_proj.weight[CHANNEL] *= OUTLIER
+            layer.self_attn.o_proj.weight[:, CHANNEL::head_dim] /= OUTLIER
     shutil.copytree(config["language"]["path"], folder / "lm")
     model.save_pretrained(folder / "lm")
     shutil.copytree(checkpoint, folder / "checkpoint")
@@ -173,23 +178,40 @@ def plant_outlier(checkpoint: Path, folder: Path) -> Path:
     return folder / "checkpoint"
 
 
-def test_planted_outliers_are_found_and_the_rest_stays_int8(
+def test_outliers_after_a_norm_are_folded_away_and_everything_stays_int8(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = plant_outlier(checkpoints["none"], tmp_path)
-    with monkeypatch.context() as without_search:
-        without_search.setattr(tune, "search", lambda base, *_: base)
+    checkpoint = plant_outlier(checkpoints["none"], tmp_path, "norm")
+    with monkeypatch.context() as without:
+        without.setattr(tune, "smoothing_factors", lambda *_: {})
+        without.setattr(tune, "search", lambda base, *_: base)
         with pytest.raises(ta.GateError, match="mean KL is"):
             export(checkpoint, tmp_path / "b")
     manifest = export(checkpoint, tmp_path / "b")
     assert manifest.gate is not None
     assert manifest.gate.passed
-    assert [(n.component, n.node) for n in manifest.given_back] == [("decoder", "layers.0.gate_up_proj")]
+    assert manifest.decoder.smoothed
+    assert manifest.given_back == ()
+    assert "SmoothQuant" in (tmp_path / "b" / "README.md").read_text("utf-8")
+
+
+def test_outliers_that_cannot_be_folded_are_found_and_the_rest_stays_int8(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = plant_outlier(checkpoints["none"], tmp_path, "values")
+    with monkeypatch.context() as without:
+        without.setattr(tune, "search", lambda base, *_: base)
+        with pytest.raises(ta.GateError, match="mean KL is"):
+            export(checkpoint, tmp_path / "b")
+    manifest = export(checkpoint, tmp_path / "b")
+    assert manifest.gate is not None
+    assert manifest.gate.passed
+    assert [(n.component, n.node) for n in manifest.given_back] == [("decoder", "layers.0.o_proj")]
     (given,) = manifest.given_back
-    assert given.extra_bytes == {"fp32": 128 * (4 * 32 - 36), "int8_weight": 0}[given.format]
+    assert given.extra_bytes == {"fp32": 32 * (4 * 32 - 36), "int8_weight": 0}[given.format]
     nodes = {n.name: n.op_type for n in onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=False).graph.node}
     assert sum(kind == "DynamicQuantizeMatMul" for kind in nodes.values()) == 8
-    assert "`layers.0.gate_up_proj`" in (tmp_path / "b" / "README.md").read_text("utf-8")
+    assert "`layers.0.o_proj`" in (tmp_path / "b" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -115,6 +115,7 @@ class DecoderBlock:
     head_dim: int  # of the buffers: padded to what the attention operator takes
     vocab_size: int
     max_positions: int
+    smoothed: bool = False  # outlier channels of activations are folded into neighbouring weights
     graph: Literal["fused", "traced"] = "fused"  # "traced": by torch, for a family without a graph of its own; slower
     past_key: str = "past_key_values.%d.key"
     past_value: str = "past_key_values.%d.value"
