@@ -62,7 +62,7 @@ relative to the largest value; the mean cosine of the visual tokens in int8; how
 FUSED_NOTES = """- Options that no graph is written for (Phi's `qk_layernorm`, Gemma 3's
   `use_bidirectional_attention`, other kinds of layers than full and sliding attention) are traced or refused, never
   left out.
-- Rotary embeddings: transformers' default, linear, dynamic, YaRN, Llama 3 and LongRoPE. With LongRoPE the graph uses
+- Rotary embeddings: transformers' default, linear, YaRN, Llama 3 and LongRoPE. With LongRoPE the graph uses
   the short factors and ends at `original_max_position_embeddings`: beyond it transformers changes to other factors,
   which do not fit the keys that are in the cache already.
 - transformers' default attention leaves Gemma 2's soft cap out; the reference here, and the loader, use the plain one.

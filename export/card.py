@@ -113,7 +113,7 @@ def _gate(gate: GateResult | None) -> Iterable[str]:
     ]
     if gate.memory_cosine_mean is not None:
         rows.insert(-1, ("cosine of the memory tokens, mean", f"{gate.memory_cosine_mean:.5f}", ""))
-    yield f"{gate.answers} held-out questions, {gate.tokens} tokens of their reference answers."
+    yield f"{gate.answers} questions, {gate.tokens} tokens of their reference answers."
     yield _table(("", "", "limit"), rows)
 
 

@@ -19,9 +19,10 @@ from optimum.exporters.tasks import TasksManager
 from torch import Tensor, nn
 from torch.onnx import OnnxExporterError
 
-from tinyalign_edge.errors import UnsupportedError
+from tinyalign_edge.errors import UnsupportedError, first_line
 from tinyalign_edge.export.fold import fold_constants
 from tinyalign_edge.export.fuse import fuse
+from tinyalign_edge.export.limits import refuse_large
 from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.towers import INTERPOLATE, VisionTower, patch_features
@@ -59,6 +60,7 @@ def trace_encoder(tower: VisionTower, model: AlignModel) -> onnx.ModelProto:
     Raises:
         UnsupportedError: an encoder that optimum does not know or cannot trace; the message lists those it does.
     """
+    refuse_large(tower.model, f"vision encoder {tower.ref.path}")
     eye = _Eye(tower.model, model).eval()
     image = tower.image
     config = _config(eye, image.height, image.width)
@@ -67,9 +69,9 @@ def trace_encoder(tower: VisionTower, model: AlignModel) -> onnx.ModelProto:
         try:
             export(eye, config, path, opset=OPSET)
         except (OnnxExporterError, RuntimeError, NotImplementedError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            kind = eye.config.model_type
             raise UnsupportedError(
-                f"vision encoder of type {eye.config.model_type!r}: cannot be traced ({reason}); tested: {TESTED}"
+                f"vision encoder of type {kind!r}: cannot be traced ({first_line(error)}); tested: {TESTED}"
             ) from None
         graph = onnx.load(path)
     _fix_shape(graph, image.height, image.width)

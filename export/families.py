@@ -132,7 +132,7 @@ def _llama(config: Config, **differences: Any) -> Architecture:
     """Llama's layers, but for the `differences`."""
     width, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     head_dim = config.get("head_dim") or width // heads
-    activation = config.get("hidden_act") or config["hidden_activation"]
+    activation = config["hidden_activation"] if "hidden_activation" in config else config["hidden_act"]
     common: dict[str, Any] = {
         "layers": (Layer(),) * layers,
         "width": width,
@@ -145,7 +145,7 @@ def _llama(config: Config, **differences: Any) -> Architecture:
         "tied": config["tie_word_embeddings"],
         "rotary": (read_rotary(config, head_dim),),
         "attention_scale": head_dim**-0.5,
-        "norm_epsilon": config.get("rms_norm_eps") or config["layer_norm_eps"],
+        "norm_epsilon": config["rms_norm_eps"] if "rms_norm_eps" in config else config["layer_norm_eps"],
         "activation": _choose(ACTIVATIONS, activation, "hidden_act"),
     }
     return Architecture(**(common | differences))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tinyalign_edge.bundle import MANIFEST, GateResult, Manifest, Target
-from tinyalign_edge.data import read_rows
+from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import GateError, InputError
 from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
@@ -16,7 +16,7 @@ from tinyalign_edge.export.gate import Gate
 from tinyalign_edge.export.language import check_language
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
-from tinyalign_edge.export.tune import Tuner
+from tinyalign_edge.export.tune import SAMPLES, Tuner
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.model import Model
@@ -74,13 +74,16 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
     check_language(source.language)
     with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
         rows = source.rows(_subfolder(scratch, "samples"))
+        if not rows:
+            raise GateError(f"{folder}: no held-out samples, so nothing can be proved; train on at least 10 pictures")
+        calibration, rows = (source.calibration, rows) if source.calibration else _divide(rows)
         parts = Components(source, source.encoder())
         fp32_folder = _subfolder(scratch, "fp32")
         manifest = write_bundle(parts, fp32_folder, plans=FP32, target=options.target, name="scratch")
         with Model(fp32_folder, manifest) as fp32:
             gate = Gate(source.reference, fp32, rows)
             manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
-            tuner = Tuner(parts, fp32, target, manifest, options.plans, source.calibration or rows)
+            tuner = Tuner(parts, fp32, target, manifest, options.plans, calibration)
             result, plans = _tune(tuner, gate, target, manifest)
             given_back = tuner.given_back(plans)
         if not result.passed and not options.allow_degraded:
@@ -105,6 +108,11 @@ def _open_source(folder: Path, options: ExportOptions) -> Source:
     if options.chat_template:
         raise InputError(f"{folder}: --chat-template is for whole vision-language models; a checkpoint has its own")
     return checkpoint_source(folder, rows)
+
+
+def _divide(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to find the formats on and rows for the gate: apart where there are enough of them."""
+    return (rows[:SAMPLES], rows[SAMPLES:]) if len(rows) >= 4 * SAMPLES else (rows, rows)
 
 
 def _subfolder(scratch: str, name: str) -> Path:

@@ -48,7 +48,7 @@ def smoothing_factors(arch: Architecture, decoder: Path, feeds: Sequence[Feed]) 
         for peak, node in zip(peaks, first, strict=True):
             x = np.abs(values[node.input[0]])
             np.maximum(peak, x.reshape(-1, x.shape[-1]).max(axis=0), out=peak)
-    factors = {}
+    factors: dict[str, Floats] = {}
     for group, peak in zip(groups, peaks, strict=True):
         columns = [np.abs(matrix_rows(model, matrices[name], decoder.parent)).max(axis=0) for name in group]
         factors |= dict.fromkeys(group, _factors(peak, np.max(columns, axis=0)))
@@ -97,15 +97,15 @@ class SmoothedWeights(Mapping[str, NDArray[Any]]):
     def _fold_layer(self, arch: Architecture, i: int, factors: Factors) -> None:
         names, layer = arch.names, arch.names.layer % i
         qkv, _, up, down = (f"layers.{i}.{name}" for name in arch.layer_products)
-        readers = {names.attention_norm: [(qkv, names.qkv)], names.mlp_norm or names.attention_norm: []}
-        readers[names.mlp_norm or names.attention_norm].append((up, names.up))
-        for norm, products in readers.items():
-            s = factors[products[0][0]]
+        readers = {names.attention_norm: (qkv, names.qkv), names.mlp_norm: (up, names.up)}
+        if not names.mlp_norm:  # the MLP reads what attention reads
+            readers = {names.attention_norm: (qkv, names.qkv + names.up)}
+        for norm, (product, parts) in readers.items():
+            s = factors[product]
             self._add(f"{layer}.{norm}.weight", partial(_divide_norm, s, arch.norm_offset))
             self._add(f"{layer}.{norm}.bias", partial(_divide_norm, s, 0.0))
-            for _, parts in products:
-                for part in parts:
-                    self._add(f"{layer}.{part}.weight", partial(np.multiply, s))
+            for part in parts:
+                self._add(f"{layer}.{part}.weight", partial(np.multiply, s))
         if arch.gated:
             s = factors[down]
             self._add(f"{layer}.{names.down}.weight", partial(np.multiply, s))

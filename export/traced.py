@@ -24,10 +24,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from tinyalign_edge.bundle import DecoderBlock
-from tinyalign_edge.errors import BundleError, UnsupportedError
+from tinyalign_edge.errors import BundleError, UnsupportedError, first_line
 from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE
 from tinyalign_edge.export.gemm import split_gemm
 from tinyalign_edge.export.graph import DataFile, Graph, tensor
+from tinyalign_edge.export.limits import refuse_large
 from tinyalign_edge.export.plan import PRECISIONS, Plan
 from tinyalign_edge.export.product import lookup
 from tinyalign_edge.export.quantize import quantize_graph
@@ -61,6 +62,7 @@ def probe(model: PreTrainedModel) -> Shape:
         UnsupportedError: it does not take embeddings and a cache, or its layers keep something else than keys and
             values of one shape.
     """
+    refuse_large(model, _kind(model))
     missing = [name for name in NEEDED if name not in inspect.signature(model.forward).parameters]
     if missing:
         raise UnsupportedError(f"{_kind(model)}: its forward takes no {missing[0]}, so it cannot be exported")
@@ -70,7 +72,7 @@ def probe(model: PreTrainedModel) -> Shape:
         try:
             logits = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).logits
         except Exception as error:  # whatever the model's own code raises
-            raise UnsupportedError(f"{_kind(model)} does not run on embeddings ({_line(error)})") from None
+            raise UnsupportedError(f"{_kind(model)} does not run on embeddings ({first_line(error)})") from None
     kept = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     shapes = {tuple(part.shape) for part in kept if part is not None}
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -227,7 +229,7 @@ def _trace(
                 opset_version=OPSET, dynamo=False,
             )  # fmt: skip
         except Exception as error:  # torch's exporter and the model's code raise anything
-            raise UnsupportedError(f"{_kind(model)}: torch cannot export it ({_line(error)})") from None
+            raise UnsupportedError(f"{_kind(model)}: torch cannot export it ({first_line(error)})") from None
         return onnx.load(path)
 
 
@@ -248,7 +250,7 @@ def _check(model: PreTrainedModel, block: DecoderBlock, folder: Path) -> None:
         cache, embeds = decoder.new_cache(CHECKED_TOKENS), decoder.embed(ids)
         pieces = [decoder.forward(cache, piece, num_logits=len(piece)) for piece in np.split(embeds, [-2, -1])]
     except BundleError as error:
-        raise UnsupportedError(f"{_kind(model)}: its trace holds for one size only ({_line(error)})") from None
+        raise UnsupportedError(f"{_kind(model)}: its trace holds for one size only ({first_line(error)})") from None
     with torch.inference_mode(), _plain_attention(model):
         wanted = model(torch.tensor(ids)[None]).logits[0].numpy()
     difference = float(np.abs(np.concatenate(pieces) - wanted).max() / np.abs(wanted).max())
@@ -276,7 +278,3 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _kind(model: PreTrainedModel) -> str:
     return f"language model of type {model.config.model_type!r}"
-
-
-def _line(error: Exception) -> str:
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.200}"

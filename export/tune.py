@@ -112,6 +112,10 @@ class Tuner:
         feeds = [_decoder_inputs(self._fp32, sample) for sample in self._samples]
         return smoothing_factors(arch, self._fp32.folder / self._manifest.decoder.file, feeds)
 
+    def _reading(self, component: Component) -> list[Sample]:
+        """The samples that the component reads: a memory may be silent on some."""
+        return [sample for sample in self._samples if component != "memory" or sample.image.memories]
+
     def _matrices(self, component: Component) -> dict[str, Matrix]:
         """The matrices of a component by node name."""
         return find_matrices(onnx.load(self._fp32.folder / self._file(component), load_external_data=False))
@@ -130,7 +134,8 @@ class Tuner:
         if key not in self._losses:
             self._write(component, plan)
             with Model(self._folder, self._manifest) as model:
-                self._losses[key] = float(np.mean([MEASURES[component](model, sample) for sample in self._samples]))
+                losses = [MEASURES[component](model, sample) for sample in self._reading(component)]
+            self._losses[key] = float(np.mean(losses)) if losses else 0.0
         return self._losses[key]
 
     def _ranking(self, component: Component, base: Plan) -> list[str]:
@@ -138,8 +143,7 @@ class Tuner:
         if component not in self._rankings:
             self._write(component, base)
             with Model(self._folder, self._manifest) as model:
-                feeds = [FEEDS[component](model, sample) for sample in self._samples[:RANKING_SAMPLES]]
-            feeds = [feed for feed in feeds if feed]
+                feeds = [FEEDS[component](model, sample) for sample in self._reading(component)[:RANKING_SAMPLES]]
             with tempfile.TemporaryDirectory() as scratch:
                 exact = self._fp32.folder
                 if base.smooth:
@@ -174,8 +178,6 @@ def _vision_loss(model: Model, sample: Sample) -> float:
 
 
 def _memory_loss(model: Model, sample: Sample) -> float:
-    if not sample.image.memories:
-        return 0.0
     found = model.connect(sample.memory_inputs)
     return 1 - float(row_cosines(found, sample.image.memory_tokens).mean())
 

@@ -18,11 +18,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     SmolVLMForConditionalGeneration,
 )
+from transformers.image_processing_utils import get_size_dict
 
 from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.config import read_json
 from tinyalign_edge.data import Row
-from tinyalign_edge.errors import InputError, UnsupportedError
+from tinyalign_edge.errors import InputError, UnsupportedError, first_line
 from tinyalign_edge.export.source import Source
 from tinyalign_edge.export.vlm_graph import Idefics3Eye, LlavaEye, vision_graph
 from tinyalign_edge.export.vlm_prompt import find_chat_template, fit_prompt
@@ -30,8 +31,7 @@ from tinyalign_edge.export.vlm_reference import VlmReference
 from tinyalign_edge.export.vlm_samples import drawn_questions
 from tinyalign_edge.image import image_config, tile_config
 from tinyalign_edge.prompt import Prompt
-from tinyalign_edge.train.towers import _load, _ref
-from tinyalign_edge.train.weights import check_weights
+from tinyalign_edge.train.pretrained import load_model, load_pretrained, tower_ref
 
 WHAT = "vision-language model"
 LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -64,11 +64,11 @@ def vlm_source(folder: Path, *, rows: list[Row] | None, chat_template: Path | No
     """
     kind = _class_of(folder)
     image = _image(folder, kind)
-    tokenizer = _load(AutoTokenizer, str(folder), WHAT, use_fast=True)
+    tokenizer = load_pretrained(AutoTokenizer, str(folder), WHAT, use_fast=True)
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(f"{WHAT} {folder}: its tokenizer has no fast form (tokenizer.json); convert it first")
     template = find_chat_template(folder, tokenizer, chat_template)
-    _check_config(folder, _load(AutoConfig, str(folder), WHAT), image, tokenizer)
+    _check_config(folder, load_pretrained(AutoConfig, str(folder), WHAT), image, tokenizer)
     model = _load_whole(kind, folder)
     eye = (LlavaEye if kind is LlavaForConditionalGeneration else Idefics3Eye)(model).eval()
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def vlm_source(folder: Path, *, rows: list[Row] | None, chat_template: Path | No
         tokenizer_json=backend.to_str(),
         visual_tokens=tokens,
         key_dim=0,
-        towers={"model": _ref(str(folder), model.config)},
+        towers={"model": tower_ref(str(folder), model.config)},
         reference=reference,
         rows=lambda scratch: drawn_questions(scratch, reference) if rows is None else rows,
         encoder=lambda: vision_graph(eye, image),
@@ -112,15 +112,31 @@ def _image(folder: Path, kind: Any) -> ImageConfig:
             found = read_json(folder / name)
             settings = found.get(key) if key else found
             if isinstance(settings, dict):
-                return image_config(settings) if kind is LlavaForConditionalGeneration else tile_config(settings)
+                return _read_image(settings, folder / name, kind)
     raise InputError(f"{WHAT} {folder}: has no preprocessor_config.json; save it with the processor's save_pretrained")
+
+
+def _read_image(settings: dict[str, Any], where: Path, kind: Any) -> ImageConfig:
+    try:
+        sizes = {
+            name: get_size_dict(settings[name], default_to_square=name == "crop_size", param_name=name)
+            for name in ("size", "crop_size")
+            if settings.get(name) is not None
+        }  # older files give one number
+        return (image_config if kind is LlavaForConditionalGeneration else tile_config)(settings | sizes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: not an image processor's settings ({type(error).__name__}: {first_line(error)}); "
+            "save it again with the processor's save_pretrained"
+        ) from None
 
 
 def _load_whole(kind: Any, folder: Path) -> Any:
     """The model in float32; every weight must come from the folder, and every weight there must be used."""
-    check_weights(str(folder), WHAT)
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    model, found = _load(kind, str(folder), WHAT, **options)
+    text = load_pretrained(AutoConfig, str(folder), WHAT).text_config
+    capped = getattr(text, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
+    attention = {"attn_implementation": "eager"} if capped else {}
+    model, found = load_model(kind, str(folder), WHAT, dtype=torch.float32, **attention)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{WHAT} {folder}: weight {missing[0]!r} is missing; save the whole model again")
     unused = [name for name in found["unexpected_keys"] if not name.endswith(HARMLESS)]
@@ -147,8 +163,14 @@ def _check_config(folder: Path, config: Any, image: ImageConfig, tokenizer: Any)
 
 
 def _language(model: Any) -> Any:
-    """The language model as a causal one of its own class, on the same weights."""
+    """The language model as a causal one of its own class, on the same weights.
+
+    The classes of whole models put nothing after `lm_head`: what the text's own class would do there is switched off.
+    """
     config = deepcopy(model.config.text_config)
+    for name, nothing in (("final_logit_softcapping", None), ("logits_scaling", 1.0)):
+        if hasattr(config, name):
+            setattr(config, name, nothing)
     config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config)

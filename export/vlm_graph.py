@@ -15,6 +15,7 @@ from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.export.encoder import OPSET
 from tinyalign_edge.export.fold import fold_constants
 from tinyalign_edge.export.fuse import fuse
+from tinyalign_edge.export.limits import refuse_large
 
 
 class LlavaEye(nn.Module):
@@ -68,6 +69,7 @@ class Idefics3Eye(nn.Module):
 
 def vision_graph(eye: nn.Module, image: ImageConfig) -> onnx.ModelProto:
     """The float32 graph for one picture of the model's size, constants folded and attention fused."""
+    refuse_large(eye, "vision tower")
     example = torch.zeros(1, 3, image.height, image.width)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # the tracer's, about sizes that become constants: they are meant to

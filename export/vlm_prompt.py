@@ -10,7 +10,7 @@ from tinyalign_edge.bundle import PictureInTemplate, PromptConfig
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.prompt import Prompt, chat_messages
-from tinyalign_edge.train.towers import _adds_bos
+from tinyalign_edge.train.pretrained import adds_bos
 
 REMEDY = "write one that puts the picture's token into the user's message and give it with --chat-template FILE"
 QUESTION = "What is in the picture?"
@@ -49,7 +49,7 @@ def fit_prompt(folder: Path, template: str, tokenizer: Any, model: Any, *, visua
     backend.no_padding()
     config = PromptConfig(
         chat_template=template,
-        prepend_bos=_adds_bos(tokenizer),
+        prepend_bos=adds_bos(tokenizer),
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         eos_token_ids=_eos_ids(folder, model, tokenizer),

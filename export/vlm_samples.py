@@ -11,7 +11,7 @@ from tinyalign_edge.demo.dataset import write_dataset
 from tinyalign_edge.demo.world import make_scenes
 from tinyalign_edge.export.vlm_reference import VlmReference
 
-DRAWN = 200
+DRAWN = 216  # 16 to find the formats on, 200 for the gate
 
 
 def drawn_questions(folder: Path, reference: VlmReference) -> list[Row]:

@@ -2,7 +2,8 @@
 
     python -m tests.make_stored_bundle
 
-Run it only when the schema changes, and then under a new name: the old folder proves that old bundles still open.
+Run it when the schema changes; once a version has been released, under a new name: the old folder then proves that
+old bundles still open.
 """
 
 from __future__ import annotations

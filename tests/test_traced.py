@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.towers import save_lm, train_tiny
 from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
@@ -145,3 +147,10 @@ def test_a_checkpoint_with_such_a_model_exports_and_passes_the_gate(world: Path,
     assert manifest.gate is not None and manifest.gate.passed
     with load(tmp_path / "bundle") as model:
         assert model.manifest.decoder.graph == "traced"
+
+
+def test_a_model_too_large_for_a_traced_graph_is_refused_before_anything_is_traced() -> None:
+    with torch.device("meta"):
+        large = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", hidden_size=4096, num_hidden_layers=8))
+    with pytest.raises(UnsupportedError, match=r"GiB of float32 weights, a traced graph holds 2 GiB"):
+        check_language(large)

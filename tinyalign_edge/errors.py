@@ -47,3 +47,8 @@ class MissingExtraError(TinyAlignError):
 
 class DegradedWarning(UserWarning):
     """The bundle that was loaded failed the comparison with torch; it was written all the same, as was asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, or the error's kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -58,7 +58,7 @@ def print_gate(manifest: Manifest) -> None:
     if gate is None:
         return
     rows = [
-        ("held-out answers", f"{gate.answers} ({gate.tokens} tokens)"),
+        ("questions", f"{gate.answers} ({gate.tokens} tokens)"),
         ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch"),
         ("mean KL", f"{gate.mean_kl:.5f} nats (language model alone {gate.decoder_mean_kl:.5f})"),
         ("next token", f"{gate.top1_agreement:.2%} equal"),
@@ -67,6 +67,7 @@ def print_gate(manifest: Manifest) -> None:
         ("answers", f"{gate.answers_equal:.1%} equal to torch's"),
     ]
     rows += [(f"given back in {n.component}", f"{n.node} in {n.format}, {n.extra_bytes:+,} bytes") for n in given_back]
+    rows += [("NOT PASSED", failure) for failure in gate.failures]
     print_table(rows, title=f"{manifest.decoder.precision} compared with torch")
 
 
@@ -97,6 +98,8 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
                 f"context {decoder.max_positions}",
             ),
             ("memory", _memory_line(folder, manifest)),
+            ("target", manifest.target),
+            ("gate", _gate_line(manifest)),
             ("licences", ", ".join(f"{part}: {name}" for part, name in manifest.licences.items())),
             ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
         ]
@@ -110,6 +113,14 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
     if memory.kind != "none":
         files.add_row(f"{MEMORY_DIR}/", megabytes(folder_bytes(folder / MEMORY_DIR)), "its own manifest")
     Console().print(files)
+
+
+def _gate_line(manifest: Manifest) -> str:
+    if manifest.gate is None:
+        return "not compared with torch"
+    given_back = f"{len(manifest.given_back)} matrices given back"
+    failed = "; ".join(manifest.gate.failures)
+    return f"passed, {given_back}" if manifest.gate.passed else f"NOT PASSED: {failed}, {given_back}"
 
 
 def _memory_line(folder: Path, manifest: Manifest) -> str:

@@ -95,7 +95,10 @@ def _speed(row: dict[str, Any] | None) -> str:
         return "–"
     low, high = np.percentile(row["samples"], [25, 75])
     median = row["median_per_s"]
-    return f"{median:.{0 if median >= 100 else 1}f} ±{50 * (high - low) / median:.0f}%"
+    speed = f"{median:.{0 if median >= 100 else 1}f}"
+    if len(row["samples"]) == 1:
+        return f"{speed} once"
+    return f"{speed} ±{50 * (high - low) / median:.0f}%"
 
 
 def _passes(rows: list[dict[str, Any]]) -> list[list[str]]:

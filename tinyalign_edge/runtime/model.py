@@ -91,7 +91,7 @@ def load(
     """
     manifest = open_bundle(path, expect_sha256=expect_sha256)
     if manifest.gate is not None and not manifest.gate.passed:
-        failures = "; ".join(manifest.gate.failures)
+        failures = "; ".join(manifest.gate.failures).encode("unicode_escape").decode("ascii")[:400]  # from a file
         warnings.warn(f"{path}: degraded, it does not compute what torch computes: {failures}", DegradedWarning, 2)
     return Model(Path(path), manifest, threads=threads, memory=memory)
 

@@ -93,7 +93,12 @@ class TorchAnswerer:
         return tuple(bank.entry(row, similarity) for row, similarity in pairs) if bank else ()
 
     def answers(self, examples: Sequence[Example], *, max_new_tokens: int = 32) -> list[str]:
-        """Greedy answers to the examples' first questions."""
+        """Greedy answers to the examples' first questions, `BATCH` at a time."""
+        starts = range(0, len(examples), BATCH)
+        batches = [self._batch_answers(examples[start : start + BATCH], max_new_tokens) for start in starts]
+        return [text for texts in batches for text in texts]
+
+    def _batch_answers(self, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
         questions = [self._without_answer(example) for example in examples]
         batch = self.collate(questions)
         with torch.inference_mode():

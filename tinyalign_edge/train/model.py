@@ -18,6 +18,7 @@ from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
 PADDING = -1
 IGNORED = -100
+SLIDING = "sliding_attention"  # transformers' name of layers with a window
 
 
 class MemoryInputs(TypedDict):
@@ -88,14 +89,16 @@ class AlignModel(nn.Module):
 
     def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor) -> Tensor:
         """Logits (W, V) at the positions where `wanted` (B, S) is true."""
+        config = self.language.config
         hidden = self.language.base_model(
             inputs_embeds=embeds,
-            attention_mask=attention_bias(block, embeds.dtype),
+            attention_mask=attention_masks(config, block, position_ids, embeds.dtype),
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
         logits: Tensor = self.language.get_output_embeddings()(hidden[wanted]).float()
-        cap = getattr(self.language.config, "final_logit_softcapping", None)
+        logits = logits / getattr(config, "logits_scaling", 1.0)  # what follows lm_head in the families that have it
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def answer_losses(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
@@ -114,6 +117,23 @@ class AlignModel(nn.Module):
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, as the Trainer wants it."""
         return {"loss": self.answer_losses(**batch).mean()}
+
+
+def attention_masks(config: Any, block: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Additive masks (B, 1, S, S), by kind of layer where the language model has layers with a sliding window.
+
+    transformers applies the window to no mask that it is given, so it is in the mask, counted in positions.
+    """
+    full = attention_bias(block, dtype)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not window:
+        return full
+    far = position_ids[:, None, :] <= position_ids[:, :, None] - window  # (B, S, S)
+    near = full.masked_fill(far[:, None], torch.finfo(dtype).min)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and SLIDING in kinds:
+        return {"full_attention": full, SLIDING: near}
+    return full if kinds else near
 
 
 def attention_bias(block: Tensor, dtype: torch.dtype) -> Tensor:

@@ -145,7 +145,7 @@ class _Run:
             SCHEMA_VERSION, self.vision.ref, self.language.ref, self.vision.image, self.prompt.config,
             connector, memory, settings,
         )  # fmt: skip
-        self._begin(config, resume)
+        self._begin(config, model, resume)
         collate = Collate(memory, values)
         fit(model, rows, collate, held_out, settings, state=self.out / STATE, metrics=self.out / METRICS,
             resume=resume, label=label)  # fmt: skip
@@ -194,15 +194,16 @@ class _Run:
         """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
         count's arithmetic differs in the last digits, and the keys must not."""
         kept = self.out / STATE / KEY
-        if resume and kept.is_file():
-            model.key.load_state_dict(load_file(kept))
-            return
-        model.key.fit(torch.from_numpy(regions))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.key.state_dict(), kept)
+        state = load_file(kept) if resume and kept.is_file() else {}
+        if {name: t.shape for name, t in state.items()} == {
+            name: t.shape for name, t in model.key.state_dict().items()
+        }:
+            model.key.load_state_dict(state)
+        else:  # a new run, or one with other settings, which `_begin` refuses
+            model.key.fit(torch.from_numpy(regions))
 
-    def _begin(self, config: CheckpointConfig, resume: bool) -> None:
-        """Record the settings of the run, or compare them with the interrupted run's."""
+    def _begin(self, config: CheckpointConfig, model: AlignModel, resume: bool) -> None:
+        """Record the settings and keys of the run, or compare the settings with the interrupted run's."""
         run = self.out / STATE / RUN
         if resume and run.is_file():
             before, now = read_json(run), to_json(config)
@@ -217,6 +218,8 @@ class _Run:
                     f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
                 )
             return
+        run.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.key.state_dict(), self.out / STATE / KEY)
         write_json(run, config)
 
     def _finish(

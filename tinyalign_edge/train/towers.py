@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from logging import CRITICAL
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
 )
-from transformers.utils import logging
 
-from tinyalign_edge.bundle import ImageConfig, PromptConfig, file_sha256
-from tinyalign_edge.errors import InputError, UnsupportedError
+from tinyalign_edge.bundle import ImageConfig, PromptConfig
+from tinyalign_edge.errors import InputError, UnsupportedError, first_line
 from tinyalign_edge.image import image_config, resized
 from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE
+from tinyalign_edge.train.pretrained import adds_bos, load_config, load_model, load_pretrained, tower_ref
 from tinyalign_edge.train.settings import TowerRef
 from tinyalign_edge.train.weights import (
-    CONFIG,
-    check_belonging,
-    check_kind,
-    check_weights,
     find_file,
     missing_weight,
 )
@@ -75,14 +64,14 @@ def load_vision(path: str, *, image: ImageConfig | None = None) -> VisionTower:
         InputError: the path or hub id cannot be read, or a part of it is missing or damaged.
         UnsupportedError: a model without patch features, or one that does not take pictures of that size.
     """
-    config = _load_config(path, VISION)
+    config = load_config(path, VISION)
     if hasattr(config, "vision_config"):  # CLIP, SigLIP: the vision half, which has a class of its own
         config = config.vision_config
     image = image or image_settings(path)
-    model, info = _load_model(_vision_class(config), path, VISION, config=config)
+    model, info = load_model(_vision_class(config), path, VISION, config=config)
     model.eval().requires_grad_(False)
     grid = _probe(model, image, info["missing_keys"], path)
-    return VisionTower(model, image, grid, _ref(path, config))
+    return VisionTower(model, image, grid, tower_ref(path, config))
 
 
 def image_settings(path: str, side: int | None = None) -> ImageConfig:
@@ -92,10 +81,10 @@ def image_settings(path: str, side: int | None = None) -> ImageConfig:
         InputError: no image processor in the folder, or one that cannot be read.
         UnsupportedError: a processor that `preprocess` cannot follow.
     """
-    _load_config(path, VISION)  # says what is wrong with the whole folder
+    load_config(path, VISION)  # says what is wrong with the whole folder
     if find_file(path, PROCESSOR) is None:
         raise InputError(f"{VISION} {path}: has no {PROCESSOR}; save it with the image processor's save_pretrained")
-    image = image_config(_load(AutoImageProcessor, path, VISION, use_fast=False).to_dict())
+    image = image_config(load_pretrained(AutoImageProcessor, path, VISION, use_fast=False).to_dict())
     return image if side is None else resized(image, side)
 
 
@@ -121,7 +110,7 @@ def _probe(model: nn.Module, image: ImageConfig, missing: Iterable[str], path: s
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedError(
             f"{VISION} {path}: {type(model).__name__} cannot encode a picture of {image.height} x {image.width} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     if absent and features.isnan().any():
         raise missing_weight(absent[0], tuple(weights[absent[0]].shape), VISION, path)
@@ -172,8 +161,8 @@ def load_language(path: str) -> LanguageTower:
     Raises:
         InputError: the path or hub id cannot be read, or a part of it is missing.
     """
-    config = _load_config(path, LANGUAGE)
-    tokenizer = _load(AutoTokenizer, path, LANGUAGE, use_fast=True)
+    config = load_config(path, LANGUAGE)
+    tokenizer = load_pretrained(AutoTokenizer, path, LANGUAGE, use_fast=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
@@ -183,7 +172,9 @@ def load_language(path: str) -> LanguageTower:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
     capped = getattr(config, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
     options = {"attn_implementation": "eager"} if capped else {}
-    model, info = _load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32, **options)
+    if not getattr(config, "max_position_embeddings", None):
+        raise UnsupportedError(f"language model {path}: its config names no max_position_embeddings; use one that does")
+    model, info = load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32, **options)
     weights = model.state_dict()
     for name in info["missing_keys"]:
         raise missing_weight(name, tuple(weights[name].shape), LANGUAGE, path)
@@ -192,18 +183,13 @@ def load_language(path: str) -> LanguageTower:
     backend.no_padding()
     prompt = PromptConfig(
         chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,
-        prepend_bos=_adds_bos(tokenizer),
+        prepend_bos=adds_bos(tokenizer),
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         eos_token_ids=_eos_ids(model, tokenizer, path),
         max_context_tokens=int(config.max_position_embeddings),
     )
-    return LanguageTower(model, backend.to_str(), prompt, _ref(path, config))
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+    return LanguageTower(model, backend.to_str(), prompt, tower_ref(path, config))
 
 
 def _eos_ids(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
@@ -213,83 +199,3 @@ def _eos_ids(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
     if not ids:
         raise InputError(f"language model {path}: declares no end-of-text token; set eos_token in its tokenizer")
     return tuple(ids)
-
-
-def _load_config(path: str, what: str) -> Any:
-    _must_exist(path, what)
-    check_kind(path, what)
-    return _load(AutoConfig, path, what)
-
-
-def _load_model(kind: Any, path: str, what: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model with transformers' loading info; damaged weights, and those that are not of its config, are refused."""
-    held = check_weights(path, what)
-    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _load(kind, path, what, **options)
-    check_belonging(model, info, held, what, path)
-    return model, info
-
-
-def _load(kind: Any, path: str, what: str, **options: Any) -> Any:
-    if kind.__name__.startswith("Auto"):
-        options["trust_remote_code"] = False
-    told = logging.get_verbosity()
-    logging.set_verbosity(CRITICAL)  # what is wrong is said in one line, below or by the caller
-    try:
-        return kind.from_pretrained(path, **options)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        hint = (
-            "check the folder"
-            if Path(path).is_dir()
-            else "no such folder, and the hub could not give it; check the name and the network"
-        )
-        raise InputError(f"{what} {path}: cannot be loaded ({_first_line(error)}); {hint}") from None
-    finally:
-        logging.set_verbosity(told)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _must_exist(path: str, what: str) -> None:
-    """A path that looks local must be a folder, so that a typing error is not looked up on the hub."""
-    looks_local = path.startswith((".", "/", "~", os.sep)) or path.count("/") != 1
-    if looks_local and not Path(path).is_dir():
-        raise InputError(
-            f"{what} {path}: no such folder; give a folder in Hugging Face format or a hub id such as org/name"
-        )
-
-
-def _ref(path: str, config: Any) -> TowerRef:
-    folder = _folder(path)
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(bytes.fromhex(file_sha256(file)))
-    where = str(Path(path).resolve()) if Path(path).is_dir() else path
-    return TowerRef(where, digest.hexdigest(), str(config.model_type), _licence(folder))
-
-
-def _folder(path: str) -> Path:
-    """The folder of a tower that has been loaded: its own, or the hub's cache."""
-    config = find_file(path, CONFIG)
-    return config.parent if config else Path(path)
-
-
-def _licence(folder: Path) -> str:
-    """The licence that config.json or the model card's front matter names."""
-    named = json.loads((folder / CONFIG).read_text("utf-8")).get("license")
-    card = folder / "README.md"
-    if not named and card.is_file():
-        lines = card.read_text("utf-8", errors="replace").splitlines()[:60]
-        named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), None)
-    return str(named or "not stated")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from transformers import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from tinyalign_edge.config import read_json
-from tinyalign_edge.errors import InputError, UnsupportedError
+from tinyalign_edge.errors import InputError, UnsupportedError, first_line
 
 Shapes = dict[str, tuple[int, ...]]
 
 CONFIG = "config.json"
+BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.bias", "attn.masked_bias", "attention.bias", "masked_bias")
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 
@@ -75,7 +75,7 @@ def check_weights(path: str, what: str) -> Shapes:
                         )
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{what} {path}: {file.name} is damaged or cut short ({_line(error)}); fetch it again"
+                f"{what} {path}: {file.name} is damaged or cut short ({first_line(error)}); fetch it again"
             ) from None
     return shapes
 
@@ -98,7 +98,9 @@ def _weight_files(path: str, what: str) -> dict[Path, set[str]]:
     if not isinstance(shards, dict):
         raise InputError(f"{what} {path}: {INDEX} has no weight_map; fetch it again")
     for name, shard in shards.items():
-        file = find_file(path, str(shard))
+        if Path(str(shard)).name != shard:
+            raise InputError(f"{what} {path}: {INDEX} names {shard!r}, which is not a plain file name; fetch it again")
+        file = find_file(path, shard)
         if file is None:
             raise InputError(f"{what} {path}: {shard} is missing, which {INDEX} names; fetch it again")
         names.setdefault(file, set()).add(name)
@@ -113,9 +115,9 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def check_belonging(model: nn.Module, info: Mapping[str, Any], held: Shapes, what: str, path: str) -> None:
-    """Refuse weights of other shapes or of more layers than `config.json` says.
+    """Refuse weights of other shapes than `config.json` says, and those of which it says nothing.
 
-    Heads and towers that are not used may be there.
+    Heads and towers beside the part that is used may be there.
 
     Args:
         info: transformers' loading info.
@@ -132,9 +134,9 @@ def check_belonging(model: nn.Module, info: Mapping[str, Any], held: Shapes, wha
             f"{what} {path}: weight {name!r} has shape {found}, {CONFIG} says {wanted[name]}; "
             "they do not belong together"
         )
-    known = {_numberless(name) for name in wanted}
+    known = {_stem(name) for name in wanted}
     for name in sorted(info["unexpected_keys"]):
-        if _numberless(name) in known or _numberless(name.removeprefix(prefix)) in known:
+        if not name.endswith(BUFFERS) and {_stem(name), _stem(name.removeprefix(prefix))} & known:
             raise InputError(
                 f"{what} {path}: weight {name!r} has no place in the model that {CONFIG} describes; "
                 "they do not belong together"
@@ -149,9 +151,6 @@ def missing_weight(name: str, shape: tuple[int, ...], what: str, path: str) -> I
     )
 
 
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _stem(name: str) -> tuple[str, ...]:
+    """The part of a model that a weight belongs to."""
+    return tuple(name.split(".")[:2])
