@@ -31,6 +31,7 @@ from tinyalign_edge.export.vlm_reference import VlmReference
 from tinyalign_edge.export.vlm_samples import drawn_questions
 from tinyalign_edge.image import image_config, tile_config
 from tinyalign_edge.prompt import Prompt
+from tinyalign_edge.train.model import body_name
 from tinyalign_edge.train.pretrained import load_model, load_pretrained, tower_ref
 
 WHAT = "vision-language model"
@@ -175,6 +176,6 @@ def _language(model: Any) -> Any:
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config)
     body = getattr(model.model, "language_model", None) or model.model.text_model
-    setattr(language, language.base_model_prefix, body)
+    setattr(language, body_name(language), body)
     language.set_output_embeddings(model.lm_head)
     return language.eval()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tinyalign_edge import cli
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.towers import load_language, load_vision
-from tinyalign_edge.train.weights import check_weights
+from tinyalign_edge.train.weights import INDEX, check_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Fault = Callable[[Path], object]
@@ -167,7 +167,23 @@ def slow_tokenizer(folder: Path) -> None:
     hf.ByT5Tokenizer().save_pretrained(folder)
 
 
+def add_bias(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}))
+
+
+def name_a_shard_outside(folder: Path) -> None:
+    shard(folder)
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    index["weight_map"] = {name: f"../{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index), "utf-8")
+
+
 LANGUAGE_FAULTS: dict[str, tuple[Fault, list[str]]] = {
+    "a bias that the config does not have": (
+        add_bias,
+        ["weight 'model.layers.0.self_attn.q_proj.bias' has no place in the model that config.json describes"],
+    ),
+    "a shard outside the folder": (name_a_shard_outside, ["names '../", "which is not a plain file name"]),
     "cut in half": (cut, [WEIGHTS, "is damaged or cut short"]),
     "NaN": (
         lambda folder: change(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma2Config,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
@@ -30,7 +32,7 @@ from tests.towers import SIDE, _scale_up, _tokenizer
 from tinyalign_edge.demo.texts import questions
 from tinyalign_edge.demo.world import draw, make_scene
 
-KINDS = ("llava-clip", "llava-siglip", "idefics3", "smolvlm")
+KINDS = ("llava-clip", "llava-siglip", "llava-gemma2", "idefics3", "smolvlm")
 SPECIAL = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 PATCH = 8
 
@@ -63,7 +65,8 @@ def save_vlm(folder: Path, kind: str) -> None:
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    text = LlamaConfig(
+    capped = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 0.5, "head_dim": 16}  # they would show
+    text = (partial(Gemma2Config, **capped) if kind == "llava-gemma2" else LlamaConfig)(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -118,7 +121,7 @@ def prompt_text(processor: Any, kind: str, question: str) -> str:
 def load_vlm(folder: Path, kind: str) -> Any:
     """The model by transformers' own class, for `generate`."""
     classes = {"idefics3": Idefics3ForConditionalGeneration, "smolvlm": SmolVLMForConditionalGeneration}
-    return classes.get(kind, LlavaForConditionalGeneration).from_pretrained(folder).eval()
+    return classes.get(kind, LlavaForConditionalGeneration).from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def load_processor(folder: Path, kind: str) -> Any:
@@ -137,7 +140,7 @@ def processor_inputs(processor: Any, kind: str, picture: Image.Image, question: 
 def _llava(kind: str, text: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH}
-    clip = kind == "llava-clip"
+    clip = kind in ("llava-clip", "llava-gemma2")
     config = LlavaConfig(
         CLIPVisionConfig(**sizes) if clip else SiglipVisionConfig(**sizes, vision_use_head=False),
         text,

@@ -90,7 +90,7 @@ class AlignModel(nn.Module):
     def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor) -> Tensor:
         """Logits (W, V) at the positions where `wanted` (B, S) is true."""
         config = self.language.config
-        hidden = self.language.base_model(
+        hidden = getattr(self.language, body_name(self.language))(
             inputs_embeds=embeds,
             attention_mask=attention_masks(config, block, position_ids, embeds.dtype),
             position_ids=position_ids,
@@ -117,6 +117,12 @@ class AlignModel(nn.Module):
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, as the Trainer wants it."""
         return {"loss": self.answer_losses(**batch).mean()}
+
+
+def body_name(language: Any) -> str:
+    """The attribute of a causal language model that is the model without its head."""
+    prefix = str(language.base_model_prefix)
+    return prefix if hasattr(language, prefix) else "model"  # Gemma 3's class names a prefix that it does not have
 
 
 def attention_masks(config: Any, block: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
