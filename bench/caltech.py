@@ -2,21 +2,23 @@
 
     python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 400] [--memory tokens latents]
 
-Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`. Runs that are finished are not repeated.
+Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs that are finished are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyalign_edge.bench.record import record, shared
+from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
 from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
+from tinyalign_edge.export.card import CARD
 from tinyalign_edge.export.run import export
 from tinyalign_edge.report import folder_bytes
 from tinyalign_edge.train.checkpoint import is_checkpoint
@@ -36,6 +38,7 @@ def main() -> None:
     result: dict[str, Any] = {"steps": given.steps, "arms": {arm: run_arm(arm, given.out, given.steps) for arm in arms}}
     options = f" --steps {given.steps} --memory {' '.join(given.memory)}"
     print(record("caltech", COMMAND + options, result))
+    shutil.copyfile(given.out / f"{given.memory[0]}-bundle" / CARD, RESULTS / "caltech-card.md")
 
 
 def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
         "open": {"fp32": _scores(checkpoint, "test.json"), "int8": _scores(bundle, "test.json")},
         "yes_no": {"fp32": _scores(checkpoint, "test_yesno.json"), "int8": _scores(bundle, "test_yesno.json")},
         "gate": to_json(manifest.gate),
+        "given_back": to_json(manifest.given_back),
+        "smoothed": manifest.decoder.smoothed,
         "bundle_bytes": {
             **{name: entry.bytes for name, entry in manifest.files.items()},
             "total": folder_bytes(bundle),
