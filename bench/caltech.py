@@ -2,7 +2,8 @@
 
     python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 400] [--memory tokens latents]
 
-Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs that are finished are not repeated.
+Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
+that are finished are not repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     result: dict[str, Any] = {"steps": given.steps, "arms": {arm: run_arm(arm, given.out, given.steps) for arm in arms}}
     options = f" --steps {given.steps} --memory {' '.join(given.memory)}"
     print(record("caltech", COMMAND + options, result))
-    shutil.copyfile(given.out / f"{given.memory[0]}-bundle" / CARD, RESULTS / "caltech-card.md")
+    shutil.copyfile(given.out / f"{(given.memory or arms)[0]}-bundle" / CARD, RESULTS / "caltech-card.md")
 
 
 def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
