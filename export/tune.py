@@ -89,7 +89,7 @@ class Tuner:
     def _find(self, component: Component, share: float, advance: Callable[..., None]) -> Plan:
         def loss(plan: Plan) -> float:
             found = self._loss(component, plan)
-            advance(note=f"{component}: {len(plan.given_back)} given back, loss {found:.5f}")
+            advance(note=f"{component}, loss {found:.4f}")
             return found
 
         limit = share * LIMITS[component]
