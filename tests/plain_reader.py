@@ -1,6 +1,7 @@
 """Reads and searches a memory bank as `docs/memory-format.md` says, with numpy and nothing of the package."""
 
 import hashlib
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_journal(data: bytes, journal: dict, spec: dict) -> dict:
         digest = hashlib.sha256(digest + entry).digest()
         assert digest == data[at - 32 : at]
         ends = np.cumsum([20, spec["key_dim"], 4 * spec["latents"], items * (spec["latent_dim"] if latents else 4)])
-        key, marks, value = (entry[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        key, marks, value = (entry[a:b] for a, b in itertools.pairwise(ends))
         value = np.frombuffer(value, "i1" if latents else "<i4")
         value = value.reshape(items, -1) * np.frombuffer(marks, "<f4")[:, None] if latents else value
         entries[number] = np.frombuffer(key, "i1") * np.float32(scale), value, json.loads(entry[ends[-1] :])

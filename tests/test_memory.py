@@ -280,7 +280,7 @@ def test_a_count_that_does_not_fit_the_files_is_refused(folder: Path, count: int
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     manifest["segments"][0]["count"] = count
     reseal(folder, manifest)
-    with pytest.raises(BundleError, match=r"cannot hold|out of bounds"):
+    with pytest.raises(BundleError, match=r"cannot hold|out of bounds|do not fit"):
         Bank(folder)
 
 

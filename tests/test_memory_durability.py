@@ -64,9 +64,15 @@ def test_a_journal_that_lost_its_end_is_refused(folder: Path) -> None:
         Bank(folder)
 
 
-@pytest.mark.parametrize("limit_bytes", [0, 100, 1000, 1900])
-def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_bank(folder: Path, limit_bytes: int) -> None:
+@pytest.mark.parametrize("full", ["nothing", "journal", "manifest"])
+def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_bank(tmp_path: Path, full: str) -> None:
+    folder = make_bank(tmp_path / "bank", 40)
+    teach(Bank(folder), "first")
     before = contents(Bank(folder))
+    journal_bytes = Bank(folder).stats().total_bytes - (folder / "segment-1-0.bin").stat().st_size
+    manifest_bytes = (folder / "manifest.json").stat().st_size
+    assert 2 * journal_bytes + 60 < manifest_bytes  # so that the manifest is what does not fit
+    limit_bytes = {"nothing": 0, "journal": journal_bytes + 10, "manifest": manifest_bytes - 20}[full]
     errors = json.loads(finish(start("full", folder, limit_bytes)))
     assert all("cannot be written (File too large" in error and "\n" not in error for error in errors)
     bank = Bank(folder)
@@ -90,7 +96,8 @@ def test_processes_that_add_and_forget_at_once_lose_nothing_while_others_read(fo
     seen = set[int]()
     while any(writer.poll() is None for writer in writers):
         reader.refresh()
-        assert before.items() <= contents(reader).items()
+        now = contents(reader)
+        assert {number: now[number] for number in before} == before
         assert reader.search(unit(1)[0], 1)
         seen.add(len(reader))
     for writer in writers:

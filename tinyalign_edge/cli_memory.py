@@ -15,7 +15,7 @@ from tinyalign_edge.errors import InputError
 if TYPE_CHECKING:
     from tinyalign_edge.runtime.memory import Memory
 
-app = typer.Typer(help="Look into a bundle's memory, teach it, make it forget.", no_args_is_help=True)
+app = typer.Typer(help="Look into a bundle's memory, teach it, make it forget.")
 
 Bundle = Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")]
 Picture = Annotated[Path, typer.Argument(help="A picture.")]

@@ -41,14 +41,10 @@ def entry_json(entry: Entry) -> dict[str, Any]:
 def print_entries(entries: Sequence[Entry]) -> None:
     """What `memory search` shows."""
     if not entries:
-        print("nothing above the similarity at which the memory speaks")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "similarity", "text", "source", "time"):
-        table.add_column(name, overflow="fold")
+        print("nothing at or above the similarity at which the memory speaks")
     for e in entries:
-        table.add_row(*map(Text, (str(e.id), f"{e.similarity:.3f}", e.text, e.source, e.time)))
-    Console().print(table)
+        origin = ", ".join(part for part in (e.source, e.time) if part)
+        print(f"{e.id:>6}  {e.similarity:.3f}  {e.text}" + (f"  ({origin})" if origin else ""))
 
 
 def print_bank(stats: BankStats) -> None:

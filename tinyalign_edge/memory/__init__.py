@@ -1,4 +1,4 @@
-"""The memory bank: a folder of keys, values and texts that can be searched, added to and forgotten from, without torch."""
+"""The memory bank: a folder of keys, values and texts that is searched, taught and made to forget without torch."""
 
 from tinyalign_edge.memory.bank import Bank, BankStats, Entry
 from tinyalign_edge.memory.copy import copy_bank

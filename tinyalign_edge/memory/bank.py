@@ -15,7 +15,6 @@ from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.folders import cause
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
-from tinyalign_edge.memory.manifest import read_manifest
 from tinyalign_edge.memory.merge import check_alike, new_entries
 from tinyalign_edge.memory.record import Record, decode_record
 from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
@@ -206,8 +205,9 @@ class Bank:
                     try:
                         yield self._snapshot
                     except OSError:
-                        with suppress(OSError):
-                            sweep(self.folder, read_manifest(self.folder))
+                        with suppress(OSError, TinyAlignError):
+                            self._snapshot = open_snapshot(self.folder, self._snapshot)
+                            sweep(self.folder, self._snapshot.manifest)
                         raise
                     self._snapshot = open_snapshot(self.folder, self._snapshot)
             except OSError as error:

@@ -46,9 +46,9 @@ def read_manifest(folder: Path) -> BankManifest:
     path = inside(folder, MANIFEST)
     data = read_small(path)
     manifest = from_versioned(BankManifest, parse_json(data, path), path, newest=SCHEMA_VERSION)
-    own = manifest.self_sha256.encode()
-    blank = data.replace(own, ZEROS.encode()) if len(own) == len(ZEROS) else b""
-    if data.count(own) != 1 or hashlib.sha256(blank).hexdigest() != manifest.self_sha256:
+    own = manifest.self_sha256
+    blank = data.replace(own.encode("ascii", "replace"), ZEROS.encode())
+    if len(own) != len(ZEROS) or len(blank) != len(data) or hashlib.sha256(blank).hexdigest() != own:
         raise BundleError(f"{path}: its SHA-256 is not the one it names, it was changed; copy the folder again")
     problem = _problem(manifest)
     if problem:
