@@ -158,9 +158,9 @@ class Model:
             visual, *keys = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
         encoded = time.perf_counter()
         key = keys[0][0] if keys else None
-        searched = self.memory if memories is None and key is not None else None
-        generation = None if searched is None else searched.generation
-        found = tuple(memories or ()) if searched is None else searched.nearest(key)
+        generation, found = None, tuple(memories or ())
+        if memories is None and key is not None and self.memory is not None:
+            generation, found = self.memory.generation, self.memory.nearest(key)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
