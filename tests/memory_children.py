@@ -19,16 +19,20 @@ from typing import Any
 
 from tests.banks import contents, files, named_files, teach
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory import Bank, journal
 from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.manifest import write_manifest
+from tinyalign_edge.memory.segment import write_segment
 
-MEMORY_CODE = str(Path(write_module.__file__).parent)
+WRITERS = (write_module.append, write_module.commit, write_module.remove, write_module.sweep)
+WRITERS += (journal.append, write_manifest, write_segment)
+CODE = {function.__code__ for function in WRITERS}  # where the folder changes: a process is killed at a line of it
 OPERATIONS = 16
 SECRET = "secret number"
 
 
 def crash(folder: Path, points: str, seed: str) -> None:
-    """Kill writers at random lines of our code and look at what they leave, `points` times."""
+    """Kill writers at random lines of the code that changes a bank, and look at what they leave, `points` times."""
     write_module.JOURNAL_ENTRIES = 4
     states = [contents(Bank(folder))]
     rehearsal = Path(shutil.copytree(folder, folder.with_name("rehearsal")))
@@ -62,13 +66,13 @@ def _operations(rng: random.Random, bank: Bank) -> list[Callable[[Bank], Any]]:
 
 
 def _lines_until_the_end(folder: Path, steps: list[Callable[[Bank], Any]]) -> int:
-    """How many lines of our code all steps run through."""
+    """How many lines of that code all steps run through."""
     count = 0
 
     def tracer(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
         count += event == "line"
-        return tracer if frame.f_code.co_filename.startswith(MEMORY_CODE) else None
+        return tracer if frame.f_code in CODE else None
 
     bank = Bank(folder)
     sys.settrace(tracer)
@@ -90,7 +94,7 @@ def _run_and_kill(folder: Path, steps: list[Callable[[Bank], Any]], *, at_line: 
             left -= event == "line"
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return tracer if frame.f_code.co_filename.startswith(MEMORY_CODE) else None
+            return tracer if frame.f_code in CODE else None
 
         bank = Bank(folder)
         sys.settrace(tracer)
