@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tinyalign_edge as ta
+from tests.banks import reseal
 from tinyalign_edge.bundle import MANIFEST, file_sha256, open_bundle
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError
@@ -109,9 +110,9 @@ def test_malformed_json_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 def test_a_bank_of_another_encoder_is_refused(bundle: Path) -> None:
-    path = bundle / "memory" / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps({**manifest, "fingerprint": "f" * 64}), "utf-8")
+    manifest = json.loads((bundle / "memory" / "manifest.json").read_text("utf-8"))
+    manifest["spec"]["fingerprint"] = "f" * 64
+    reseal(bundle / "memory", manifest)
     with pytest.raises(BundleError, match="use the bank made with this bundle"):
         ta.load(bundle)
 

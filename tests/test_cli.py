@@ -220,3 +220,33 @@ def test_a_whole_model_exports_and_answers(run, tmp_path: Path, world: Path) -> 
     assert "cosine of the logits" in run("verify", tmp_path / "bundle").out
     assert "none" in run("inspect", tmp_path / "bundle").out
     fails(run("export", tmp_path, "--out", tmp_path / "b"), 2, "not a checkpoint")
+
+
+def test_memory_is_taught_searched_and_made_to_forget(run, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    before = run("memory", "stats", bundle, "--json").json
+    added = run("memory", "add", bundle, PICTURE, "a large red cat.", "--json").json
+    assert (added["id"], added["text"], added["source"]) == (before["entries"], "a large red cat.", str(PICTURE))
+    found = run("memory", "search", bundle, PICTURE, "-k", 2, "--json").json["memories"]
+    assert [len(found), found[0]["id"], found[0]["similarity"] > 0.99] == [2, added["id"], True]
+    assert "a large red cat." in run("memory", "search", bundle, PICTURE).out
+    assert run("ask", bundle, PICTURE, QUESTION, "--json").json["memories"][0]["text"] == "a large red cat."
+    assert run("memory", "forget", bundle, "--text", "a large red cat.", "--json").json == {"forgotten": [added["id"]]}
+    assert b"red cat" not in b"".join(path.read_bytes() for path in (bundle / "memory").iterdir())
+    assert run("memory", "stats", bundle, "--json").json["entries"] == before["entries"]
+    assert "entries" in run("memory", "stats", bundle).out
+
+
+def test_memory_of_its_own_folder(run, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    own = ("--memory-dir", tmp_path / "own")
+    assert "remembered as entry" in run("memory", "add", bundle, PICTURE, "a cat", "--source", "album", *own).out
+    assert run("ask", bundle, PICTURE, QUESTION, "--json", *own).json["memories"][0]["source"] == "album"
+    assert run("ask", bundle, PICTURE, QUESTION, "--json").json["memories"][0]["source"] != "album"
+    assert "forgotten: 1" in run("memory", "forget", bundle, "--source", "album", *own).out
+
+
+def test_memory_commands_say_what_is_wrong(run, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    fails(run("memory", "forget", bundle, "--text", "no such text"), 2, "--text no such text", "memory search")
+    fails(run("memory", "forget", bundle), 2, "give one of --id, --source and --text")
+    fails(run("memory", "forget", bundle, "--id", 1, "--text", "x"), 2, "give one of")
+    fails(run("memory", "add", bundle, PICTURE, " "), 2, "text: it is empty")
+    fails(run("memory", "add", bundle, bundle / "none.png", "x"), 2, "none.png")

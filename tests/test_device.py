@@ -91,6 +91,59 @@ def test_given_memories_are_read_instead_of_searched_ones(model: ta.Model) -> No
         model.encode(PICTURE, memories=chosen * 5)
 
 
+def test_what_is_taught_is_read_by_the_next_question_and_forgotten_by_the_one_after(bundle: Path) -> None:
+    with ta.load(bundle) as model:
+        assert model.memory is not None
+        before = model.encode(PICTURE)
+        entry = model.memory.add(PICTURE, " a large red  cat. ", source="album")
+        assert (entry.text, entry.source, entry.time[-1]) == ("a large red  cat.", "album", "Z")
+        assert model.prompt.text(entry.value.tolist()) == "a large red  cat."
+        answer = model.ask(before, QUESTION)  # encoded before it was taught
+        assert answer.memories[0].id == entry.id
+        for again in (model.encode(PICTURE).memories, model.memory.search(PICTURE)):
+            assert [memory.id for memory in again] == [memory.id for memory in answer.memories]
+        assert model.memory.forget(source="album") == (entry.id,)
+        for image in (before, model.encode(PICTURE)):
+            answer = model.ask(image, QUESTION)
+            assert answer.text == EXPECTED["answers"][QUESTION]
+            assert [memory.text for memory in answer.memories] == EXPECTED["memories"]
+
+
+def test_memories_that_were_given_stay_when_the_memory_changes(bundle: Path) -> None:
+    with ta.load(bundle) as model:
+        assert model.memory is not None
+        image = model.encode(PICTURE, memories=(model.memory.entry(3),))
+        model.memory.forget(id=3)
+        assert [memory.id for memory in model.ask(image, QUESTION).memories] == [3]
+
+
+def test_an_empty_memory_and_an_empty_text_are_no_trouble(bundle: Path) -> None:
+    with ta.load(bundle) as model:
+        assert model.memory is not None
+        for number in model.memory.bank.ids:
+            model.memory.forget(id=number)
+        assert model.ask(PICTURE, QUESTION).memories == ()
+        with pytest.raises(ta.InputError, match="text: it is empty"):
+            model.memory.add(PICTURE, "  ")
+        with pytest.raises(ta.InputError, match="must be at least 1"):
+            model.memory.search(PICTURE, 0)
+        assert [entry.text for entry in (model.memory.add(PICTURE, "red"), *model.memory.search(PICTURE))] == [
+            "red"
+        ] * 2
+
+
+def test_a_memory_folder_of_its_own_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    with ta.load(bundle, memory_dir=tmp_path / "own") as model:
+        assert model.memory is not None
+        entry = model.memory.add(PICTURE, "a large red cat.")
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    with ta.load(bundle, memory_dir=tmp_path / "own") as model, ta.load(bundle) as other:
+        assert model.memory is not None and other.memory is not None
+        assert model.memory.search(PICTURE)[0].id == entry.id
+        assert len(model.memory) == len(other.memory) + 1
+
+
 def test_a_given_answers_loss_is_that_of_its_logits(model: ta.Model) -> None:
     image = model.encode(PICTURE)
     logits, ids = model.answer_logits(image, QUESTION, "red")

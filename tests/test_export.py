@@ -251,3 +251,14 @@ def test_logits_that_are_not_numbers_fail_the_gate() -> None:
 
     assert _failure("mean KL", float("nan")) == "mean KL is nan, must be <= 0.005"
     assert not _failure("mean KL", 0.005)
+
+
+def test_a_memory_of_latents_is_searched_but_says_that_it_cannot_be_added_to(
+    bundles: dict[str, Path], world: Path
+) -> None:
+    picture = next((world / "images").glob("*.png"))
+    with ta.load(bundles["latents"]) as model:
+        assert model.memory is not None
+        assert model.memory.search(picture)
+        with pytest.raises(ta.UnsupportedError, match=r"does not hold its value encoder; train with --memory tokens"):
+            model.memory.add(picture, "a large red circle.")

@@ -1,4 +1,4 @@
-"""The bank: a real USearch search over a folder that is checked before it is mapped."""
+"""The bank: searched with the real USearch, taught, and made to forget."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.banks import contents, files, make_bank, named_files, records, reseal, teach, unit
+from tests.plain_reader import read_bank, search
 from tinyalign_edge.errors import BundleError, InputError
-from tinyalign_edge.memory import Bank, write_bank
+from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
+from tinyalign_edge.memory import write as write_module
 from tinyalign_edge.memory.search import nearest, quantize_keys
-from tinyalign_edge.memory.write import Record
-
-DIM = 32
-
-
-def unit(count: int, seed: int = 0) -> np.ndarray:
-    """Unit rows in a few clusters, as keys of real pictures are."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(12, DIM))
-    keys = centres[rng.integers(0, 12, count)] + 0.4 * rng.normal(size=(count, DIM))
-    return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
-
-
-def records(count: int) -> list[Record]:
-    return [Record(f"text ü {i}", f"question {i}", f"source-{i}") for i in range(count)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    ids = [[i % 50] * (i % 4) for i in range(300)]
-    write_bank(tmp_path / "bank", unit(300), records(300), fingerprint="f", vocab_size=50, token_ids=ids)
-    return tmp_path / "bank"
+    return make_bank(tmp_path / "bank")
+
+
+@pytest.fixture
+def small_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sealed after every fifth entry, so that few additions make many segments."""
+    monkeypatch.setattr(write_module, "JOURNAL_ENTRIES", 5)
+
+
+def latents_bank(folder: Path, latents: np.ndarray) -> Bank:
+    count = len(latents)
+    write_bank(folder, unit(count), records(count), fingerprint="f", vocab_size=9, latents=latents)
+    return Bank(folder)
 
 
 def test_an_entry_comes_back_as_it_was_written(folder: Path) -> None:
     entry = Bank(folder).entry(7)
-    assert (entry.text, entry.question, entry.source) == ("text ü 7", "question 7", "source-7")
+    assert (entry.text, entry.question, entry.source, entry.time) == ("text ü 7", "question 7", "source-7", "")
     assert entry.value.tolist() == [7, 7, 7]
+    with pytest.raises(InputError, match="no entry of the id 300"):
+        Bank(folder).entry(300)
 
 
 def test_search_finds_what_exact_float32_search_finds(folder: Path) -> None:
@@ -59,7 +59,7 @@ def test_equal_keys_come_in_the_order_of_their_rows() -> None:
 def test_the_floor_keeps_the_memory_silent(folder: Path) -> None:
     bank = Bank(folder)
     assert bank.search(-unit(300)[0], 4, floor=0.99) == ()
-    assert bank.search(unit(300)[5], 4, floor=0.99)[0].row == 5
+    assert bank.search(unit(300)[5], 4, floor=0.99)[0].id == 5
 
 
 def test_more_neighbours_than_entries_leaves_empty_places() -> None:
@@ -68,26 +68,219 @@ def test_more_neighbours_than_entries_leaves_empty_places() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_keys_that_are_zero_or_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="finite and not zero"):
+def test_keys_that_are_zero_or_not_finite_are_refused(folder: Path, bad: float) -> None:
+    with pytest.raises(InputError, match="zero or not finite"):
         quantize_keys(np.full((1, 4), bad, np.float32))
+    bank = Bank(folder)
+    with pytest.raises(InputError, match="zero or not finite"):
+        bank.add(np.full(32, bad, np.float32), Record("x"), value=np.array([1]))
+    assert len(Bank(folder)) == 300
 
 
 def test_latents_come_back_within_a_step_of_their_scale(tmp_path: Path) -> None:
     latents = np.random.default_rng(0).normal(size=(20, 3, 8)).astype(np.float32)
-    write_bank(tmp_path / "b", unit(20), records(20), fingerprint="f", vocab_size=9, latents=latents)
-    bank = Bank(tmp_path / "b")
-    for row in range(20):
-        step = np.abs(latents[row]).max(axis=1, keepdims=True) / 127
-        assert np.all(np.abs(bank.entry(row).value - latents[row]) <= step * 0.51)
+    bank = latents_bank(tmp_path / "b", latents[:19])
+    bank.add(unit(1)[0], Record("added"), value=latents[19])
+    for number in range(20):
+        step = np.abs(latents[number]).max(axis=1, keepdims=True) / 127
+        assert np.all(np.abs(bank.entry(number).value - latents[number]) <= step * 0.51)
+
+
+def test_what_is_added_is_found_at_once_here_and_by_others_when_they_look_again(folder: Path) -> None:
+    bank, other = Bank(folder), Bank(folder)
+    key = unit(1, seed=9)[0]
+    number = bank.add(3 * key, Record("Tom", source="s"), value=np.array([4, 5]))
+    found = bank.search(key, 1)[0]
+    assert (number, found.id, found.text, found.value.tolist()) == (300, 300, "Tom", [4, 5])
+    assert found.similarity == pytest.approx(1, abs=0.01)
+    assert len(other) == 300
+    other.refresh()
+    assert contents(other) == contents(bank) == contents(Bank(folder))
+
+
+def test_many_additions_make_few_segments_and_keep_ids_and_order(folder: Path, small_journal: None) -> None:
+    bank = Bank(folder)
+    before = contents(bank)
+    taught = {teach(bank, f"new {i}"): f"new {i}" for i in range(60)}
+    assert list(taught) == list(range(300, 360))
+    after = contents(Bank(folder))
+    assert list(after) == list(range(360))
+    assert {number: after[number][0] for number in taught} == taught
+    assert {number: after[number] for number in before} == before
+    assert bank.stats().segments <= 4
+    assert files(folder) == named_files(bank)
+
+
+def test_equal_entries_of_several_files_come_in_the_order_of_their_ids(folder: Path, small_journal: None) -> None:
+    bank = Bank(folder)
+    key = unit(1, seed=9)[0]
+    ids = [bank.add(key, Record("same"), value=np.array([1])) for _ in range(13)]
+    assert [entry.id for entry in bank.search(key, 13)] == ids
+
+
+@pytest.mark.parametrize("journalled", [True, False])
+def test_no_byte_of_what_was_forgotten_is_left_in_any_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, journalled: bool
+) -> None:
+    bank = Bank(folder)
+    key = unit(1, seed=9)[0]
+    value = np.arange(20, 40)
+    bank.add(key, Record("my secret cat", source="private album"), value=value)
+    teach(bank, "kept")
+    if not journalled:
+        monkeypatch.setattr(write_module, "JOURNAL_ENTRIES", 1)
+        teach(bank, "kept too")
+        assert bank.stats().segments > 0
+    pieces = [b"secret cat", b"private album", quantize_keys(key[None])[0].tobytes(), value.astype("<i4").tobytes()]
+    stored = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert all(piece in stored for piece in pieces)
+    assert bank.forget(text="my secret cat") == (300,)
+    stored = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert not any(piece in stored for piece in pieces)
+    assert 300 not in contents(bank) and 301 in contents(bank)
+    assert contents(Bank(folder)) == contents(bank)
+    assert files(folder) == named_files(bank)
+    assert teach(bank, "next") > 301  # an id is never given twice
+
+
+def test_forgetting_is_by_id_source_or_text_and_by_one_of_them(folder: Path) -> None:
+    bank = Bank(folder)
+    assert bank.forget(id=3) == (3,)
+    assert bank.forget(source="source-4") == (4,)
+    assert bank.forget(text="text ü 5") == (5,)
+    assert bank.forget(text="text ü 5") == ()
+    assert bank.ids == (0, 1, 2, *range(6, 300))
+    for wrong in ({}, {"id": 1, "text": "text ü 1"}):
+        with pytest.raises(InputError, match="give one of"):
+            bank.forget(**wrong)
+
+
+def test_a_bank_can_forget_everything_and_be_taught_again(tmp_path: Path) -> None:
+    bank = Bank(make_bank(tmp_path / "bank", 2))
+    assert [bank.forget(id=i) for i in range(2)] == [(0,), (1,)]
+    assert len(bank) == len(Bank(bank.folder)) == 0
+    assert bank.search(unit(1)[0], 4) == ()
+    assert teach(bank, "again") == 2
+    assert [entry.text for entry in bank.search(unit(1)[0], 4)] == ["again"]
+
+
+def test_one_who_reads_while_others_forget_keeps_what_is_open(folder: Path) -> None:
+    reader, writer = Bank(folder), Bank(folder)
+    before = contents(reader)
+    writer.forget(source="source-7")
+    assert contents(reader) == before
+    reader.refresh()
+    assert 7 not in contents(reader)
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "message"),
+    [
+        (np.array([50]), "x", "token ids from 0 to 49"),
+        (np.array([-1]), "x", "token ids from 0 to 49"),
+        (np.array([1]), "\ud800", "not valid Unicode"),
+        (np.array([1]), "x" * 2**21, "give a shorter text"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(folder: Path, value: np.ndarray, text: str, message: str) -> None:
+    bank = Bank(folder)
+    with pytest.raises(InputError, match=message):
+        bank.add(unit(1)[0], Record(text), value=value)
+    with pytest.raises(InputError, match="of the shape"):
+        bank.add(unit(1)[0][:5], Record("x"), value=np.array([1]))
+    assert len(Bank(folder)) == 300
+
+
+@pytest.mark.parametrize("kind", ["tokens", "latents"])
+def test_a_reader_that_knows_the_document_alone_reads_and_searches_the_same(
+    tmp_path: Path, kind: str, small_journal: None
+) -> None:
+    if kind == "tokens":
+        bank = Bank(make_bank(tmp_path / "bank", 40))
+        for i in range(9):
+            teach(bank, f"neu {i}")
+    else:
+        latents = np.random.default_rng(0).normal(size=(40, 3, 8)).astype(np.float32)
+        bank = latents_bank(tmp_path / "bank", latents)
+        for i in range(9):
+            bank.add(unit(9, seed=4)[i], Record(f"neu {i}"), value=latents[i])
+    bank.forget(id=11)
+    assert bank.manifest.journal is not None
+    read = read_bank(bank.folder)
+    assert list(read) == list(bank.ids)
+    for number, (_, value, record) in read.items():
+        entry = bank.entry(number)
+        np.testing.assert_array_equal(value, entry.value)
+        assert record == {name: getattr(entry, name) for name in ("text", "question", "source", "time")}
+    for query in unit(20, seed=5):
+        assert search(read, query, 5) == [entry.id for entry in bank.search(query, 5)]
+
+
+def test_the_plain_reader_stays_as_short_as_the_document_says() -> None:
+    source = (Path(__file__).parent / "plain_reader.py").read_text("utf-8")
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 60
+    assert "tinyalign" not in source
+
+
+def test_a_copy_begins_with_the_same_entries_and_goes_its_own_way(folder: Path, tmp_path: Path) -> None:
+    source = Bank(folder)
+    teach(source, "before")
+    copy_bank(folder, tmp_path / "copy")
+    copy = Bank(tmp_path / "copy")
+    assert contents(copy) == contents(source)
+    teach(copy, "after")
+    copy.forget(id=0)
+    copy_bank(folder, tmp_path / "copy")  # there is one: it stays
+    assert contents(Bank(tmp_path / "copy")) == contents(copy) != contents(Bank(folder))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not a memory bank"):
+        copy_bank(folder, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"bank", "copy", "other"}
+
+
+def test_merged_banks_hold_every_entry_once(folder: Path, tmp_path: Path) -> None:
+    copy_bank(folder, tmp_path / "copy")
+    here, there = Bank(folder), Bank(tmp_path / "copy")
+    for name in ("both", "here"):
+        teach(here, name)
+    for name in ("there", "both", "there"):
+        teach(there, name)
+    there.forget(id=4)
+    before = contents(here)
+    assert here.merge(there) == (302,)
+    assert contents(here) == contents(Bank(folder)) == {**before, 302: contents(there)[300]}
+    assert here.merge(there) == ()
+    assert here.search(unit(300)[7], 1)[0].id == 7
+    assert teach(here, "afterwards") == 303
+
+
+def test_banks_of_different_encoders_or_kinds_are_not_merged(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_bank(other, unit(2), records(2), fingerprint="g", vocab_size=50, token_ids=[[1], [2]])
+    with pytest.raises(InputError, match=r"of the encoder g, those of .* of f"):
+        Bank(folder).merge(Bank(other))
+    bank = latents_bank(tmp_path / "latents", np.ones((2, 3, 8), np.float32))
+    with pytest.raises(InputError, match="merge banks of one kind"):
+        bank.merge(Bank(folder))
+
+
+def test_the_statistics_count_keys_and_values_apart_from_texts(folder: Path) -> None:
+    bank = Bank(folder)
+    teach(bank, "new")
+    stats = bank.stats()
+    tokens = sum(len(entry[-1]) for entry in contents(bank).values())
+    assert (stats.entries, stats.segments, stats.journal_entries) == (301, 1, 1)
+    assert stats.entry_bytes == pytest.approx(32 + 4 + 8 + 4 * tokens / 301, abs=0.1)
+    assert stats.total_bytes == sum((folder / name).stat().st_size for name in files(folder) - {"manifest.json"})
 
 
 @pytest.mark.parametrize("count", [0, -1, 299, 1 << 40])
 def test_a_count_that_does_not_fit_the_files_is_refused(folder: Path, count: int) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps({**manifest, "count": count}), "utf-8")
-    with pytest.raises(BundleError, match=r"bytes for|out of bounds|do not fit"):
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["segments"][0]["count"] = count
+    reseal(folder, manifest)
+    with pytest.raises(BundleError, match=r"cannot hold|out of bounds|do not fit"):
         Bank(folder)
 
 

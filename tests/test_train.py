@@ -86,7 +86,7 @@ def test_with_a_fraction_the_bank_holds_only_that_share(world: Path, towers: Pat
 def test_the_bank_keeps_captions_and_their_sources(checkpoints: dict[str, Path], world: Path) -> None:
     captions = {row["id"]: row["caption"] for row in json.loads((world / "train.json").read_text("utf-8"))}
     bank = Bank(checkpoints["tokens"] / "memory")
-    entries = [bank.entry(row) for row in range(len(bank))]
+    entries = [bank.entry(number) for number in bank.ids]
     assert all(captions[entry.source] == entry.text for entry in entries)
 
 
@@ -99,7 +99,7 @@ def test_without_captions_the_language_model_reads_questions_and_answers(
     (tmp_path / "asked.json").write_text(json.dumps(rows), "utf-8")
     checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", data=tmp_path / "asked.json", steps=1))
     assert checkpoint.bank is not None
-    for entry in (checkpoint.bank.entry(row) for row in range(len(checkpoint.bank))):
+    for entry in map(checkpoint.bank.entry, checkpoint.bank.ids):
         assert entry.question
         assert entry.text in checkpoint.prompt.text(entry.value.tolist())
 

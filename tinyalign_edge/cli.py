@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyalign_edge import cli_memory
+from tinyalign_edge.cli_memory import Json, MemoryDir
 from tinyalign_edge.errors import DegradedWarning, InputError, MissingExtraError, TinyAlignError
 
 app = typer.Typer(
@@ -19,10 +21,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_memory.app, name="memory")
 
 INTERRUPTED = 130
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="Answer from the picture alone.")]
 DataFile = Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")]
 ImagesFolder = Annotated[Path, typer.Option(help="The folder that the rows' image paths start from.")]
@@ -121,13 +123,14 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     no_memory: NoMemory = False,
+    memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture, as it is generated."""
     from tinyalign_edge.report import answer_json
     from tinyalign_edge.runtime.model import load
 
-    with load(bundle, memory=not no_memory) as model:
+    with load(bundle, memory=not no_memory, memory_dir=memory_dir) as model:
         stream = model.stream(image, question)
         for piece in stream:
             if not as_json:

@@ -88,7 +88,15 @@ def read_versioned(kind: type[T], path: Path, *, newest: int) -> T:
         InputError: as `read_json`.
         BundleError: written by a newer version of this package, or as `from_json`.
     """
-    data = read_json(path)
+    return from_versioned(kind, read_json(path), path, newest=newest)
+
+
+def from_versioned(kind: type[T], data: Any, path: Path, *, newest: int) -> T:
+    """`from_json` of settings that have a `schema_version` and were read from `path`.
+
+    Raises:
+        BundleError: written by a newer version of this package, or as `from_json`.
+    """
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > newest:
         raise BundleError(
@@ -104,15 +112,36 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: the file is missing, too large, not UTF-8 or not JSON; the message gives line and column.
     """
+    return parse_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a file that may hold our JSON.
+
+    Raises:
+        InputError: it is missing, too large or cannot be read.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not one of our JSON files")
-        return json.loads(path.read_text("utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """Parse the bytes of the file `path`.
+
+    Raises:
+        InputError: they are not UTF-8 or not JSON; the message gives line and column.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 

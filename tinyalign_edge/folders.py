@@ -32,25 +32,31 @@ def whole_folder(target: Path, *, marker: str) -> Iterator[Path]:
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise InputError(f"{target}: exists and is not ours (no {marker}); choose another output folder")
     with _terminate_as_interrupt():
-        temporary = _temporary_beside(target)
+        temporary = temporary_beside(target)
         try:
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file():
-                    _sync(path)
+                    sync(path)
             _replace(temporary, target)
         except OSError as error:
-            raise TinyAlignError(f"{target}: cannot be written ({_cause(error)}); nothing was changed") from error
+            raise TinyAlignError(f"{target}: cannot be written ({cause(error)}); nothing was changed") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cause(error: OSError) -> str:
+def cause(error: OSError) -> str:
+    """What went wrong, and where, for a message."""
     where = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{where}"
 
 
-def _temporary_beside(target: Path) -> Path:
+def temporary_beside(target: Path) -> Path:
+    """A new folder beside `target`, on the same file system.
+
+    Raises:
+        InputError: the parent cannot be written.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -70,7 +76,7 @@ def _replace(new: Path, target: Path) -> None:
     """Swap by renames; the old folder is deleted only after the new one stands."""
     if not target.exists():
         new.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     try:
@@ -81,11 +87,12 @@ def _replace(new: Path, target: Path) -> None:
             (old / target.name).rename(target)
         old.rmdir()
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest
 from tinyalign_edge.evaluate import Scores
+from tinyalign_edge.memory import BankStats, Entry
+from tinyalign_edge.runtime.memory import open_bank
 from tinyalign_edge.runtime.model import Answer
 from tinyalign_edge.runtime.probe import ProbeResult
 from tinyalign_edge.runtime.verify import Verified
@@ -28,6 +30,35 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             {"text": m.text, "source": m.source, "similarity": round(m.similarity, 4)} for m in answer.memories
         ],
     }
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """An entry without its value, as the `memory` commands print it."""
+    shown = {name: getattr(entry, name) for name in ("id", "text", "question", "source", "time")}
+    return {**shown, "similarity": round(entry.similarity, 4)}
+
+
+def print_entries(entries: Sequence[Entry]) -> None:
+    """What `memory search` shows."""
+    if not entries:
+        print("nothing at or above the similarity at which the memory speaks")
+    for e in entries:
+        origin = ", ".join(part for part in (e.source, e.time) if part)
+        print(f"{e.id:>6}  {e.similarity:.3f}  {e.text}" + (f"  ({origin})" if origin else ""))
+
+
+def print_bank(stats: BankStats) -> None:
+    """What `memory stats` shows."""
+    print_table(
+        [
+            ("entries", f"{stats.entries} of {stats.kind}, keys of {stats.key_dim}"),
+            ("key and value", f"{stats.entry_bytes:.0f} bytes an entry"),
+            ("texts", megabytes(stats.record_bytes)),
+            ("files", f"{megabytes(stats.total_bytes)} in {stats.segments} segments"),
+            ("journal", f"{stats.journal_entries} entries"),
+            ("generation", f"{stats.generation}"),
+        ]
+    )
 
 
 def print_table(rows: Iterable[tuple[str, str]], title: str = "") -> None:
@@ -124,13 +155,10 @@ def _gate_line(manifest: Manifest) -> str:
 
 
 def _memory_line(folder: Path, manifest: Manifest) -> str:
-    from tinyalign_edge.memory import Bank
-
     memory = manifest.memory
     if memory.kind == "none":
         return "none"
-    bank = Bank(inside(folder, MEMORY_DIR))
-    size = f"{len(bank)} entries of {memory.kind}, keys of {memory.key_dim}"
+    size = f"{len(open_bank(folder, manifest))} entries of {memory.kind}, keys of {memory.key_dim}"
     return f"{size}, {memory.k} read a picture, floor {memory.floor:.3f}"
 
 

@@ -1,36 +1,63 @@
-"""Open and search a bank folder. Every file is hashed and measured against the manifest before it is mapped."""
+"""A bank folder: search it, add to it, forget from it. Every byte is compared with the manifest before it is read."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import check_files, inside
-from tinyalign_edge.config import read_versioned
-from tinyalign_edge.errors import BundleError, InputError
-from tinyalign_edge.memory import layout
-from tinyalign_edge.memory.search import Neighbours, nearest
+from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
+from tinyalign_edge.folders import cause
+from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
+from tinyalign_edge.memory.lock import exclusive
+from tinyalign_edge.memory.merge import check_alike, new_entries
+from tinyalign_edge.memory.record import Record, decode_record
+from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
+from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
+from tinyalign_edge.memory.table import Array, Row, Table
+from tinyalign_edge.memory.write import append, extend, quantize_latents, remove, sweep
+
+Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One retrieved entry. `value` is token ids (T,) int32 or latents (L, latent_dim) float32, by the bank's kind."""
+    """One entry. `value` is token ids (T,) int32 or latents (L, latent_dim) float32, by the bank's kind."""
 
-    row: int
+    id: int
     text: str
     question: str
     source: str
+    time: str  # UTC in ISO 8601, empty for entries that came with the training data
     similarity: float
-    value: npt.NDArray[np.int32] | npt.NDArray[np.float32]
+    value: npt.NDArray[np.int32] | Float
+
+
+@dataclass(frozen=True)
+class BankStats:
+    """What a bank holds. `entry_bytes` is the mean of key, value and their scales; records are counted apart."""
+
+    entries: int
+    kind: str
+    key_dim: int
+    generation: int
+    segments: int
+    journal_entries: int
+    entry_bytes: float
+    record_bytes: int
+    total_bytes: int
 
 
 class Bank:
-    """A bank opened for reading: keys and values are memory-mapped, records are read by row."""
+    """An open bank. Safe to use from several threads; other processes may read and write the same folder.
+
+    What another process has written is seen after `refresh`, or after an `add` or `forget` of one's own.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`.
@@ -40,88 +67,208 @@ class Bank:
             BundleError: damaged, hostile or written by a newer version.
         """
         self.folder = folder
-        if not (folder / layout.MANIFEST).is_file():
-            raise InputError(f"{folder}: not a memory bank (no {layout.MANIFEST})")
-        manifest = inside(folder, layout.MANIFEST)
-        self.manifest = read_versioned(layout.BankManifest, manifest, newest=layout.SCHEMA_VERSION)
-        self._check_shape()
-        check_files(folder, self.manifest.files)
-        count, dim = self.manifest.count, self.manifest.key_dim
-        self._keys = self._map(layout.KEYS, np.int8, (count, dim))
-        self._scales = self._map(layout.KEY_SCALES, "<f4", (count,))
-        self._record_offsets = self._offsets(layout.RECORD_OFFSETS, layout.RECORDS, 1)
-        if self.manifest.kind == "tokens":
-            self._value_offsets = self._offsets(layout.VALUE_OFFSETS, layout.VALUES, 4)
-            self._values = self._map(layout.VALUES, "<i4", (int(self._value_offsets[-1]),))
-        else:
-            shape = (count, self.manifest.latents, self.manifest.latent_dim)
-            self._values = self._map(layout.VALUES, np.int8, shape)
-            self._value_scales = self._map(layout.VALUE_SCALES, "<f4", shape[:2])
+        self._changing = threading.Lock()
+        self._snapshot = open_snapshot(folder)
 
     def __len__(self) -> int:
         return self.manifest.count
 
-    def nearest(self, queries: npt.NDArray[np.float32], k: int, *, floor: float = -1.0) -> Neighbours:
-        """The `k` entries most similar to each of `queries` (Q, key_dim), at or above `floor`."""
-        return nearest(self._keys, self._scales, queries, k, floor=floor)
+    @property
+    def manifest(self) -> BankManifest:
+        """Of the generation that is open."""
+        return self._snapshot.manifest
 
-    def search(self, query: npt.NDArray[np.float32], k: int, *, floor: float = -1.0) -> tuple[Entry, ...]:
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of all entries, in the order in which they were added."""
+        return tuple(number for table in self._snapshot.tables for number in table.ids.tolist())
+
+    def nearest(self, queries: Float, k: int, *, floor: float = -1.0) -> Neighbours:
+        """The ids of the `k` entries most similar to each of `queries` (Q, key_dim), at or above `floor`."""
+        return _nearest(self._snapshot, queries, k, floor)
+
+    def search(self, query: Float, k: int, *, floor: float = -1.0) -> tuple[Entry, ...]:
         """The entries most similar to one `query` (key_dim,), most similar first."""
-        found = self.nearest(query[None], k, floor=floor)
+        snapshot = self._snapshot
+        found = _nearest(snapshot, query[None], k, floor)
         pairs = zip(found.rows[0].tolist(), found.similarity[0].tolist(), strict=True)
-        return tuple(self.entry(row, similarity) for row, similarity in pairs if row >= 0)
+        return tuple(self._entry(snapshot, number, similarity) for number, similarity in pairs if number >= 0)
 
-    def entry(self, row: int, similarity: float = 1.0) -> Entry:
-        """Read one entry."""
-        record = self._record(row)
-        return Entry(row, record["text"], record["question"], record["source"], similarity, self._value(row))
+    def entry(self, id: int, similarity: float = 1.0) -> Entry:
+        """Read one entry.
 
-    def _value(self, row: int) -> npt.NDArray[np.int32] | npt.NDArray[np.float32]:
-        if self.manifest.kind == "latents":
-            scaled = self._values[row].astype(np.float32) * self._value_scales[row][:, None]
-            return np.asarray(scaled, np.float32)
-        start, end = self._value_offsets[row : row + 2].tolist()
-        ids = np.array(self._values[start:end], np.int32)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.manifest.vocab_size:
-            raise BundleError(
-                f"{self.folder}: entry {row} holds a token id outside the vocabulary; build the bank again"
+        Raises:
+            InputError: there is none of this id.
+        """
+        return self._entry(self._snapshot, id, similarity)
+
+    def stats(self) -> BankStats:
+        """Counts and sizes."""
+        snapshot = self._snapshot
+        manifest, tables = snapshot.manifest, snapshot.tables
+        columns = ("keys", "key_scales", "values", "value_scales", "value_offsets")
+        entry_bytes = sum(getattr(table, name).nbytes for table in tables for name in columns)
+        journal_bytes = manifest.journal.bytes if manifest.journal else 0
+        return BankStats(
+            entries=manifest.count,
+            kind=manifest.spec.kind,
+            key_dim=manifest.spec.key_dim,
+            generation=manifest.generation,
+            segments=len(manifest.segments),
+            journal_entries=len(snapshot.journal),
+            entry_bytes=entry_bytes / max(1, manifest.count),
+            record_bytes=sum(table.records.nbytes for table in tables),
+            total_bytes=sum(segment.bytes for segment in manifest.segments) + journal_bytes,
+        )
+
+    def refresh(self) -> None:
+        """See what other processes have written since.
+
+        Raises:
+            BundleError: as on opening; what was open stays open.
+        """
+        with self._changing:
+            self._snapshot = open_snapshot(self.folder, self._snapshot)
+
+    def add(self, key: Float, record: Record, *, value: npt.NDArray[np.integer] | Float) -> int:
+        """Add an entry; it is on the disk when this returns, and found from then on.
+
+        Args:
+            key: (key_dim,) float32 of any length but zero.
+            record: its texts.
+            value: token ids (T,), or latents (L, latent_dim) float32, by the bank's kind.
+
+        Returns:
+            Its id.
+
+        Raises:
+            InputError: a key or value of another shape, zero or not finite, or an entry too large.
+            TinyAlignError: the folder cannot be written; the bank is as it was.
+        """
+        row = _row(self.manifest.spec, key, record.encode(), np.asarray(value))
+        with self._exclusive() as snapshot:
+            append(self.folder, snapshot, replace(row, id=snapshot.manifest.next_id))
+            return snapshot.manifest.next_id
+
+    def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
+        """Forget the entry of an id, or all of a source or of a text. When this returns, no file holds a byte of them.
+
+        What a file system keeps of deleted files, and what other processes have open until they refresh, is out of
+        its reach.
+
+        Returns:
+            The ids forgotten; none where nothing matched.
+
+        Raises:
+            InputError: not exactly one of the three was given.
+            TinyAlignError: the folder cannot be written; try again.
+        """
+        if sum(given is not None for given in (id, source, text)) != 1:
+            raise InputError("forget: give one of id, source and text")
+        with self._exclusive() as snapshot:
+            found = tuple(
+                number
+                for table in snapshot.tables
+                for row, number in enumerate(table.ids.tolist())
+                if (number == id if id is not None else _matches(self._record(table, row), source, text))
             )
-        return ids
+            if found:
+                remove(self.folder, snapshot, found)
+            return found
 
-    def _record(self, row: int) -> dict[str, str]:
-        start, end = self._record_offsets[row : row + 2].tolist()
-        with (self.folder / layout.RECORDS).open("rb") as file:
-            file.seek(start)
-            line = file.read(end - start)
-        try:
-            record = json.loads(line)
-            return {key: str(record[key]) for key in ("text", "question", "source")}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise BundleError(f"{self.folder}: record {row} cannot be read; build the bank again") from None
+    def merge(self, other: Bank) -> tuple[int, ...]:
+        """Take over the entries of `other`, but for those that are here already: the same key, value and texts.
 
-    def _check_shape(self) -> None:
-        m = self.manifest
-        if not (0 <= m.count <= layout.MAX_ENTRIES and 0 < m.key_dim <= layout.MAX_DIM):
-            raise BundleError(f"{self.folder}: count {m.count} or key_dim {m.key_dim} is out of bounds")
-        if m.kind == "latents" and not (0 < m.latents <= layout.MAX_DIM and 0 < m.latent_dim <= layout.MAX_DIM):
-            raise BundleError(f"{self.folder}: latents {m.latents} x {m.latent_dim} is out of bounds")
-        wanted = {layout.KEYS, layout.KEY_SCALES, layout.VALUES, layout.RECORDS, layout.RECORD_OFFSETS}
-        wanted.add(layout.VALUE_OFFSETS if m.kind == "tokens" else layout.VALUE_SCALES)
-        if set(m.files) != wanted:
-            raise BundleError(f"{self.folder}: the manifest lists {sorted(m.files)}, needed {sorted(wanted)}")
+        Returns:
+            The ids that the new entries have here.
 
-    def _map(self, name: str, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        wanted_bytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-        if self.manifest.files[name].bytes != wanted_bytes:
-            raise BundleError(f"{self.folder / name}: need {wanted_bytes} bytes for {shape}, build the bank again")
-        if wanted_bytes == 0:  # an empty file cannot be mapped
-            return np.zeros(shape, dtype)
-        return np.memmap(self.folder / name, dtype, "r", shape=shape)
+        Raises:
+            InputError: the banks are of different encoders or kinds.
+            TinyAlignError: the folder cannot be written; the bank is as it was.
+        """
+        theirs = other._snapshot
+        check_alike(self.folder, self.manifest.spec, other.folder, theirs.manifest.spec)
+        with self._exclusive() as snapshot:
+            tables = new_entries(snapshot, theirs)
+            if tables:
+                extend(self.folder, snapshot, tables)
+            return tuple(number for table in tables for number in table.ids.tolist())
 
-    def _offsets(self, name: str, target: str, item_bytes: int) -> npt.NDArray[Any]:
-        """Offsets (count + 1,) into the file `target`: rising, from 0 to its end."""
-        offsets = self._map(name, "<u8", (self.manifest.count + 1,))
-        end = self.manifest.files[target].bytes
-        if offsets[0] != 0 or int(offsets[-1]) * item_bytes != end or np.any(offsets[1:] < offsets[:-1]):
-            raise BundleError(f"{self.folder / name}: offsets do not fit {target}; build the bank again")
-        return offsets
+    @contextmanager
+    def _exclusive(self) -> Iterator[Snapshot]:
+        """Hold the lock, with the newest generation open; afterwards open what the block has written."""
+        with self._changing:
+            try:
+                with exclusive(self.folder):
+                    self._snapshot = open_snapshot(self.folder, self._snapshot)
+                    sweep(self.folder, self._snapshot.manifest)
+                    try:
+                        yield self._snapshot
+                    except OSError:
+                        with suppress(OSError, TinyAlignError):
+                            self._snapshot = open_snapshot(self.folder, self._snapshot)
+                            sweep(self.folder, self._snapshot.manifest)
+                        raise
+                    self._snapshot = open_snapshot(self.folder, self._snapshot)
+            except OSError as error:
+                raise TinyAlignError(
+                    f"{self.folder}: cannot be written ({cause(error)}); free space there, or keep the memory in a "
+                    "writable folder (--memory-dir)"
+                ) from error
+
+    def _entry(self, snapshot: Snapshot, number: int, similarity: float) -> Entry:
+        for table in snapshot.tables:
+            row = int(np.searchsorted(table.ids, number))
+            if row < len(table) and int(table.ids[row]) == number:
+                record, value = self._record(table, row), table.value(row)
+                self._check_value(snapshot.manifest.spec, number, value)
+                return Entry(number, similarity=similarity, value=value, **asdict(record))
+        raise InputError(f"{self.folder}: has no entry of the id {number}")
+
+    def _record(self, table: Table, row: int) -> Record:
+        return decode_record(table.record(row), f"{self.folder}: entry {table.ids[row]}")
+
+    def _check_value(self, spec: BankSpec, number: int, value: Array) -> None:
+        if spec.kind == "tokens" and value.size and not 0 <= value.min() <= value.max() < spec.vocab_size:
+            raise BundleError(
+                f"{self.folder}: entry {number} holds a token id outside the vocabulary; build the bank again"
+            )
+
+
+def _nearest(snapshot: Snapshot, queries: Float, k: int, floor: float) -> Neighbours:
+    ids = [np.full((len(queries), k), -1, np.int64)]
+    similarity = [np.full((len(queries), k), -1.0, np.float32)]
+    for table in snapshot.tables:
+        found = nearest(table.keys, table.key_scales, queries, k, floor=floor)
+        ids.append(np.where(found.rows >= 0, table.ids[found.rows].astype(np.int64), -1))
+        similarity.append(found.similarity)
+    all_ids, scores = np.concatenate(ids, axis=1), np.concatenate(similarity, axis=1)
+    order = np.argsort(np.where(all_ids < 0, np.inf, -scores), axis=1, kind="stable")[:, :k]  # ties: by id
+    return Neighbours(np.take_along_axis(all_ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def _matches(record: Record, source: str | None, text: str | None) -> bool:
+    return record.source == source if source is not None else record.text == text
+
+
+def _row(spec: BankSpec, key: Float, record: bytes, value: Array) -> Row:
+    """The entry as it will be stored, with no id yet."""
+    if key.shape != (spec.key_dim,):
+        raise InputError(f"key: of the shape {key.shape}, this bank's are ({spec.key_dim},)")
+    length = np.linalg.norm(key.astype(np.float64))
+    if not np.isfinite(length) or length == 0:
+        raise InputError("key: it is zero or not finite; give another picture")
+    keys, key_scales = quantize_keys((key / length).astype(np.float32)[None])
+    scales = np.zeros(0, np.float32)
+    if spec.kind == "latents":
+        if value.shape != (spec.latents, spec.latent_dim) or not np.all(np.isfinite(value)):
+            raise InputError(f"value: need finite latents of the shape ({spec.latents}, {spec.latent_dim})")
+        value, scales = quantize_latents(value.astype(np.float32))
+    elif value.ndim != 1 or (value.size and not 0 <= value.min() <= value.max() < spec.vocab_size):
+        raise InputError(f"value: need token ids from 0 to {spec.vocab_size - 1}")
+    else:
+        value = value.astype(np.int32)
+    size = keys.nbytes + value.nbytes + scales.nbytes + len(record)
+    if size > MAX_ENTRY_BYTES:
+        raise InputError(f"entry: takes {size} bytes, at most {MAX_ENTRY_BYTES} are kept; give a shorter text")
+    return Row(-1, key_scales[0], keys[0], value, scales, record)

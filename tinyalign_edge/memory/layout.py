@@ -1,48 +1,118 @@
-"""The files of a bank folder and its manifest. All numbers are little-endian, all arrays C-ordered.
-
-manifest.json        the Manifest below; names the SHA-256 of every other file
-keys.i8              (count, key_dim) int8
-key_scales.f32       (count,) float32; key = int8 row * scale, of unit length
-values.bin           "tokens": int32 token ids, one entry after another; "latents": (count, latents, latent_dim) int8
-value_offsets.u64    "tokens": (count + 1,) uint64, the first id of each entry and the end
-value_scales.f32     "latents": (count, latents) float32
-records.jsonl        one JSON object an entry: text, question, source
-record_offsets.u64   (count + 1,) uint64, the first byte of each record and the end
-"""
+"""The manifest of a bank and the sections of its segments. `docs/memory-format.md` describes the bytes for others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import Literal
 
-from tinyalign_edge.bundle import FileEntry
+import numpy as np
+import numpy.typing as npt
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+LOCK = "lock"
 
-KEYS = "keys.i8"
-KEY_SCALES = "key_scales.f32"
-VALUES = "values.bin"
-VALUE_OFFSETS = "value_offsets.u64"
-VALUE_SCALES = "value_scales.f32"
-RECORDS = "records.jsonl"
-RECORD_OFFSETS = "record_offsets.u64"
+ALIGNMENT_BYTES = 64  # of every section of a segment
+SEGMENT_NAME = re.compile(r"segment-[0-9]{1,19}-[0-9]{1,9}\.bin")
+JOURNAL_NAME = re.compile(r"journal-[0-9]{1,19}\.bin")
 
 MAX_ENTRIES = 1 << 31
 MAX_DIM = 1 << 16
+MAX_ENTRY_BYTES = 1 << 20  # of key, value, scales and record, as the journal holds them
+MAX_JOURNAL_BYTES = 1 << 26
+MAX_COUNTER = 1 << 62  # of generations and ids
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """What every entry of a bank is made of."""
+
+    kind: Literal["tokens", "latents"]
+    key_dim: int
+    latents: int  # "latents": L; else 0
+    latent_dim: int
+    vocab_size: int  # every token id is below it
+    fingerprint: str  # of the encoder and key projection
+
+
+@dataclass(frozen=True)
+class SegmentEntry:
+    """A sealed file of entries. `token_count` is the number of all its token ids, 0 in a bank of latents."""
+
+    file: str
+    bytes: int
+    sha256: str
+    count: int
+    token_count: int
+    record_bytes: int
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """The part of the journal that counts: `bytes` from its start, `count` entries. `digest` is the last one's."""
+
+    file: str
+    bytes: int
+    count: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class BankManifest:
-    """`manifest.json` of a bank."""
+    """`manifest.json`: one generation of a bank. What it does not name does not count."""
 
     schema_version: int
     generation: int
-    count: int
-    kind: Literal["tokens", "latents"]
-    key_dim: int
-    latents: int
-    latent_dim: int
-    vocab_size: int  # every token id is below it
-    fingerprint: str  # of the encoder and key projection
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    next_id: int  # ids rise, and none is given twice
+    spec: BankSpec
+    segments: tuple[SegmentEntry, ...]
+    journal: JournalEntry | None
+    self_sha256: str  # of this file, with these 64 digits as zeros
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return sum(segment.count for segment in self.segments) + (self.journal.count if self.journal else 0)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One array of a segment, at `offset` bytes from the file's start."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def sections(spec: BankSpec, count: int, token_count: int, record_bytes: int) -> list[Section]:
+    """The arrays of a segment in their order in the file; names are those of `Table`'s fields."""
+    arrays: list[tuple[str, npt.DTypeLike, tuple[int, ...]]] = [
+        ("ids", "<u8", (count,)),
+        ("key_scales", "<f4", (count,)),
+        ("keys", "i1", (count, spec.key_dim)),
+    ]
+    if spec.kind == "tokens":
+        arrays += [("value_offsets", "<u8", (count + 1,)), ("values", "<i4", (token_count,))]
+    else:
+        arrays += [("value_scales", "<f4", (count, spec.latents))]
+        arrays += [("values", "i1", (count, spec.latents, spec.latent_dim))]
+    arrays += [("record_offsets", "<u8", (count + 1,)), ("records", "u1", (record_bytes,))]
+    placed, offset = list[Section](), 0
+    for name, dtype, shape in arrays:
+        placed.append(Section(name, np.dtype(dtype), shape, offset))
+        offset = aligned(offset + placed[-1].bytes)
+    return placed
+
+
+def aligned(offset: int) -> int:
+    """`offset` rounded up to where a section may begin."""
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

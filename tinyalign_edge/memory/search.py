@@ -14,6 +14,8 @@ import onnxruntime  # noqa: F401  before usearch: importing onnxruntime 1.32 aft
 from usearch.compiled import MetricKind
 from usearch.index import search
 
+from tinyalign_edge.errors import InputError
+
 CANDIDATES = 32  # ranked again for each query, beyond k
 
 Float = npt.NDArray[np.float32]
@@ -23,7 +25,7 @@ Float = npt.NDArray[np.float32]
 class Neighbours:
     """For each query the rows of its neighbours, most similar first; row -1 and similarity -1 where there is none."""
 
-    rows: npt.NDArray[np.int64]  # (Q, K)
+    rows: npt.NDArray[np.int64]  # (Q, K); of a bank: ids
     similarity: Float  # (Q, K), cosine
 
 
@@ -31,12 +33,11 @@ def quantize_keys(keys: Float) -> tuple[npt.NDArray[np.int8], Float]:
     """Unit keys (E, key_dim) float32 to int8 rows and a float32 scale a row.
 
     Raises:
-        ValueError: a key is zero or not finite.
+        InputError: a key is zero or not finite.
     """
-    peak = np.abs(keys).max(axis=1, initial=0.0)  # (E,)
-    if not np.all(np.isfinite(peak)) or not np.all(peak > 0):
-        raise ValueError("keys must be finite and not zero")
-    scales = (peak / 127).astype(np.float32)
+    scales = (np.abs(keys).max(axis=1, initial=0.0) / 127).astype(np.float32)  # (E,)
+    if not np.all(np.isfinite(scales)) or not np.all(scales > 0):
+        raise InputError("keys: one is zero or not finite; look for a damaged picture or encoder")
     return np.round(keys / scales[:, None]).astype(np.int8), scales
 
 

@@ -1,28 +1,35 @@
-"""Write a bank folder."""
+"""Change a bank folder: every change is a new generation, which stands once the manifest names it.
+
+New files are written under names that no manifest has held, and reach the disk before the manifest does; files that it
+no longer names are removed after it. A process that dies in between leaves the old generation, or the new one, and
+files that the next writer sweeps away.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import FileEntry, file_sha256
-from tinyalign_edge.config import write_json
-from tinyalign_edge.memory import layout
+from tinyalign_edge.folders import sync
+from tinyalign_edge.memory import journal, layout
+from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, SegmentEntry
+from tinyalign_edge.memory.manifest import TEMPORARY, write_manifest
+from tinyalign_edge.memory.record import Record
 from tinyalign_edge.memory.search import quantize_keys
+from tinyalign_edge.memory.segment import write_segment
+from tinyalign_edge.memory.snapshot import Snapshot
+from tinyalign_edge.memory.table import Array, Row, Table, concat, offsets
 
+JOURNAL_ENTRIES = 1024  # sealed beyond these
+JOURNAL_BYTES = 1 << 20
 
-@dataclass(frozen=True)
-class Record:
-    """What an entry says and where it comes from."""
-
-    text: str
-    question: str
-    source: str
+Part = tuple[SegmentEntry | None, Table]  # a segment, or what will be one
 
 
 def write_bank(
@@ -34,7 +41,7 @@ def write_bank(
     vocab_size: int,
     token_ids: Sequence[Sequence[int]] | None = None,
     latents: npt.NDArray[np.float32] | None = None,
-) -> layout.BankManifest:
+) -> BankManifest:
     """Write a new bank into the empty `folder`.
 
     Args:
@@ -46,38 +53,125 @@ def write_bank(
         latents: the values of a bank of kind "latents", (E, L, latent_dim) float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    quantised, scales = quantize_keys(keys)
-    arrays: dict[str, npt.NDArray[np.generic]] = {layout.KEYS: quantised, layout.KEY_SCALES: scales}
+    more: dict[str, Array]
     if latents is None:
         assert token_ids is not None
-        arrays[layout.VALUES] = np.array([i for ids in token_ids for i in ids], "<i4")
-        arrays[layout.VALUE_OFFSETS] = _offsets([len(ids) for ids in token_ids])
+        spec = BankSpec("tokens", keys.shape[1], 0, 0, vocab_size, fingerprint)
+        values = np.array([i for ids in token_ids for i in ids], "<i4")
+        more = {"value_offsets": offsets(len(ids) for ids in token_ids)}
     else:
-        peak = np.maximum(np.abs(latents).max(axis=2), 1e-12)  # (E, L)
-        arrays[layout.VALUES] = np.round(latents / peak[..., None] * 127).astype(np.int8)
-        arrays[layout.VALUE_SCALES] = (peak / 127).astype("<f4")
-    lines = [json.dumps(vars(record), ensure_ascii=False).encode() + b"\n" for record in records]
-    arrays[layout.RECORD_OFFSETS] = _offsets([len(line) for line in lines])
-    for name, array in arrays.items():
-        array.tofile(folder / name)
-    (folder / layout.RECORDS).write_bytes(b"".join(lines))
-    manifest = layout.BankManifest(
-        schema_version=layout.SCHEMA_VERSION,
-        generation=1,
-        count=len(keys),
-        kind="tokens" if latents is None else "latents",
-        key_dim=keys.shape[1],
-        latents=0 if latents is None else latents.shape[1],
-        latent_dim=0 if latents is None else latents.shape[2],
-        vocab_size=vocab_size,
-        fingerprint=fingerprint,
+        spec = BankSpec("latents", keys.shape[1], latents.shape[1], latents.shape[2], vocab_size, fingerprint)
+        values, scales = quantize_latents(latents)
+        more = {"value_scales": scales}
+    quantised, key_scales = quantize_keys(keys)
+    encoded = [record.encode() for record in records]
+    table = Table(
+        np.arange(len(keys), dtype="<u8"),
+        key_scales,
+        quantised,
+        values,
+        offsets(len(record) for record in encoded),
+        np.frombuffer(b"".join(encoded), np.uint8),
+        **more,
     )
-    names = sorted([*arrays, layout.RECORDS])
-    files = {name: FileEntry((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
-    manifest = replace(manifest, files=files)
-    write_json(folder / layout.MANIFEST, manifest)
+    segments = (write_segment(folder / _segment_name(1, 0), table, spec),) if len(table) else ()
+    manifest = BankManifest(layout.SCHEMA_VERSION, 1, len(table), spec, segments, None, "")
+    sync(folder)
+    write_manifest(folder, manifest)
     return manifest
 
 
-def _offsets(lengths: Sequence[int]) -> npt.NDArray[np.uint64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype("<u8")
+def quantize_latents(latents: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent."""
+    peak = np.maximum(np.abs(latents).max(axis=-1), 1e-12)
+    return np.round(latents / peak[..., None] * 127).astype(np.int8), (peak / 127).astype(np.float32)
+
+
+def append(folder: Path, snapshot: Snapshot, row: Row) -> None:
+    """Add one entry, whose id is the manifest's next."""
+    manifest = snapshot.manifest
+    before = manifest.journal
+    if before and (before.count >= JOURNAL_ENTRIES or before.bytes >= JOURNAL_BYTES):
+        manifest = commit(folder, manifest, [*_sealed(snapshot), (None, snapshot.journal)], None)
+        before = None
+    generation = manifest.generation + 1
+    before = before or JournalEntry(f"journal-{generation}.bin", 0, 0, journal.FIRST_DIGEST.hex())
+    data, digest = journal.encode(row, bytes.fromhex(before.digest))
+    journal.append(folder / before.file, data, at=before.bytes)
+    sync(folder)
+    after = replace(before, bytes=before.bytes + len(data), count=before.count + 1, digest=digest.hex())
+    write_manifest(folder, replace(manifest, generation=generation, next_id=row.id + 1, journal=after))
+
+
+def extend(folder: Path, snapshot: Snapshot, tables: Sequence[Table]) -> None:
+    """Add whole tables, whose ids follow the manifest's next, and seal them with the journal."""
+    added = reduce(concat, [snapshot.journal, *tables])
+    manifest = replace(snapshot.manifest, next_id=int(added.ids[-1]) + 1)
+    commit(folder, manifest, [*_sealed(snapshot), (None, added)], None)
+
+
+def remove(folder: Path, snapshot: Snapshot, ids: Sequence[int]) -> None:
+    """Write every file that holds one of `ids` anew without it, and delete the old ones."""
+    gone = np.array(ids, np.uint64)
+    parts, journal_entry = list[Part](), snapshot.manifest.journal
+    for entry, table in _sealed(snapshot):
+        keep = ~np.isin(table.ids, gone)
+        parts.append((entry, table) if keep.all() else (None, table.take(keep)))
+    keep = ~np.isin(snapshot.journal.ids, gone)
+    if not keep.all():
+        parts.append((None, snapshot.journal.take(keep)))
+        journal_entry = None
+    commit(folder, snapshot.manifest, [part for part in parts if len(part[1])], journal_entry)
+
+
+def sweep(folder: Path, manifest: BankManifest) -> None:
+    """Remove what interrupted writers left: files that the manifest does not name, bytes that it does not count."""
+    named = {segment.file for segment in manifest.segments}
+    named |= {manifest.journal.file} if manifest.journal else set()
+    left = [path for path in folder.iterdir() if _is_ours(path.name) and path.name not in named]
+    for path in left:
+        path.unlink()
+    if left:
+        sync(folder)
+    if manifest.journal and (folder / manifest.journal.file).stat().st_size > manifest.journal.bytes:
+        os.truncate(folder / manifest.journal.file, manifest.journal.bytes)
+        sync(folder / manifest.journal.file)
+
+
+def commit(
+    folder: Path,
+    manifest: BankManifest,
+    parts: list[Part],
+    journal_entry: JournalEntry | None,
+) -> BankManifest:
+    """Make `parts` the bank's segments, writing those that have no file yet.
+
+    The last takes in those before it that are not much larger, so that the number of segments grows with the
+    logarithm of the number of entries.
+    """
+    while len(parts) > 1 and parts[-1][0] is None and len(parts[-2][1]) <= 2 * len(parts[-1][1]):
+        *parts, (_, before), (_, last) = parts
+        parts.append((None, concat(before, last)))
+    generation = manifest.generation + 1
+    segments = tuple(
+        entry or write_segment(folder / _segment_name(generation, number), table, manifest.spec)
+        for number, (entry, table) in enumerate(parts)
+    )
+    sync(folder)
+    manifest = replace(manifest, generation=generation, segments=segments, journal=journal_entry)
+    write_manifest(folder, manifest)
+    sweep(folder, manifest)
+    return manifest
+
+
+def _sealed(snapshot: Snapshot) -> list[Part]:
+    return list(zip(snapshot.manifest.segments, snapshot.segments, strict=True))
+
+
+def _segment_name(generation: int, number: int) -> str:
+    return f"segment-{generation}-{number}.bin"
+
+
+def _is_ours(name: str) -> bool:
+    patterns = (layout.SEGMENT_NAME, layout.JOURNAL_NAME)
+    return name == TEMPORARY or any(pattern.fullmatch(name) for pattern in patterns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside, open_bundle
-from tinyalign_edge.errors import BundleError, DegradedWarning, InputError
+from tinyalign_edge.bundle import Manifest, open_bundle
+from tinyalign_edge.errors import DegradedWarning, InputError
 from tinyalign_edge.image import ImageLike, open_image, preprocess
-from tinyalign_edge.memory import Bank, Entry
+from tinyalign_edge.memory import Entry
 from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.runtime.decoder import Cache, Decoder
+from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 
 Float = npt.NDArray[np.float32]
@@ -33,6 +34,7 @@ class EncodedImage:
     memories: tuple[Entry, ...]
     memory_tokens: Float  # (M, D)
     timings_ms: dict[str, float]
+    generation: int | None = None  # of the memory that was searched; None where it was not
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def load(
     *,
     threads: int | None = None,
     memory: bool = True,
+    memory_dir: str | Path | None = None,
     expect_sha256: str | None = None,
 ) -> Model:
     """Open a bundle for answering.
@@ -80,6 +83,7 @@ def load(
         path: the bundle folder.
         threads: of one operator; None leaves the number to onnxruntime (one a physical core).
         memory: False leaves the bank closed; the model then answers from the picture alone.
+        memory_dir: a writable folder for the memory, used in place of the bundle's own; a new one begins as its copy.
         expect_sha256: hex SHA-256 that `bundle.json` must have, obtained from where the bundle comes from.
 
     Raises:
@@ -93,13 +97,21 @@ def load(
     if manifest.gate is not None and not manifest.gate.passed:
         failures = "; ".join(manifest.gate.failures).encode("unicode_escape").decode("ascii")[:400]  # from a file
         warnings.warn(f"{path}: degraded, it does not compute what torch computes: {failures}", DegradedWarning, 2)
-    return Model(Path(path), manifest, threads=threads, memory=memory)
+    return Model(Path(path), manifest, threads=threads, memory=memory, memory_dir=memory_dir)
 
 
 class Model:
     """An open bundle. Use `load`; a context manager, safe to use from several threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, memory: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        memory: bool = True,
+        memory_dir: str | Path | None = None,
+    ) -> None:
         self.folder, self.manifest = folder, manifest
         self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
         self._vision: Any = open_session(folder / manifest.vision.file, threads=threads)
@@ -113,9 +125,10 @@ class Model:
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
         self._connector: Any = None
         self.closed = False
-        self.memory: Bank | None = None
-        if memory and manifest.memory.kind != "none":
-            self._open_memory()
+        self.memory: Memory | None = None
+        if memory and (manifest.memory.kind != "none" or memory_dir is not None):
+            self.memory = Memory(open_bank(folder, manifest, memory_dir), manifest, self.prompt, self._key)
+            self._open_connector()
 
     def __enter__(self) -> Model:
         return self
@@ -145,12 +158,14 @@ class Model:
             visual, *keys = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
         encoded = time.perf_counter()
         key = keys[0][0] if keys else None
-        found = self._retrieve(key) if memories is None else tuple(memories)
+        generation, found = None, tuple(memories or ())
+        if memories is None and key is not None and self.memory is not None:
+            generation, found = self.memory.generation, self.memory.nearest(key)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
         timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
-        return EncodedImage(visual[0], key, found, tokens, timings)
+        return EncodedImage(visual[0], key, found, tokens, timings, generation)
 
     def ask(self, image: ImageLike | EncodedImage, question: str, *, max_new_tokens: int | None = None) -> Answer:
         """Answer a question about a picture, greedily.
@@ -182,7 +197,7 @@ class Model:
     def answer_embeddings(self, image: EncodedImage, question: str, answer: str) -> tuple[Float, npt.NDArray[np.int64]]:
         """What `answer_logits` gives to the language model, (T, D) float32, and the answer's token ids (A,)."""
         ids = np.array(self.prompt.answer(question, answer), np.int64)
-        embeddings = np.concatenate([self._prefix(image, question), self._decoder.embed(ids[:-1])])
+        embeddings = np.concatenate([self._prefix(self._renewed(image), question), self._decoder.embed(ids[:-1])])
         self._fit(len(embeddings))
         return embeddings, ids
 
@@ -196,7 +211,7 @@ class Model:
     def _pieces(self, image: ImageLike | EncodedImage, question: str, limit: int) -> Generator[str, None, Answer]:
         started = time.perf_counter()
         self.prompt.question(question)  # refuse an empty question before the work on the picture
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        encoded = self._renewed(image) if isinstance(image, EncodedImage) else self.encode(image)
         prefix = self._prefix(encoded, question)
         limit = min(limit, self._fit(len(prefix) + 1) - len(prefix))
         cache = self._decoder.new_cache(len(prefix) + limit)
@@ -246,11 +261,20 @@ class Model:
             )
         return size
 
-    def _retrieve(self, key: Float | None) -> tuple[Entry, ...]:
-        settings = self.manifest.memory
-        if self.memory is None or key is None:
-            return ()
-        return self.memory.search(key, settings.k, floor=settings.floor)
+    def _key(self, image: ImageLike | EncodedImage) -> Float:
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image, memories=())
+        if encoded.key is None:
+            raise InputError("image: it was encoded by a bundle without a memory; encode it with this one")
+        return encoded.key
+
+    def _renewed(self, image: EncodedImage) -> EncodedImage:
+        """`image` with its memories retrieved again, if the memory has changed since."""
+        memory = self.memory
+        if memory is None or image.key is None or image.generation in (None, memory.generation):
+            return image
+        generation = memory.generation
+        found = memory.nearest(image.key)
+        return replace(image, memories=found, memory_tokens=self.memory_tokens(found), generation=generation)
 
     def memory_tokens(self, entries: Sequence[Entry]) -> Float:
         """Memory tokens (M, D) of retrieved entries."""
@@ -276,22 +300,12 @@ class Model:
             "similarity": np.repeat(np.array([e.similarity for e in entries], np.float32), lengths),
         }
 
-    def _open_memory(self) -> None:
+    def _open_connector(self) -> None:
         settings = self.manifest.memory
-        bank = Bank(inside(self.folder, MEMORY_DIR))
-        found = (bank.manifest.kind, bank.manifest.key_dim, bank.manifest.fingerprint)
-        sizes = (bank.manifest.latents, bank.manifest.latent_dim, bank.manifest.vocab_size)
-        expected_sizes = (settings.latents, settings.latent_dim, self.manifest.decoder.vocab_size)
-        if found != (settings.kind, settings.key_dim, settings.fingerprint) or sizes != expected_sizes:
-            raise BundleError(
-                f"{bank.folder}: holds {found[0]} under keys of encoder {found[2][:12]}, the bundle reads "
-                f"{settings.kind} of {settings.fingerprint[:12]}; use the bank made with this bundle"
-            )
         self._connector = open_session(self.folder / str(settings.file), threads=1)
         value_dim = settings.latent_dim if settings.kind == "latents" else self.manifest.decoder.width
         shapes = {"values": [value_dim], "rank": [], "similarity": [], "memory_tokens": [self.manifest.decoder.width]}
         check_shapes(self._connector, shapes, self.folder / str(settings.file))
-        self.memory = bank
 
 
 def _ms(start: float, end: float) -> float:

@@ -153,7 +153,7 @@ def _bank_values(checkpoint: Checkpoint) -> Values | None:
     if bank is None:
         return None
     values = [bank.entry(row).value for row in range(len(bank))]
-    if bank.manifest.kind == "latents":
+    if bank.manifest.spec.kind == "latents":
         return Values([()] * len(values), latents=np.stack(values).astype(np.float32))
     return Values([tuple(value.tolist()) for value in values])
 

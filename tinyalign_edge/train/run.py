@@ -19,8 +19,7 @@ from tokenizers import Tokenizer
 from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import InputError
-from tinyalign_edge.memory.search import Neighbours
-from tinyalign_edge.memory.write import Record, write_bank
+from tinyalign_edge.memory import Neighbours, Record, write_bank
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Collate, Example, Rows, Values
 from tinyalign_edge.train.checkpoint import MEMORY, METRICS, SAMPLES, is_checkpoint, save_checkpoint

@@ -1,0 +1,172 @@
+"""Processes that write to a bank and die, run out of disk or compete. For `test_memory_durability.py`.
+
+python -m tests.memory_children crash|full|read-only|add FOLDER ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.banks import contents, files, named_files, teach
+from tinyalign_edge.errors import TinyAlignError
+from tinyalign_edge.memory import Bank, journal
+from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.manifest import write_manifest
+from tinyalign_edge.memory.segment import write_segment
+
+WRITERS = (write_module.append, write_module.commit, write_module.remove, write_module.sweep)
+WRITERS += (journal.append, write_manifest, write_segment)
+CODE = {function.__code__ for function in WRITERS}  # where the folder changes: a process is killed at a line of it
+OPERATIONS = 16
+SECRET = "secret number"
+
+
+def crash(folder: Path, points: str, seed: str) -> None:
+    """Kill writers at random lines of the code that changes a bank, and look at what they leave, `points` times."""
+    write_module.JOURNAL_ENTRIES = 4
+    states = [contents(Bank(folder))]
+    rehearsal = Path(shutil.copytree(folder, folder.with_name("rehearsal")))
+    steps = _operations(random.Random(seed), Bank(rehearsal))
+    for step in steps:
+        step(Bank(rehearsal))
+        states.append(contents(Bank(rehearsal)))
+    lines = _lines_until_the_end(Path(shutil.copytree(folder, folder.with_name("counted"))), steps)
+    rng = random.Random(seed)
+    acknowledged = set()
+    for point in range(int(points)):
+        copy = Path(shutil.copytree(folder, folder.with_name(f"killed-{point}")))
+        done = _run_and_kill(copy, steps, at_line=rng.randrange(1, lines))
+        _check(copy, states[done : done + 2])
+        acknowledged.add(done)
+    print(json.dumps({"points": int(points), "lines": lines, "different_ends": len(acknowledged)}))
+
+
+def _operations(rng: random.Random, bank: Bank) -> list[Callable[[Bank], Any]]:
+    """Additions and removals, the same for every process."""
+    ids, next_id = list(bank.ids), max(bank.ids) + 1
+    steps = list[Callable[[Bank], Any]]()
+    for _ in range(OPERATIONS):
+        if rng.random() < 0.6:
+            steps.append(lambda bank, name=f"{SECRET} {next_id}": teach(bank, name))  # type: ignore[misc]
+            ids, next_id = [*ids, next_id], next_id + 1
+        else:
+            gone = ids.pop(rng.choice([rng.randrange(len(ids)), -1]))
+            steps.append(lambda bank, gone=gone: bank.forget(id=gone))  # type: ignore[misc]
+    return steps
+
+
+def _lines_until_the_end(folder: Path, steps: list[Callable[[Bank], Any]]) -> int:
+    """How many lines of that code all steps run through."""
+    count = 0
+
+    def tracer(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return tracer if frame.f_code in CODE else None
+
+    bank = Bank(folder)
+    sys.settrace(tracer)
+    for step in steps:
+        step(bank)
+    sys.settrace(None)
+    return count
+
+
+def _run_and_kill(folder: Path, steps: list[Callable[[Bank], Any]], *, at_line: int) -> int:
+    """Run the steps in a process that is killed before a line; returns how many it acknowledged."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        left = at_line
+
+        def tracer(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            left -= event == "line"
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return tracer if frame.f_code in CODE else None
+
+        bank = Bank(folder)
+        sys.settrace(tracer)
+        for step in steps:
+            step(bank)
+            os.write(writing, b".")
+        os._exit(1)  # it should have been killed
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        done = len(pipe.read())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    return done
+
+
+def _check(folder: Path, allowed: list[dict[int, Any]]) -> None:
+    """The bank is as after the last acknowledged step or the one under way, and the next writer clears up."""
+    bank = Bank(folder)
+    found = contents(bank)
+    assert found in allowed, (sorted(found), [sorted(state) for state in allowed])
+    bank.forget(text="there is none of this")
+    assert files(folder) == named_files(bank)
+    stored = b"".join(path.read_bytes() for path in folder.iterdir())
+    kept = [entry[0] for entry in found.values()]
+    assert stored.count(SECRET.encode()) == 2 * sum(SECRET in text for text in kept)  # in its text and its source
+    number = teach(bank, "afterwards")
+    assert contents(Bank(folder)) == {**found, number: contents(bank)[number]}
+    shutil.rmtree(folder)
+
+
+def full(folder: Path, limit_bytes: str) -> None:
+    """Add and forget where no file may grow beyond a limit; prints the errors."""
+    bank = Bank(folder)
+    before = contents(bank)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), limits[1]))
+    errors = [_error_of(lambda: teach(bank, "one more")), _error_of(lambda: bank.forget(id=5))]
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(bank) == contents(Bank(folder)) == before
+    assert files(folder) == named_files(bank)
+    print(json.dumps(errors))
+
+
+def read_only(folder: Path) -> None:
+    """Add and forget in a folder without the right to write; prints the errors."""
+    folder.chmod(0o555)
+    if os.geteuid() == 0:  # root writes everywhere, until it gives up its capabilities
+        import ctypes
+
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
+    bank = Bank(folder)
+    print(json.dumps([_error_of(lambda: teach(bank, "one more")), _error_of(lambda: bank.forget(id=5))]))
+
+
+def add(folder: Path, name: str, count: str) -> None:
+    """Add entries, and forget every fifth again."""
+    write_module.JOURNAL_ENTRIES = 7
+    bank = Bank(folder)
+    for i in range(int(count)):
+        number = teach(bank, f"{name} {i}")
+        if i % 5 == 0:
+            assert bank.forget(id=number) == (number,)
+
+
+def _error_of(call: Callable[[], Any]) -> str | None:
+    try:
+        call()
+    except TinyAlignError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    command = {"crash": crash, "full": full, "read-only": read_only, "add": add}[sys.argv[1]]
+    command(Path(sys.argv[2]), *sys.argv[3:])

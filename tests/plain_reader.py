@@ -1,0 +1,67 @@
+"""Reads and searches a memory bank as `docs/memory-format.md` says, with numpy and nothing of the package."""
+
+import hashlib
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+
+def read_bank(folder: Path) -> dict:
+    """{id: (key, value, record)} of all entries."""
+    raw = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(raw)
+    own = manifest["self_sha256"].encode()
+    assert hashlib.sha256(raw.replace(own, b"0" * 64)).hexdigest().encode() == own
+    entries = {}
+    for segment in manifest["segments"]:
+        entries |= read_segment((folder / segment["file"]).read_bytes(), segment, manifest["spec"])
+    if journal := manifest["journal"]:
+        entries |= read_journal((folder / journal["file"]).read_bytes(), journal, manifest["spec"])
+    return entries
+
+
+def read_segment(data: bytes, segment: dict, spec: dict) -> dict:
+    assert hashlib.sha256(data).hexdigest() == segment["sha256"]
+    at, n, latents = 0, segment["count"], spec["kind"] == "latents"
+
+    def section(dtype: str, *shape: int) -> np.ndarray:
+        nonlocal at
+        array = np.frombuffer(data, dtype, int(np.prod(shape)), at).reshape(shape)
+        at += -(-array.nbytes // 64) * 64
+        return array
+
+    ids, scales, keys = section("<u8", n), section("<f4", n), section("i1", n, spec["key_dim"])
+    marks = section("<f4", n, spec["latents"]) if latents else section("<u8", n + 1)
+    values = (
+        section("i1", n, *marks.shape[1:], spec["latent_dim"]) if latents else section("<i4", segment["token_count"])
+    )
+    starts, records = section("<u8", n + 1), section("u1", segment["record_bytes"]).tobytes()
+    entries = {}
+    for i in range(n):
+        value = values[i] * marks[i][:, None] if latents else values[marks[i] : marks[i + 1]]
+        entries[int(ids[i])] = keys[i] * scales[i], value, json.loads(records[starts[i] : starts[i + 1]])
+    return entries
+
+
+def read_journal(data: bytes, journal: dict, spec: dict) -> dict:
+    entries, at, digest, latents = {}, 0, bytes(32), spec["kind"] == "latents"
+    while at < journal["bytes"]:
+        size, number, scale, items = struct.unpack_from("<IQfI", data, at)
+        entry, at = data[at : at + size], at + size + 32
+        digest = hashlib.sha256(digest + entry).digest()
+        assert digest == data[at - 32 : at]
+        ends = np.cumsum([20, spec["key_dim"], 4 * spec["latents"], items * (spec["latent_dim"] if latents else 4)])
+        key, marks, value = (entry[a:b] for a, b in itertools.pairwise(ends))
+        value = np.frombuffer(value, "i1" if latents else "<i4")
+        value = value.reshape(items, -1) * np.frombuffer(marks, "<f4")[:, None] if latents else value
+        entries[number] = np.frombuffer(key, "i1") * np.float32(scale), value, json.loads(entry[ends[-1] :])
+    assert digest.hex() == journal["digest"]
+    return entries
+
+
+def search(entries: dict, query: np.ndarray, k: int) -> list[int]:
+    score = {number: float(key @ query) for number, (key, _, _) in entries.items()}
+    return sorted(score, key=lambda number: (-score[number], number))[:k]

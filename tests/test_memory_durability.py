@@ -1,0 +1,109 @@
+"""A bank survives killed writers, full disks and competing processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.banks import contents, files, make_bank, named_files, teach, unit
+from tests.conftest import ROOT
+from tinyalign_edge.errors import BundleError
+from tinyalign_edge.memory import Bank
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.memory_children", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty sealed entries and two in the journal."""
+    bank = Bank(make_bank(tmp_path / "bank", 40))
+    teach(bank, "first")
+    teach(bank, "second")
+    return bank.folder
+
+
+@pytest.mark.parametrize("points", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_writer_killed_anywhere_leaves_all_it_acknowledged_and_nothing_half(folder: Path, points: int) -> None:
+    result = json.loads(finish(start("crash", folder, points, "seed")))
+    assert result["points"] == points
+    assert result["different_ends"] > 5  # it died early and late
+
+
+def test_bytes_after_what_counts_are_ignored_and_swept_away(folder: Path) -> None:
+    before = contents(Bank(folder))
+    journal = folder / json.loads((folder / "manifest.json").read_text("utf-8"))["journal"]["file"]
+    with journal.open("ab") as file:
+        file.write(b"half an entry that was never acknowledged")
+    (folder / "segment-99-0.bin").write_bytes(b"left by a writer that died")
+    (folder / "manifest.json.new").write_bytes(b"{")
+    bank = Bank(folder)
+    assert contents(bank) == before
+    teach(bank, "third")
+    assert contents(Bank(folder)).keys() == {*before, 42}
+    assert files(folder) == named_files(bank)
+    assert b"half an entry" not in journal.read_bytes()
+
+
+def test_a_journal_that_lost_its_end_is_refused(folder: Path) -> None:
+    journal = folder / json.loads((folder / "manifest.json").read_text("utf-8"))["journal"]["file"]
+    journal.write_bytes(journal.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="cut or changed"):
+        Bank(folder)
+
+
+@pytest.mark.parametrize("full", ["nothing", "journal", "manifest"])
+def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_bank(tmp_path: Path, full: str) -> None:
+    folder = make_bank(tmp_path / "bank", 40)
+    teach(Bank(folder), "first")
+    before = contents(Bank(folder))
+    journal_bytes = Bank(folder).stats().total_bytes - (folder / "segment-1-0.bin").stat().st_size
+    manifest_bytes = (folder / "manifest.json").stat().st_size
+    assert 2 * journal_bytes + 60 < manifest_bytes  # so that the manifest is what does not fit
+    limit_bytes = {"nothing": 0, "journal": journal_bytes + 10, "manifest": manifest_bytes - 20}[full]
+    errors = json.loads(finish(start("full", folder, limit_bytes)))
+    assert all("cannot be written (File too large" in error and "\n" not in error for error in errors)
+    bank = Bank(folder)
+    assert contents(bank) == before
+    teach(bank, "with room again")
+
+
+def test_a_read_only_folder_is_an_error_of_one_line_and_can_still_be_read(folder: Path) -> None:
+    before = contents(Bank(folder))
+    try:
+        errors = json.loads(finish(start("read-only", folder)))
+    finally:
+        folder.chmod(0o755)
+    assert all("cannot be written (Permission denied" in error and "--memory-dir" in error for error in errors)
+    assert contents(Bank(folder)) == before
+
+
+def test_processes_that_add_and_forget_at_once_lose_nothing_while_others_read(folder: Path) -> None:
+    before, reader = contents(Bank(folder)), Bank(folder)
+    writers = [start("add", folder, name, 30) for name in ("left", "right")]
+    seen = set[int]()
+    while any(writer.poll() is None for writer in writers):
+        reader.refresh()
+        now = contents(reader)
+        assert {number: now[number] for number in before} == before
+        assert reader.search(unit(1)[0], 1)
+        seen.add(len(reader))
+    for writer in writers:
+        finish(writer)
+    after = contents(Bank(folder))
+    kept = sorted(entry[0] for number, entry in after.items() if number not in before)
+    assert kept == sorted(f"{name} {i}" for name in ("left", "right") for i in range(30) if i % 5)
+    assert {number: after[number] for number in before} == before
+    assert len(seen) > 2

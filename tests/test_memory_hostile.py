@@ -1,0 +1,146 @@
+"""Damaged and hostile bank folders: refused with our error, or opened with the right content."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.banks import contents, make_bank, reseal, teach, unit
+from tinyalign_edge.errors import TinyAlignError
+from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory import write as write_module
+
+Mutation = Callable[[Path, random.Random], None]
+HOSTILE_NAMES = ("../outside.bin", "/etc/passwd", "", "lock", "manifest.json", "segment-1-0.bin", "a\0b", "x" * 5000)
+HOSTILE_VALUES = (0, -1, 1, 2, 63, 1 << 31, 1 << 40, 1 << 63, 10**300, 1.5, True, None, "1", [], {}, *HOSTILE_NAMES)
+PEAK_BYTES = 16 * 2**20
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two segments and a journal."""
+    before = write_module.JOURNAL_ENTRIES
+    write_module.JOURNAL_ENTRIES = 5
+    bank = Bank(make_bank(tmp_path_factory.mktemp("original") / "bank", 60))
+    for i in range(8):
+        teach(bank, f"new {i}")
+    write_module.JOURNAL_ENTRIES = before
+    stats = bank.stats()
+    assert (stats.segments, stats.journal_entries) == (2, 3)
+    return bank.folder
+
+
+def some_file(folder: Path, rng: random.Random) -> Path:
+    return rng.choice(sorted(path for path in folder.iterdir() if path.name != "lock"))
+
+
+def flip_a_bit(folder: Path, rng: random.Random) -> None:
+    path = some_file(folder, rng)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(folder: Path, rng: random.Random) -> None:
+    path = some_file(folder, rng)
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))])
+
+
+def lengthen(folder: Path, rng: random.Random) -> None:
+    with some_file(folder, rng).open("ab") as file:
+        file.write(rng.randbytes(rng.randrange(1, 300)))
+
+
+def overwrite(folder: Path, rng: random.Random) -> None:
+    path = some_file(folder, rng)
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data))
+    size = min(rng.randrange(1, 200), len(data) - at)
+    data[at : at + size] = rng.choice([bytes(size), rng.randbytes(size)])
+    path.write_bytes(data)
+
+
+def swap(folder: Path, rng: random.Random) -> None:
+    first, second = some_file(folder, rng), some_file(folder, rng)
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+
+
+def replace(folder: Path, rng: random.Random) -> None:
+    """By nothing, a folder, a link to itself kept elsewhere, or a pipe that nobody writes to."""
+    path = some_file(folder, rng)
+    aside = path.rename(folder.parent / f"aside-{path.name}")
+    rng.choice([lambda: None, path.mkdir, lambda: path.symlink_to(aside), lambda: os.mkfifo(path)])()
+
+
+def lie(folder: Path, rng: random.Random) -> None:
+    """One value of the manifest, with the right digest."""
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    places = list(leaves(manifest))
+    parent, key = rng.choice([place for place in places if place[1] != "self_sha256"])
+    value = rng.choice(HOSTILE_VALUES)
+    if not (key == "journal" and value is None) and not (key == "segments" and value == []):  # an older, smaller bank
+        parent[key] = value
+    reseal(folder, manifest)
+
+
+def leaves(value: Any) -> Any:
+    """(container, key) of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield value, key
+        yield from leaves(item)
+
+
+MUTATIONS: tuple[Mutation, ...] = (flip_a_bit, cut, lengthen, overwrite, swap, replace, lie, lie, lie)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_mutated_bank_is_refused_or_has_the_right_content(original: Path, tmp_path: Path, count: int) -> None:
+    whole = Bank(original)
+    expected, query = contents(whole), unit(1, seed=3)[0]
+    nearest = [entry.id for entry in whole.search(query, 5)]
+    rng = random.Random("mutations")
+    refused = 0
+    for number in range(count):
+        mutation = rng.choice(MUTATIONS)
+        folder = Path(shutil.copytree(original, tmp_path / str(number) / "bank"))
+        mutation(folder, rng)
+        tracemalloc.start()
+        try:
+            bank = Bank(folder)
+            found = contents(bank), [entry.id for entry in bank.search(query, 5)]
+            assert found == (expected, nearest), f"{number}: {mutation.__name__}"
+        except TinyAlignError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        finally:
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak_bytes < PEAK_BYTES, f"{number}: {mutation.__name__}"
+        shutil.rmtree(tmp_path / str(number))
+    assert count / 2 < refused < count
+
+
+def test_a_writer_follows_no_link_that_a_stranger_left(original: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "bank"))
+    precious = tmp_path / "precious"
+    precious.write_text("untouched")
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(precious)
+    with pytest.raises(TinyAlignError, match="cannot be written"):
+        teach(Bank(folder), "new")
+    (folder / "lock").unlink()
+    (folder / "manifest.json.new").symlink_to(precious)
+    teach(Bank(folder), "new")
+    assert precious.read_text() == "untouched"

@@ -1,0 +1,133 @@
+"""`tinyalign-edge memory`: look into a bundle's memory, teach it, make it forget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinyalign_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyalign_edge.runtime.memory import Memory
+
+app = typer.Typer(help="Look into a bundle's memory, teach it, make it forget.")
+
+Bundle = Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")]
+Picture = Annotated[Path, typer.Argument(help="A picture.")]
+MemoryDir = Annotated[
+    Path | None, typer.Option(help="A writable folder for the memory; a new one begins as a copy of the bundle's.")
+]
+Neighbours = Annotated[int | None, typer.Option("-k", "--neighbours", help="How many (default: as the model reads).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+@app.command()
+def add(
+    bundle: Bundle,
+    image: Picture,
+    text: Annotated[str, typer.Argument(help="What is to be known about the picture.")],
+    source: Annotated[str | None, typer.Option(help="Where it comes from (default: the picture's path).")] = None,
+    memory_dir: MemoryDir = None,
+    as_json: Json = False,
+) -> None:
+    """Remember a text with a picture."""
+    from tinyalign_edge.report import entry_json
+
+    with _memory_of(bundle, memory_dir) as memory:
+        entry = memory.add(image, text, source=str(image) if source is None else source)
+    shown = {name: value for name, value in entry_json(entry).items() if name != "similarity"}
+    _show(as_json, shown, f"remembered as entry {entry.id}")
+
+
+@app.command()
+def search(
+    bundle: Bundle,
+    image: Picture,
+    neighbours: Neighbours = None,
+    memory_dir: MemoryDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the memory holds of pictures like this one."""
+    from tinyalign_edge.report import entry_json, print_entries
+
+    with _memory_of(bundle, memory_dir) as memory:
+        found = memory.search(image, neighbours)
+    if as_json:
+        print(json.dumps({"memories": [entry_json(entry) for entry in found]}, ensure_ascii=False))
+    else:
+        print_entries(found)
+
+
+@app.command()
+def forget(
+    bundle: Bundle,
+    id: Annotated[int | None, typer.Option(help="The entry's id, as 'search' shows it.")] = None,
+    source: Annotated[str | None, typer.Option(help="All entries of this source.")] = None,
+    text: Annotated[str | None, typer.Option(help="All entries of exactly this text.")] = None,
+    memory_dir: MemoryDir = None,
+    as_json: Json = False,
+) -> None:
+    """Delete entries from every file of the memory."""
+    from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.runtime.memory import open_bank
+
+    wanted = {"--id": id, "--source": source, "--text": text}
+    if sum(given is not None for given in wanted.values()) != 1:
+        raise InputError("memory forget: give one of --id, --source and --text")
+    gone = open_bank(bundle, open_bundle(bundle), memory_dir).forget(id=id, source=source, text=text)
+    if not gone:
+        option, value = next((name, value) for name, value in wanted.items() if value is not None)
+        raise InputError(f"{option} {value}: no entry is of it; 'tinyalign-edge memory search' shows entries")
+    _show(as_json, {"forgotten": list(gone)}, f"forgotten: {len(gone)} ({', '.join(map(str, gone[:20]))})")
+
+
+@app.command()
+def merge(
+    bundle: Bundle,
+    other: Annotated[Path, typer.Argument(help="A memory folder, of another device's bundle for instance.")],
+    memory_dir: MemoryDir = None,
+    as_json: Json = False,
+) -> None:
+    """Take over the entries of another memory of the same encoder."""
+    from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.memory import Bank
+    from tinyalign_edge.runtime.memory import open_bank
+
+    bank = open_bank(bundle, open_bundle(bundle), memory_dir)
+    added = bank.merge(Bank(other))
+    _show(as_json, {"added": len(added), "entries": len(bank)}, f"added: {len(added)}, entries now: {len(bank)}")
+
+
+@app.command()
+def stats(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -> None:
+    """Show how much the memory holds."""
+    from dataclasses import asdict
+
+    from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.report import print_bank
+    from tinyalign_edge.runtime.memory import open_bank
+
+    found = open_bank(bundle, open_bundle(bundle), memory_dir).stats()
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        print_bank(found)
+
+
+@contextmanager
+def _memory_of(bundle: Path, memory_dir: Path | None) -> Iterator[Memory]:
+    from tinyalign_edge.runtime.model import load
+
+    with load(bundle, memory_dir=memory_dir) as model:
+        if model.memory is None:
+            raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
+        yield model.memory
+
+
+def _show(as_json: bool, fields: dict[str, Any], line: str) -> None:
+    print(json.dumps(fields, ensure_ascii=False) if as_json else line)

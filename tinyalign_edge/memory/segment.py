@@ -1,0 +1,57 @@
+"""A sealed file of entries: written once, mapped by readers, never changed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from tinyalign_edge.bundle import FileEntry, check_files, inside
+from tinyalign_edge.errors import BundleError
+from tinyalign_edge.folders import sync
+from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
+from tinyalign_edge.memory.table import Array, Table
+
+
+def write_segment(path: Path, table: Table, spec: BankSpec) -> SegmentEntry:
+    """Write `table` to the new file `path`, down to the disk."""
+    token_count = table.values.size if spec.kind == "tokens" else 0
+    digest, written = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for section in sections(spec, len(table), token_count, table.records.size):
+            array = np.ascontiguousarray(getattr(table, section.name), section.dtype)
+            padding = bytes(aligned(section.bytes) - section.bytes)
+            for data in (array.reshape(-1).view(np.uint8).data, padding):
+                file.write(data)
+                digest.update(data)
+            written += section.bytes + len(padding)
+    sync(path)
+    return SegmentEntry(path.name, written, digest.hexdigest(), len(table), token_count, table.records.size)
+
+
+def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec) -> Table:
+    """Map a segment, once its bytes are the manifest's.
+
+    Raises:
+        BundleError: missing or changed, or its offsets or ids are impossible.
+    """
+    check_files(folder, {entry.file: FileEntry(entry.bytes, entry.sha256)})
+    path = inside(folder, entry.file)
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    arrays = {
+        s.name: data[s.offset : s.offset + s.bytes].view(s.dtype).reshape(s.shape)
+        for s in sections(spec, entry.count, entry.token_count, entry.record_bytes)
+    }
+    table = Table(**arrays)
+    if not np.all(table.ids[1:] > table.ids[:-1]):
+        raise BundleError(f"{path}: its ids do not rise; build the bank again")
+    _check_offsets(path, table.record_offsets, entry.record_bytes)
+    if spec.kind == "tokens":
+        _check_offsets(path, table.value_offsets, entry.token_count)
+    return table
+
+
+def _check_offsets(path: Path, offsets: Array, end: int) -> None:
+    if offsets[0] != 0 or int(offsets[-1]) != end or np.any(offsets[1:] < offsets[:-1]):
+        raise BundleError(f"{path}: its offsets do not fit its sections; build the bank again")

@@ -1,0 +1,144 @@
+"""The memory of an open bundle: what it knows of pictures, and how it is taught and made to forget."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside
+from tinyalign_edge.data import Turn
+from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
+from tinyalign_edge.image import ImageLike
+from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
+from tinyalign_edge.prompt import Prompt
+
+if TYPE_CHECKING:
+    from tinyalign_edge.runtime.model import EncodedImage
+
+Float = npt.NDArray[np.float32]
+
+
+def open_bank(folder: Path, manifest: Manifest, memory_dir: str | Path | None = None) -> Bank:
+    """Open the bank of the bundle `folder`, or the one in `memory_dir`, which begins as a copy of the bundle's.
+
+    Raises:
+        InputError: the bundle has no memory, or `memory_dir` holds something else.
+        BundleError: damaged, hostile, too new, or made with another bundle.
+    """
+    settings = manifest.memory
+    if settings.kind == "none":
+        raise InputError(f"{folder}: this bundle has no memory; train one with --memory tokens")
+    home = inside(folder, MEMORY_DIR)
+    if memory_dir is not None:
+        copy_bank(home, Path(memory_dir))
+        home = Path(memory_dir)
+    bank = Bank(home)
+    spec = bank.manifest.spec
+    found = (spec.kind, spec.key_dim, spec.fingerprint)
+    sizes = (spec.latents, spec.latent_dim, spec.vocab_size)
+    expected_sizes = (settings.latents, settings.latent_dim, manifest.decoder.vocab_size)
+    if found != (settings.kind, settings.key_dim, settings.fingerprint) or sizes != expected_sizes:
+        raise BundleError(
+            f"{bank.folder}: holds {found[0]} under keys of encoder {found[2][:12]}, the bundle reads "
+            f"{settings.kind} of {settings.fingerprint[:12]}; use the bank made with this bundle"
+        )
+    return bank
+
+
+class Memory:
+    """Search, add and forget by picture. Reached as `Model.memory`; safe to use from several threads.
+
+    Changes are seen by the next question in this process, also about pictures that were encoded before, and by other
+    processes after their `refresh`.
+    """
+
+    def __init__(
+        self, bank: Bank, manifest: Manifest, prompt: Prompt, key_of: Callable[[ImageLike | EncodedImage], Float]
+    ) -> None:
+        self.bank = bank
+        self._settings, self._prompt, self._key_of = manifest.memory, prompt, key_of
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    @property
+    def generation(self) -> int:
+        """Rises with every change that this process has seen."""
+        return self.bank.manifest.generation
+
+    def search(
+        self, image: ImageLike | EncodedImage, k: int | None = None, *, floor: float | None = None
+    ) -> tuple[Entry, ...]:
+        """The entries most similar to a picture, most similar first.
+
+        Args:
+            image: as `Model.encode` takes it, or encoded.
+            k: how many; None: as many as the model reads.
+            floor: the least cosine similarity; None: the bundle's, under which the model reads nothing.
+
+        Raises:
+            InputError: not a picture, or `k` below 1.
+        """
+        if k is not None and k < 1:
+            raise InputError(f"k {k}: must be at least 1")
+        return self.nearest(self._key_of(image), k, floor=floor)
+
+    def nearest(self, key: Float, k: int | None = None, *, floor: float | None = None) -> tuple[Entry, ...]:
+        """`search` by a key (key_dim,)."""
+        settings = self._settings
+        return self.bank.search(key, settings.k if k is None else k, floor=settings.floor if floor is None else floor)
+
+    def entry(self, id: int) -> Entry:
+        """Read one entry.
+
+        Raises:
+            InputError: there is none of this id.
+        """
+        return self.bank.entry(id)
+
+    def add(self, image: ImageLike | EncodedImage, text: str, *, source: str = "", time: str | None = None) -> Entry:
+        """Remember a text with a picture. It is on the disk when this returns.
+
+        Args:
+            image: as `Model.encode` takes it, or encoded.
+            text: what is to be known about the picture; the model reads its first `value_tokens` tokens.
+            source: where it comes from, by which it can be forgotten.
+            time: ISO 8601; None: now, in UTC.
+
+        Raises:
+            InputError: not a picture, or the text is empty or too long.
+            UnsupportedError: a memory of latents; new ones need the value encoder, which a bundle does not hold.
+            TinyAlignError: the folder cannot be written; the memory is as it was.
+        """
+        text = text.strip()
+        if not text:
+            raise InputError("text: it is empty; say what is to be remembered")
+        if self._settings.kind == "latents":
+            raise UnsupportedError(
+                f"{self.bank.folder}: a memory of latents cannot be added to, since the bundle does not hold its value "
+                "encoder; train with --memory tokens"
+            )
+        ids = np.array(self._prompt.memory_ids([Turn("", text)], self._settings.value_tokens), np.int32)
+        record = Record(text, source=source, time=_now() if time is None else time)
+        return self.bank.entry(self.bank.add(self._key_of(image), record, value=ids))
+
+    def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
+        """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
+        return self.bank.forget(id=id, source=source, text=text)
+
+    def refresh(self) -> None:
+        """See what other processes have changed."""
+        self.bank.refresh()
+
+    def stats(self) -> BankStats:
+        """Counts and sizes."""
+        return self.bank.stats()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
