@@ -122,7 +122,10 @@ class TorchAnswerer:
         from transformers import GenerationConfig
 
         eos = list(self.checkpoint.config.prompt.eos_token_ids)
-        return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0], do_sample=False)
+        bos = self.checkpoint.language.model.config.bos_token_id  # transformers warns when it has to fill it in
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos[0], do_sample=False
+        )
 
     def _without_answer(self, example: Example) -> Example:
         """The same example with an answer of one token, which the packing drops."""
