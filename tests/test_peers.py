@@ -44,7 +44,7 @@ def test_every_phase_is_measured_and_a_second_run_measures_nothing_anew(measured
     result = measured("smoke-lm")
     assert result["failed"] == []
     phases = {(row["precision"], row["phase"], row["tokens"], row["context"]) for row in result["rows"]}
-    assert phases == {(precision, *column) for precision in ("int8", "fp32") for column in table.COLUMNS}
+    assert phases == {(precision, *column) for precision in ("int8", "int4", "fp32") for column in table.COLUMNS}
     for row in result["rows"]:
         assert len(row["samples"]) == 2
         assert row["median_per_s"] == pytest.approx(np.mean(row["samples"]))
@@ -73,7 +73,7 @@ def test_an_engine_that_computes_another_model_is_reported_and_not_timed(measure
     finally:
         reference.write_bytes(kept)
     assert result["rows"] == []
-    assert [failure["engine"] for failure in result["failed"]] == ["tinyalign-edge int8", "tinyalign-edge fp32"]
+    assert [failure["engine"] for failure in result["failed"]] == ["tinyalign-edge int8", "tinyalign-edge int4", "tinyalign-edge fp32"]
     assert all("computes another model" in failure["why"] for failure in result["failed"])
 
 
