@@ -73,7 +73,11 @@ def test_an_engine_that_computes_another_model_is_reported_and_not_timed(measure
     finally:
         reference.write_bytes(kept)
     assert result["rows"] == []
-    assert [failure["engine"] for failure in result["failed"]] == ["tinyalign-edge int8", "tinyalign-edge int4", "tinyalign-edge fp32"]
+    assert [failure["engine"] for failure in result["failed"]] == [
+        "tinyalign-edge int8",
+        "tinyalign-edge int4",
+        "tinyalign-edge fp32",
+    ]
     assert all("computes another model" in failure["why"] for failure in result["failed"])
 
 
