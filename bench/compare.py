@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from tinyalign_edge.export.measure import log_softmax
+from tinyalign_edge.export.distances import divergences, log_softmax
 from tinyalign_edge.runtime.decoder import Decoder
 
 Floats = NDArray[np.float32]
@@ -34,5 +34,4 @@ def relative_error(actual: Floats, wanted: Floats) -> float:
 
 def divergence(actual: Floats, wanted: Floats) -> float:
     """Mean KL(wanted || actual) over the positions, in nats."""
-    log_p, log_q = log_softmax(wanted), log_softmax(actual)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
+    return float(divergences(log_softmax(wanted), log_softmax(actual)).mean())

@@ -8,7 +8,7 @@ Writes `docs/models.md` and `bench/results/models.json`; takes seconds.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tinyalign_edge.bench.models_encoders import encoder_rows
 from tinyalign_edge.bench.record import RESULTS, record
 from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bundle import DecoderBlock
+from tinyalign_edge.export.card import markdown_table
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.language import export_language
@@ -102,7 +103,9 @@ def language_section() -> tuple[str, dict[str, Any]]:
     left_out = [_measure_left_out(name, feature) for name, features in LEFT_OUT.items() for feature in features]
     parts = [LANGUAGE, _matrix(fused), FUSED_NOTES, TRACED_TEXT, _matrix(traced), LEFT_OUT_TEXT]
     parts.append(
-        _table(("model", "changed", "error"), [(r["model"], r["changed"], f"{r['error']:.2f}") for r in left_out])
+        markdown_table(
+            ("model", "changed", "error"), [(r["model"], r["changed"], f"{r['error']:.2f}") for r in left_out]
+        )
     )
     return "\n".join(parts), {"language_models": fused, "traced_language_models": traced, "left_out": left_out}
 
@@ -122,7 +125,7 @@ def encoder_section() -> tuple[str, dict[str, Any]]:
         for row in rows
     ]
     head = ("encoder", "shown", "visual tokens", "key", "int8 cosine", "fused attention")
-    return f"{ENCODERS}\n{_table(head, cells)}", {"encoders": [asdict(row) for row in rows]}
+    return f"{ENCODERS}\n{markdown_table(head, cells)}\n", {"encoders": [asdict(row) for row in rows]}
 
 
 SECTIONS: tuple[Callable[[], tuple[str, dict[str, Any]]], ...] = (language_section, encoder_section)
@@ -169,12 +172,7 @@ def _matrix(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return _table(head, cells)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, cells) + "\n"
 
 
 if __name__ == "__main__":

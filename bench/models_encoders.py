@@ -15,7 +15,9 @@ import onnxruntime as ort
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tinyalign_edge.bench.compare import relative_error
 from tinyalign_edge.bench.tiny_encoders import ENCODERS, save_encoder
+from tinyalign_edge.export.distances import row_cosines
 from tinyalign_edge.export.encoder import trace_encoder
 from tinyalign_edge.export.fuse import fused_attentions
 from tinyalign_edge.export.plan import Plan
@@ -61,9 +63,9 @@ def compare(name: str, folder: Path, *, side: int | None = None) -> EncoderRow:
     return EncoderRow(
         encoder=name,
         features=ENCODERS[name].features,
-        fp32_error=worst(fp32[0], expected[0]),
-        fp32_key_error=worst(fp32[1], expected[1]),
-        int8_cosine=float(_cosines(int8[0], expected[0]).mean()),
+        fp32_error=relative_error(fp32[0], expected[0]),
+        fp32_key_error=relative_error(fp32[1], expected[1]),
+        int8_cosine=float(row_cosines(*(tokens.reshape(-1, WIDTH) for tokens in (int8[0], expected[0]))).mean()),
         attentions=fused_attentions(graph),
     )
 
@@ -90,16 +92,7 @@ def onnx_outputs(graph: onnx.ModelProto, pictures: npt.NDArray[np.float32]) -> O
     return [np.concatenate(parts) for parts in zip(*single, strict=True)]
 
 
-def worst(found: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32]) -> float:
-    """The largest difference as a share of the largest value."""
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
-
-
 def _torch_outputs(tower: VisionTower, model: AlignModel, pictures: npt.NDArray[np.float32]) -> Outputs:
     with torch.inference_mode():
         grid = patch_features(tower.model, torch.from_numpy(pictures))
         return [model.connector(model.pool(grid)).numpy(), model.key(model.key.regions(grid)).numpy()]
-
-
-def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)), np.float32)

@@ -23,10 +23,10 @@ def write_card(folder: Path, manifest: Manifest, towers: Mapping[str, TowerRef])
         _summary(manifest),
         *_degraded(manifest.gate),
         "## Made of",
-        _table(("", "model", "type", "licence"), _towers(towers)),
+        markdown_table(("", "model", "type", "licence"), _towers(towers)),
         "A licence is what a tower's own files state; it is yours to keep.",
         "## Components",
-        _table(("component", "precision", "bytes"), _components(folder, manifest)),
+        markdown_table(("component", "precision", "bytes"), _components(folder, manifest)),
         *_smoothed(manifest),
         *_given_back(manifest),
         "## Compared with torch",
@@ -94,7 +94,7 @@ def _given_back(manifest: Manifest) -> Iterable[str]:
         return
     yield "In a better format than the rest of their component, because the comparison with torch needs it:"
     rows = [(n.component, f"`{n.node}`", n.format, f"{n.extra_bytes:+,}") for n in manifest.given_back]
-    yield _table(("component", "matrix", "format", "bytes"), rows)
+    yield markdown_table(("component", "matrix", "format", "bytes"), rows)
 
 
 def _gate(gate: GateResult | None) -> Iterable[str]:
@@ -114,9 +114,10 @@ def _gate(gate: GateResult | None) -> Iterable[str]:
     if gate.memory_cosine_mean is not None:
         rows.insert(-1, ("cosine of the memory tokens, mean", f"{gate.memory_cosine_mean:.5f}", ""))
     yield f"{gate.answers} questions, {gate.tokens} tokens of their reference answers."
-    yield _table(("", "", "limit"), rows)
+    yield markdown_table(("", "", "limit"), rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it, without a line break at its end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -17,7 +17,7 @@ from tinyalign_edge.bundle import GateResult
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
-from tinyalign_edge.export.measure import Floats, divergences, log_softmax, row_cosines
+from tinyalign_edge.export.distances import Floats, divergences, log_softmax, row_cosines
 from tinyalign_edge.export.source import MAX_SAMPLES, Reference
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model

@@ -15,10 +15,10 @@ from tinyalign_edge.bundle import Component, GivenBack, Manifest
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.components import Components, write_component
+from tinyalign_edge.export.distances import divergences, log_softmax, row_cosines
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import MAX_KL, MIN_COSINE
 from tinyalign_edge.export.matrices import Floats, Matrix, find_matrices
-from tinyalign_edge.export.measure import divergences, log_softmax, row_cosines
 from tinyalign_edge.export.plan import Plan, Plans, matrix_bytes
 from tinyalign_edge.export.search import search
 from tinyalign_edge.export.sensitivity import Feed, decoder_feed, relative_errors
@@ -79,7 +79,8 @@ class Tuner:
         """What `plans` give back in each component, by node name, with the bytes it takes beyond the base."""
         entries = []
         for component in self._components:
-            plan, matrices = plans.of(component), self._matrices(component)
+            plan = plans.of(component)
+            matrices = self._matrices(component) if plan.given_back else {}
             for name, kind in sorted(plan.given_back.items()):
                 rows, columns = matrices[name].rows, matrices[name].columns
                 extra = matrix_bytes(rows, columns, kind) - matrix_bytes(rows, columns, plan.base)

@@ -32,7 +32,7 @@ from tinyalign_edge.export.vlm_samples import drawn_questions
 from tinyalign_edge.image import image_config, tile_config
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.model import body_name
-from tinyalign_edge.train.pretrained import load_model, load_pretrained, tower_ref
+from tinyalign_edge.train.pretrained import attention_options, load_model, load_pretrained, tower_ref
 
 WHAT = "vision-language model"
 LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -69,8 +69,9 @@ def vlm_source(folder: Path, *, rows: list[Row] | None, chat_template: Path | No
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(f"{WHAT} {folder}: its tokenizer has no fast form (tokenizer.json); convert it first")
     template = find_chat_template(folder, tokenizer, chat_template)
-    _check_config(folder, load_pretrained(AutoConfig, str(folder), WHAT), image, tokenizer)
-    model = _load_whole(kind, folder)
+    settings = load_pretrained(AutoConfig, str(folder), WHAT)
+    _check_config(folder, settings, image, tokenizer)
+    model = _load_whole(kind, folder, attention_options(settings.text_config))
     eye = (LlavaEye if kind is LlavaForConditionalGeneration else Idefics3Eye)(model).eval()
     with torch.inference_mode():
         tokens = eye(torch.zeros(1, 3, image.height, image.width)).shape[1]
@@ -132,11 +133,8 @@ def _read_image(settings: dict[str, Any], where: Path, kind: Any) -> ImageConfig
         ) from None
 
 
-def _load_whole(kind: Any, folder: Path) -> Any:
+def _load_whole(kind: Any, folder: Path, attention: dict[str, str]) -> Any:
     """The model in float32; every weight must come from the folder, and every weight there must be used."""
-    text = load_pretrained(AutoConfig, str(folder), WHAT).text_config
-    capped = getattr(text, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
-    attention = {"attn_implementation": "eager"} if capped else {}
     model, found = load_model(kind, str(folder), WHAT, dtype=torch.float32, **attention)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{WHAT} {folder}: weight {missing[0]!r} is missing; save the whole model again")

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from tinyalign_edge.bench.models_encoders import compare, onnx_outputs, untrained, worst
+from tinyalign_edge.bench.models_encoders import compare, onnx_outputs, relative_error, untrained
 from tinyalign_edge.bench.tiny_encoders import ENCODERS, SIDE, save_encoder
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export import encoder, fuse
@@ -66,7 +66,7 @@ def test_the_fused_graph_equals_the_traced_one(
     assert not any(node.op_type == "Softmax" for node in fused.graph.node)
     assert products(fused) == [name for name in products(traced) if not name.endswith(("self_attn", "attention"))]
     for found, wanted in zip(onnx_outputs(fused, pictures), onnx_outputs(traced, pictures), strict=True):
-        assert worst(found, wanted) < 1e-5
+        assert relative_error(found, wanted) < 1e-5
 
 
 def products(model: onnx.ModelProto) -> list[str]:

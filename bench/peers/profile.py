@@ -2,7 +2,8 @@
 
     python -m tinyalign_edge.bench.peers.profile [--model smollm2-135m] [--tokens 1] [--context 256] [--threads 2]
 
-Profiling makes every node a little slower, the small ones most: the pass without it is given beside.
+Writes `bench/results/profile-TOKENS-at-CONTEXT.json`. Profiling makes every node a little slower, the small ones
+most: the pass without it is given beside.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ import onnxruntime as ort
 
 from tinyalign_edge.bench.peers.engines import edge
 from tinyalign_edge.bench.peers.shapes import LANGUAGE, write_language
+from tinyalign_edge.bench.record import record
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.config import from_json, read_json
 from tinyalign_edge.runtime.decoder import Cache
 
+COMMAND = "python -m tinyalign_edge.bench.peers.profile"
 RUNS = 30
 
 
@@ -43,8 +47,13 @@ def main() -> None:
         pass_milliseconds(folder, options, tokens=given.tokens, context=given.context)
         (trace,) = folder.glob("trace*.json")
         print(f"{given.model} {given.precision}, {given.threads} threads, {given.tokens} tokens at {given.context}")
-        print_shares(json.loads(trace.read_text()))
-        print(f"without profile: {pass_ms:.2f} ms a pass")
+        nodes = node_times(json.loads(trace.read_text()))
+    print_shares(nodes)
+    print(f"without profile: {pass_ms:.2f} ms a pass")
+    options_given = f"--model {given.model} --precision {given.precision} --threads {given.threads}"
+    command = f"{COMMAND} {options_given} --tokens {given.tokens} --context {given.context}"
+    result = {"nodes": [asdict(node) for node in nodes], "ms_without_profile": pass_ms}
+    print(record(f"profile-{given.tokens}-at-{given.context}", command, result))
 
 
 def pass_milliseconds(folder: Path, options: ort.SessionOptions, *, tokens: int, context: int) -> float:
@@ -65,8 +74,18 @@ def pass_milliseconds(folder: Path, options: ort.SessionOptions, *, tokens: int,
     return 1e3 * float(np.median(seconds))
 
 
-def print_shares(events: Iterable[dict[str, Any]]) -> None:
-    """Nodes a pass, milliseconds a pass and share of each kind of node, the largest first."""
+@dataclass(frozen=True)
+class NodeTime:
+    """What the nodes of one kind take in a pass."""
+
+    kind: str
+    nodes: int
+    ms: float
+    share: float  # of all kinds together
+
+
+def node_times(events: Iterable[dict[str, Any]]) -> list[NodeTime]:
+    """The kinds of nodes in onnxruntime's trace of `RUNS` passes, the one that takes longest first."""
     spent: dict[str, float] = defaultdict(float)
     nodes: dict[str, int] = defaultdict(int)
     for event in events:
@@ -75,10 +94,16 @@ def print_shares(events: Iterable[dict[str, Any]]) -> None:
             spent[kind] += event["dur"] / 1e3 / RUNS
             nodes[kind] += 1
     total = sum(spent.values())
+    kinds = sorted(spent, key=lambda kind: -spent[kind])
+    return [NodeTime(kind, nodes[kind] // RUNS, spent[kind], spent[kind] / total) for kind in kinds]
+
+
+def print_shares(nodes: list[NodeTime]) -> None:
+    """Nodes, milliseconds and share of each kind."""
     print(f"{'node':<44}{'nodes':>6}{'ms':>8}{'share':>8}")
-    for kind in sorted(spent, key=lambda kind: -spent[kind]):
-        print(f"{kind:<44}{nodes[kind] / RUNS:>6.0f}{spent[kind]:>8.2f}{spent[kind] / total:>8.1%}")
-    print(f"{'all':<44}{sum(nodes.values()) / RUNS:>6.0f}{total:>8.2f}")
+    for node in nodes:
+        print(f"{node.kind:<44}{node.nodes:>6}{node.ms:>8.2f}{node.share:>8.1%}")
+    print(f"{'all':<44}{sum(node.nodes for node in nodes):>6}{sum(node.ms for node in nodes):>8.2f}")
 
 
 def _kind(operator: str, name: str) -> str:

@@ -68,6 +68,11 @@ def load_pretrained(kind: Any, path: str, what: str, **options: Any) -> Any:
         logging.set_verbosity(told)
 
 
+def attention_options(config: Any) -> dict[str, str]:
+    """How to load a language model so that its attention leaves nothing out: transformers' default drops soft caps."""
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+
+
 def tower_ref(path: str, config: Any) -> TowerRef:
     """Where a loaded tower comes from, the hash of its weights, its kind and licence."""
     folder = _folder(path)

@@ -21,7 +21,14 @@ from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.errors import InputError, UnsupportedError, first_line
 from tinyalign_edge.image import image_config, resized
 from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE
-from tinyalign_edge.train.pretrained import adds_bos, load_config, load_model, load_pretrained, tower_ref
+from tinyalign_edge.train.pretrained import (
+    adds_bos,
+    attention_options,
+    load_config,
+    load_model,
+    load_pretrained,
+    tower_ref,
+)
 from tinyalign_edge.train.settings import TowerRef
 from tinyalign_edge.train.weights import (
     find_file,
@@ -170,8 +177,7 @@ def load_language(path: str) -> LanguageTower:
         )
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"language model {path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size} rows")
-    capped = getattr(config, "attn_logit_softcapping", None)  # which transformers' default attention leaves out
-    options = {"attn_implementation": "eager"} if capped else {}
+    options = attention_options(config)
     if not getattr(config, "max_position_embeddings", None):
         raise UnsupportedError(f"language model {path}: its config names no max_position_embeddings; use one that does")
     model, info = load_model(AutoModelForCausalLM, path, LANGUAGE, dtype=torch.float32, **options)

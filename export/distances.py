@@ -1,4 +1,4 @@
-"""What the exported files compute on a sample, beside what torch or the float32 graphs compute."""
+"""How far apart two models' outputs are: distributions in nats, vectors by their angle."""
 
 from __future__ import annotations
 
