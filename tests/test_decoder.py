@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tinyalign_edge.bench.compare import onnx_logits, relative_error, torch_logits
-from tinyalign_edge.bench.tiny import Tiny, build, random_ids
+from tinyalign_edge.bench.models.compare import onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.tiny import Tiny, build, random_ids
 from tinyalign_edge.bundle import DecoderBlock, Format
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder

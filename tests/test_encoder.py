@@ -13,8 +13,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from tinyalign_edge.bench.models_encoders import compare, onnx_outputs, relative_error, untrained
-from tinyalign_edge.bench.tiny_encoders import ENCODERS, SIDE, save_encoder
+from tinyalign_edge.bench.models.encoders import compare, onnx_outputs, relative_error, untrained
+from tinyalign_edge.bench.models.tiny_encoders import ENCODERS, SIDE, save_encoder
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export import encoder, fuse
 from tinyalign_edge.export.plan import Plan

@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
-from tinyalign_edge.bench.left_out import LEFT_OUT
-from tinyalign_edge.bench.tiny import FUSED, build, random_ids
+from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.left_out import LEFT_OUT
+from tinyalign_edge.bench.models.tiny import FUSED, build, random_ids
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tinyalign_edge.bench.compare import onnx_logits, relative_error, torch_logits
-from tinyalign_edge.bench.tiny import FUSED, build, random_ids
+from tinyalign_edge.bench.models.compare import onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.tiny import FUSED, build, random_ids
 from tinyalign_edge.export.decoder import DECODER_FILE
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.language import export_language

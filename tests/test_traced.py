@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 from tests.towers import save_lm, train_tiny
-from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
-from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
+from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.language import check_language, export_language

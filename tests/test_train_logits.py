@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tinyalign_edge.bench.tiny import FUSED, TRACED, build, random_ids  # noqa: E402
+from tinyalign_edge.bench.models.tiny import FUSED, TRACED, build, random_ids  # noqa: E402
 from tinyalign_edge.train.model import PADDING, SHARED, AlignModel  # noqa: E402
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings  # noqa: E402
 

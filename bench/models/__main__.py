@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign_edge.bench.compare import divergence, onnx_logits, relative_error, torch_logits
-from tinyalign_edge.bench.left_out import LEFT_OUT
-from tinyalign_edge.bench.models_encoders import encoder_rows
+from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.encoders import encoder_rows
+from tinyalign_edge.bench.models.left_out import LEFT_OUT
+from tinyalign_edge.bench.models.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bench.record import RESULTS, record
-from tinyalign_edge.bench.tiny import FUSED, TRACED, Tiny, build, random_ids
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.export.card import markdown_table
 from tinyalign_edge.export.decoder import export_decoder

@@ -15,8 +15,8 @@ import onnxruntime as ort
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyalign_edge.bench.compare import relative_error
-from tinyalign_edge.bench.tiny_encoders import ENCODERS, save_encoder
+from tinyalign_edge.bench.models.compare import relative_error
+from tinyalign_edge.bench.models.tiny_encoders import ENCODERS, save_encoder
 from tinyalign_edge.export.distances import row_cosines
 from tinyalign_edge.export.encoder import trace_encoder
 from tinyalign_edge.export.fuse import fused_attentions
