@@ -41,6 +41,13 @@ ENCODERS: dict[str, TinyEncoder] = {
     "siglip, both towers": TinyEncoder(
         "SiglipModel", "SiglipConfig", SIGLIP, "vision half of a whole SigLIP or SigLIP 2 checkpoint", two_towers=True
     ),
+    "siglip, patches with a rest": TinyEncoder(
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        SIGLIP,
+        "a side that is no multiple of its patches, as so400m/14 at 384",
+        changes={"patch_size": 7},
+    ),
     "clip": TinyEncoder("CLIPVisionModel", "CLIPVisionConfig", CLIP, "class token left out, QuickGelu, center crop"),
     "clip, both towers": TinyEncoder(
         "CLIPModel", "CLIPConfig", CLIP, "vision half of a whole CLIP checkpoint", two_towers=True

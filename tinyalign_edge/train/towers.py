@@ -130,7 +130,8 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     Class and register tokens are left out.
 
     Raises:
-        UnsupportedError: the encoder gives no patch features, or the picture does not divide into its patches.
+        UnsupportedError: the encoder gives no patch features, or the picture does not divide into its patches (the
+            encoder's own size may leave a rest, which it does not see: SigLIP-so400m/14 has 384 pixels a side).
     """
     output = model(pixel_values=pixel_values, **_interpolation(model, pixel_values))
     hidden = getattr(output, "last_hidden_state", None)
@@ -140,10 +141,10 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
         return hidden.permute(0, 2, 3, 1)
     batch, tokens, channels = hidden.shape
     patch = getattr(getattr(model, "config", None), "patch_size", None)
-    if patch and (pixel_values.shape[2] % patch or pixel_values.shape[3] % patch):
+    sides = tuple(pixel_values.shape[2:])
+    if patch and any(side % patch for side in sides) and sides != _own_sides(model):
         raise UnsupportedError(
-            f"{pixel_values.shape[2]} x {pixel_values.shape[3]} pixels do not divide into patches of {patch}; "
-            "choose a multiple"
+            f"{sides[0]} x {sides[1]} pixels do not divide into patches of {patch}; choose a multiple"
         )
     height = pixel_values.shape[2] // patch if patch else round(tokens**0.5)
     width = pixel_values.shape[3] // patch if patch else round(tokens**0.5)
@@ -155,11 +156,14 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 def _interpolation(model: nn.Module, pixel_values: Tensor) -> dict[str, bool]:
     """Asks an encoder for interpolated positions, where it has to be asked and the picture is not of its own size."""
+    own = tuple(pixel_values.shape[2:]) == _own_sides(model)
+    return {} if own or INTERPOLATE not in inspect.signature(model.forward).parameters else {INTERPOLATE: True}
+
+
+def _own_sides(model: nn.Module) -> tuple[int, ...]:
+    """Height and width that the encoder's config names; () where it names none."""
     own = getattr(getattr(model, "config", None), "image_size", None)
-    sizes = (own, own) if isinstance(own, int) else tuple(own or ())
-    if tuple(pixel_values.shape[2:]) == sizes or INTERPOLATE not in inspect.signature(model.forward).parameters:
-        return {}
-    return {INTERPOLATE: True}
+    return (own, own) if isinstance(own, int) else tuple(own or ())
 
 
 def load_language(path: str) -> LanguageTower:
