@@ -182,7 +182,7 @@ class Bank:
         return is_due(self._snapshot)
 
     def rebuild(self, advance: Callable[[int], object] | None = None) -> int:
-        """Build the graph by which large banks are searched, with all cores. Others read and write meanwhile.
+        """Build the graph by which large banks are searched. Others read and write meanwhile.
 
         It takes minutes for a million entries, so neither `add` nor `merge` does it, and `forget` of an entry that the
         graph holds deletes the graph: all entries are compared then, until this is called.

@@ -67,7 +67,9 @@ def open_graph(folder: Path, entry: GraphEntry, spec: BankSpec, verified: Verifi
 
 
 def build_index(tables: Sequence[Table], spec: BankSpec, advance: Callable[[int], object]) -> Any:
-    """A USearch index of all keys of `tables`, in memory, made with all cores; `advance` is told of entries done.
+    """A USearch index of all keys of `tables`, in memory; `advance` is told of entries done.
+
+    On one core: with several, USearch leaves nodes that no search reaches. So equal keys give equal bytes, too.
 
     Raises:
         UnsupportedError: USearch is not there.
@@ -76,7 +78,7 @@ def build_index(tables: Sequence[Table], spec: BankSpec, advance: Callable[[int]
     for table in tables:
         for start in range(0, len(table), BATCH):
             ids = np.array(table.ids[start : start + BATCH], np.uint64)
-            index.add(ids, np.array(table.keys[start : start + BATCH]))
+            index.add(ids, np.array(table.keys[start : start + BATCH]), threads=1)
             advance(len(ids))
     return index
 

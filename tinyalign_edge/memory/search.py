@@ -63,10 +63,10 @@ def unit_rows(queries: Float) -> Float:
     Raises:
         InputError: one is zero or not finite.
     """
-    lengths = np.sqrt(np.einsum("qd,qd->q", queries, queries, dtype=np.float64))  # (Q,)
+    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)  # (Q,)
     if not np.all(np.isfinite(lengths)) or not np.all(lengths > 0):
         raise InputError("keys: one is zero or not finite; look for a damaged picture or encoder")
-    return (queries / lengths[:, None]).astype(np.float32)
+    return np.asarray(queries / lengths[:, None], np.float32)
 
 
 def no_neighbours(queries: int, k: int) -> Neighbours:
