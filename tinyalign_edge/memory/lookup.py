@@ -12,7 +12,7 @@ from tinyalign_edge.memory.search import Float, Neighbours, Rows, fill, nearest,
 from tinyalign_edge.memory.snapshot import Snapshot
 from tinyalign_edge.memory.table import Array, Table
 
-CANDIDATES = 28  # of the graph, ranked again for each query, beyond k
+CANDIDATES = 12  # of the graph, ranked again for each query, beyond k
 
 
 @dataclass(frozen=True)
