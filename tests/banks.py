@@ -40,9 +40,17 @@ def make_bank(folder: Path, count: int = 300) -> Path:
 
 def teach(bank: Bank, name: str) -> int:
     """Add an entry whose key, value and record follow from its name."""
-    seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
     record = Record(name, source=f"taught {name}", time="2026-01-31T09:30:00Z")
-    return bank.add(unit(1, seed)[0], record, value=tokens_of(seed % 97))
+    return bank.add(key_of(name), record, value=tokens_of(_seed(name) % 97))
+
+
+def key_of(name: str) -> np.ndarray:
+    """The key of what `teach` adds."""
+    return unit(1, _seed(name))[0]
+
+
+def _seed(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
 
 
 def contents(bank: Bank) -> dict[int, tuple[Any, ...]]:
@@ -61,9 +69,7 @@ def files(folder: Path) -> set[str]:
 
 def named_files(bank: Bank) -> set[str]:
     """The names of the files that a bank's manifest says there are."""
-    journal = bank.manifest.journal
-    named = {segment.file for segment in bank.manifest.segments} | {"manifest.json"}
-    return named | ({journal.file} if journal else set())
+    return bank.manifest.files | {"manifest.json"}
 
 
 def reseal(folder: Path, manifest: dict[str, Any]) -> None:

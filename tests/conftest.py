@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def shared(*parts: str) -> Path:
     if not folder.exists():
         pytest.skip(f"{folder} is absent; set TINYALIGN_SHARED to the folder of pretrained weights and data")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Banks opened by tests leave no record in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.banks import contents, files, named_files, teach
+from tests.banks import contents, files, key_of, named_files, teach
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.memory import Bank, journal
+from tinyalign_edge.memory import Bank, graph, journal, rebuild
 from tinyalign_edge.memory import write as write_module
 from tinyalign_edge.memory.manifest import write_manifest
+from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.segment import write_segment
 
 WRITERS = (write_module.append, write_module.commit, write_module.remove, write_module.sweep)
-WRITERS += (journal.append, write_manifest, write_segment)
+WRITERS += (journal.append, write_manifest, write_segment, rebuild.install, graph.write_graph)
 CODE = {function.__code__ for function in WRITERS}  # where the folder changes: a process is killed at a line of it
 OPERATIONS = 16
 SECRET = "secret number"
@@ -33,10 +34,10 @@ SECRET = "secret number"
 
 def crash(folder: Path, points: str, seed: str) -> None:
     """Kill writers at random lines of the code that changes a bank, and look at what they leave, `points` times."""
-    write_module.JOURNAL_ENTRIES = 4
+    write_module.JOURNAL_ENTRIES, rebuild.SWITCH_OVER = 4, 20
     states = [contents(Bank(folder))]
     rehearsal = Path(shutil.copytree(folder, folder.with_name("rehearsal")))
-    steps = _operations(random.Random(seed), Bank(rehearsal))
+    names, steps = _operations(random.Random(seed), Bank(rehearsal))
     for step in steps:
         step(Bank(rehearsal))
         states.append(contents(Bank(rehearsal)))
@@ -46,23 +47,27 @@ def crash(folder: Path, points: str, seed: str) -> None:
     for point in range(int(points)):
         copy = Path(shutil.copytree(folder, folder.with_name(f"killed-{point}")))
         done = _run_and_kill(copy, steps, at_line=rng.randrange(1, lines))
-        _check(copy, states[done : done + 2])
+        _check(copy, states[done : done + 2], names)
         acknowledged.add(done)
     print(json.dumps({"points": int(points), "lines": lines, "different_ends": len(acknowledged)}))
 
 
-def _operations(rng: random.Random, bank: Bank) -> list[Callable[[Bank], Any]]:
-    """Additions and removals, the same for every process."""
+def _operations(rng: random.Random, bank: Bank) -> tuple[list[str], list[Callable[[Bank], Any]]]:
+    """The names of all additions; additions, removals and new graphs, the same for every process."""
     ids, next_id = list(bank.ids), max(bank.ids) + 1
-    steps = list[Callable[[Bank], Any]]()
+    names, steps = list[str](), list[Callable[[Bank], Any]]()
     for _ in range(OPERATIONS):
-        if rng.random() < 0.6:
-            steps.append(lambda bank, name=f"{SECRET} {next_id}": teach(bank, name))  # type: ignore[misc]
+        kind = rng.random()
+        if kind < 0.2:
+            steps.append(lambda bank: bank.rebuild())
+        elif kind < 0.7:
+            names.append(f"{SECRET} {next_id}")
+            steps.append(lambda bank, name=names[-1]: teach(bank, name))  # type: ignore[misc]
             ids, next_id = [*ids, next_id], next_id + 1
         else:
             gone = ids.pop(rng.choice([rng.randrange(len(ids)), -1]))
             steps.append(lambda bank, gone=gone: bank.forget(id=gone))  # type: ignore[misc]
-    return steps
+    return names, steps
 
 
 def _lines_until_the_end(folder: Path, steps: list[Callable[[Bank], Any]]) -> int:
@@ -109,7 +114,7 @@ def _run_and_kill(folder: Path, steps: list[Callable[[Bank], Any]], *, at_line: 
     return done
 
 
-def _check(folder: Path, allowed: list[dict[int, Any]]) -> None:
+def _check(folder: Path, allowed: list[dict[int, Any]], names: list[str]) -> None:
     """The bank is as after the last acknowledged step or the one under way, and the next writer clears up."""
     bank = Bank(folder)
     found = contents(bank)
@@ -119,18 +124,23 @@ def _check(folder: Path, allowed: list[dict[int, Any]]) -> None:
     stored = b"".join(path.read_bytes() for path in folder.iterdir())
     kept = [entry[0] for entry in found.values()]
     assert stored.count(SECRET.encode()) == 2 * sum(SECRET in text for text in kept)  # in its text and its source
+    for name in names:
+        assert (quantize_keys(key_of(name)[None])[0].tobytes() in stored) == (name in kept)
     number = teach(bank, "afterwards")
     assert contents(Bank(folder)) == {**found, number: contents(bank)[number]}
     shutil.rmtree(folder)
 
 
 def full(folder: Path, limit_bytes: str) -> None:
-    """Add and forget where no file may grow beyond a limit; prints the errors."""
+    """Add, forget and build a graph where no file may grow beyond a limit; prints the errors."""
+    rebuild.SWITCH_OVER = 20
     bank = Bank(folder)
     before = contents(bank)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), limits[1]))
-    errors = [_error_of(lambda: teach(bank, "one more")), _error_of(lambda: bank.forget(id=5))]
+    errors = [
+        _error_of(change) for change in (lambda: teach(bank, "one more"), lambda: bank.forget(id=5), bank.rebuild)
+    ]
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(bank) == contents(Bank(folder)) == before
     assert files(folder) == named_files(bank)
@@ -138,7 +148,8 @@ def full(folder: Path, limit_bytes: str) -> None:
 
 
 def read_only(folder: Path) -> None:
-    """Add and forget in a folder without the right to write; prints the errors."""
+    """Add, forget and build a graph in a folder without the right to write; prints the errors."""
+    rebuild.SWITCH_OVER = 20
     folder.chmod(0o555)
     if os.geteuid() == 0:  # root writes everywhere, until it gives up its capabilities
         import ctypes
@@ -146,7 +157,8 @@ def read_only(folder: Path) -> None:
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         assert ctypes.CDLL(None).capset(header, none) == 0
     bank = Bank(folder)
-    print(json.dumps([_error_of(lambda: teach(bank, "one more")), _error_of(lambda: bank.forget(id=5))]))
+    changes = (lambda: teach(bank, "one more"), lambda: bank.forget(id=5), bank.rebuild)
+    print(json.dumps([_error_of(change) for change in changes]))
 
 
 def add(folder: Path, name: str, count: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.banks import contents, make_bank, reseal, teach, unit
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import write as write_module
 
 Mutation = Callable[[Path, random.Random], None]
@@ -26,15 +27,17 @@ PEAK_BYTES = 16 * 2**20
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two segments and a journal."""
-    before = write_module.JOURNAL_ENTRIES
-    write_module.JOURNAL_ENTRIES = 5
+    """Two segments, a journal and a graph."""
+    before = write_module.JOURNAL_ENTRIES, rebuild_module.SWITCH_OVER
+    write_module.JOURNAL_ENTRIES, rebuild_module.SWITCH_OVER = 5, 50
     bank = Bank(make_bank(tmp_path_factory.mktemp("original") / "bank", 60))
     for i in range(8):
         teach(bank, f"new {i}")
-    write_module.JOURNAL_ENTRIES = before
+    bank.rebuild()
+    teach(bank, "newer")
+    write_module.JOURNAL_ENTRIES, rebuild_module.SWITCH_OVER = before
     stats = bank.stats()
-    assert (stats.segments, stats.journal_entries) == (2, 3)
+    assert (stats.segments, stats.journal_entries, stats.graph_entries) == (2, 4, 68)
     return bank.folder
 
 

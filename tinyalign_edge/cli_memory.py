@@ -13,6 +13,7 @@ import typer
 from tinyalign_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from tinyalign_edge.memory import Bank
     from tinyalign_edge.runtime.memory import Memory
 
 app = typer.Typer(help="Look into a bundle's memory, teach it, make it forget.")
@@ -100,11 +101,30 @@ def merge(
 
     bank = open_bank(bundle, open_bundle(bundle), memory_dir)
     added = bank.merge(Bank(other))
+    if bank.graph_due:
+        _rebuild(bank)
     _show(as_json, {"added": len(added), "entries": len(bank)}, f"added: {len(added)}, entries now: {len(bank)}")
 
 
 @app.command()
-def stats(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -> None:
+def rebuild(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -> None:
+    """Build the graph by which a large memory is searched anew; a small one has none."""
+    from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.runtime.memory import open_bank
+
+    bank = open_bank(bundle, open_bundle(bundle), memory_dir)
+    covered = _rebuild(bank)
+    line = f"graph over {covered} entries" if covered else f"{len(bank)} entries are searched faster without a graph"
+    _show(as_json, {"graph_entries": covered, "entries": len(bank)}, line)
+
+
+@app.command()
+def stats(
+    bundle: Bundle,
+    memory_dir: MemoryDir = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again, also unchanged ones.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show how much the memory holds."""
     from dataclasses import asdict
 
@@ -112,7 +132,10 @@ def stats(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -
     from tinyalign_edge.report import print_bank
     from tinyalign_edge.runtime.memory import open_bank
 
-    found = open_bank(bundle, open_bundle(bundle), memory_dir).stats()
+    bank = open_bank(bundle, open_bundle(bundle), memory_dir)
+    if verify:
+        bank.verify()
+    found = bank.stats()
     if as_json:
         print(json.dumps(asdict(found)))
     else:
@@ -127,6 +150,13 @@ def _memory_of(bundle: Path, memory_dir: Path | None) -> Iterator[Memory]:
         if model.memory is None:
             raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
         yield model.memory
+
+
+def _rebuild(bank: Bank) -> int:
+    from tinyalign_edge.progress import progress
+
+    with progress("Building the graph", len(bank)) as advance:
+        return bank.rebuild(advance)
 
 
 def _show(as_json: bool, fields: dict[str, Any], line: str) -> None:

@@ -56,6 +56,10 @@ def print_bank(stats: BankStats) -> None:
             ("texts", megabytes(stats.record_bytes)),
             ("files", f"{megabytes(stats.total_bytes)} in {stats.segments} segments"),
             ("journal", f"{stats.journal_entries} entries"),
+            (
+                "graph",
+                f"{megabytes(stats.graph_bytes)} over {stats.graph_entries} entries" if stats.graph_entries else "none",
+            ),
             ("generation", f"{stats.generation}"),
         ]
     )

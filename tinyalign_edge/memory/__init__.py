@@ -1,9 +1,10 @@
 """The memory bank: a folder of keys, values and texts that is searched, taught and made to forget without torch."""
 
-from tinyalign_edge.memory.bank import Bank, BankStats, Entry
+from tinyalign_edge.memory.bank import Bank, Entry
 from tinyalign_edge.memory.copy import copy_bank
 from tinyalign_edge.memory.record import Record
 from tinyalign_edge.memory.search import Neighbours
+from tinyalign_edge.memory.stats import BankStats
 from tinyalign_edge.memory.write import write_bank
 
 __all__ = ["Bank", "BankStats", "Entry", "Neighbours", "Record", "copy_bank", "write_bank"]

@@ -1,9 +1,9 @@
-"""A bank folder: search it, add to it, forget from it. Every byte is compared with the manifest before it is read."""
+"""A bank folder: search it, add to it, forget from it. No byte is read that was not compared with the manifest."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +15,13 @@ from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.folders import cause
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
+from tinyalign_edge.memory.lookup import nearest_entries
 from tinyalign_edge.memory.merge import check_alike, new_entries
+from tinyalign_edge.memory.rebuild import build, install, is_due
 from tinyalign_edge.memory.record import Record, decode_record
-from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
+from tinyalign_edge.memory.search import Neighbours, quantize_keys
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
+from tinyalign_edge.memory.stats import BankStats, stats_of
 from tinyalign_edge.memory.table import Array, Row, Table
 from tinyalign_edge.memory.write import append, extend, quantize_latents, remove, sweep
 
@@ -36,21 +39,6 @@ class Entry:
     time: str  # UTC in ISO 8601, empty for entries that came with the training data
     similarity: float
     value: npt.NDArray[np.int32] | Float
-
-
-@dataclass(frozen=True)
-class BankStats:
-    """What a bank holds. `entry_bytes` is the mean of key, value and their scales; records are counted apart."""
-
-    entries: int
-    kind: str
-    key_dim: int
-    generation: int
-    segments: int
-    journal_entries: int
-    entry_bytes: float
-    record_bytes: int
-    total_bytes: int
 
 
 class Bank:
@@ -85,12 +73,12 @@ class Bank:
 
     def nearest(self, queries: Float, k: int, *, floor: float = -1.0) -> Neighbours:
         """The ids of the `k` entries most similar to each of `queries` (Q, key_dim), at or above `floor`."""
-        return _nearest(self._snapshot, queries, k, floor)
+        return nearest_entries(self._snapshot, queries, k, floor=floor)
 
     def search(self, query: Float, k: int, *, floor: float = -1.0) -> tuple[Entry, ...]:
         """The entries most similar to one `query` (key_dim,), most similar first."""
         snapshot = self._snapshot
-        found = _nearest(snapshot, query[None], k, floor)
+        found = nearest_entries(snapshot, query[None], k, floor=floor)
         pairs = zip(found.rows[0].tolist(), found.similarity[0].tolist(), strict=True)
         return tuple(self._entry(snapshot, number, similarity) for number, similarity in pairs if number >= 0)
 
@@ -104,22 +92,7 @@ class Bank:
 
     def stats(self) -> BankStats:
         """Counts and sizes."""
-        snapshot = self._snapshot
-        manifest, tables = snapshot.manifest, snapshot.tables
-        columns = ("keys", "key_scales", "values", "value_scales", "value_offsets")
-        entry_bytes = sum(getattr(table, name).nbytes for table in tables for name in columns)
-        journal_bytes = manifest.journal.bytes if manifest.journal else 0
-        return BankStats(
-            entries=manifest.count,
-            kind=manifest.spec.kind,
-            key_dim=manifest.spec.key_dim,
-            generation=manifest.generation,
-            segments=len(manifest.segments),
-            journal_entries=len(snapshot.journal),
-            entry_bytes=entry_bytes / max(1, manifest.count),
-            record_bytes=sum(table.records.nbytes for table in tables),
-            total_bytes=sum(segment.bytes for segment in manifest.segments) + journal_bytes,
-        )
+        return stats_of(self._snapshot)
 
     def refresh(self) -> None:
         """See what other processes have written since.
@@ -129,6 +102,15 @@ class Bank:
         """
         with self._changing:
             self._snapshot = open_snapshot(self.folder, self._snapshot)
+
+    def verify(self) -> None:
+        """Compare every file with the manifest again, also those that have been and are unchanged since.
+
+        Raises:
+            BundleError: one is damaged. A graph is not: it is only not used.
+        """
+        with self._changing:
+            self._snapshot = open_snapshot(self.folder, trusted=False)
 
     def add(self, key: Float, record: Record, *, value: npt.NDArray[np.integer] | Float) -> int:
         """Add an entry; it is on the disk when this returns, and found from then on.
@@ -192,7 +174,38 @@ class Bank:
             tables = new_entries(snapshot, theirs)
             if tables:
                 extend(self.folder, snapshot, tables)
-            return tuple(number for table in tables for number in table.ids.tolist())
+        return tuple(number for table in tables for number in table.ids.tolist())
+
+    @property
+    def graph_due(self) -> bool:
+        """Whether so many entries are outside the graph that `rebuild` would make searches faster."""
+        return is_due(self._snapshot)
+
+    def rebuild(self, advance: Callable[[int], object] | None = None) -> int:
+        """Build the graph by which large banks are searched. Others read and write meanwhile.
+
+        It takes minutes for a million entries, so neither `add` nor `merge` does it, and `forget` of an entry that the
+        graph holds deletes the graph: all entries are compared then, until this is called.
+
+        Args:
+            advance: called with the number of entries done since its last call.
+
+        Returns:
+            How many entries the graph holds; 0 in a bank so small that it is searched faster without one.
+
+        Raises:
+            UnsupportedError: USearch does not load here.
+            TinyAlignError: the folder cannot be written; the bank is as it was.
+        """
+        while True:
+            self.refresh()
+            snapshot = self._snapshot
+            index = build(snapshot, advance or (lambda _: None))
+            if index is None:
+                return 0
+            with self._exclusive() as now:
+                if install(self.folder, now, index, snapshot.manifest.next_id - 1):
+                    return len(index)
 
     @contextmanager
     def _exclusive(self) -> Iterator[Snapshot]:
@@ -218,7 +231,7 @@ class Bank:
 
     def _entry(self, snapshot: Snapshot, number: int, similarity: float) -> Entry:
         for table in snapshot.tables:
-            row = int(np.searchsorted(table.ids, number))
+            row = int(np.searchsorted(table.ids, np.uint64(max(0, number))))
             if row < len(table) and int(table.ids[row]) == number:
                 record, value = self._record(table, row), table.value(row)
                 self._check_value(snapshot.manifest.spec, number, value)
@@ -233,18 +246,6 @@ class Bank:
             raise BundleError(
                 f"{self.folder}: entry {number} holds a token id outside the vocabulary; build the bank again"
             )
-
-
-def _nearest(snapshot: Snapshot, queries: Float, k: int, floor: float) -> Neighbours:
-    ids = [np.full((len(queries), k), -1, np.int64)]
-    similarity = [np.full((len(queries), k), -1.0, np.float32)]
-    for table in snapshot.tables:
-        found = nearest(table.keys, table.key_scales, queries, k, floor=floor)
-        ids.append(np.where(found.rows >= 0, table.ids[found.rows].astype(np.int64), -1))
-        similarity.append(found.similarity)
-    all_ids, scores = np.concatenate(ids, axis=1), np.concatenate(similarity, axis=1)
-    order = np.argsort(np.where(all_ids < 0, np.inf, -scores), axis=1, kind="stable")[:, :k]  # ties: by id
-    return Neighbours(np.take_along_axis(all_ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
 def _matches(record: Record, source: str | None, text: str | None) -> bool:

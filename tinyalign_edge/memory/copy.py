@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from tinyalign_edge.errors import InputError, TinyAlignError
 from tinyalign_edge.folders import cause, sync, temporary_beside
+from tinyalign_edge.memory.layout import GraphEntry
 from tinyalign_edge.memory.manifest import is_bank
-from tinyalign_edge.memory.snapshot import open_snapshot
+from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
 from tinyalign_edge.memory.write import commit
 
 
@@ -29,7 +31,8 @@ def copy_bank(source: Path, target: Path) -> None:
     snapshot = open_snapshot(source)
     temporary = temporary_beside(target)
     try:
-        commit(temporary, snapshot.manifest, [(None, table) for table in snapshot.tables], None)
+        manifest = replace(snapshot.manifest, graph=_copy_graph(source, temporary, snapshot))
+        commit(temporary, manifest, [(None, table) for table in snapshot.tables], None)
         temporary.rename(target)
         sync(target.parent)
     except OSError as error:
@@ -37,3 +40,16 @@ def copy_bank(source: Path, target: Path) -> None:
             raise TinyAlignError(f"{target}: cannot be written ({cause(error)}); nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_graph(source: Path, target: Path, snapshot: Snapshot) -> GraphEntry | None:
+    """Take the graph along where it is whole; what arrives is verified when it is opened."""
+    entry = snapshot.manifest.graph
+    if entry is None or snapshot.graph is None:
+        return None
+    try:
+        shutil.copyfile(source / entry.file, target / entry.file)
+    except FileNotFoundError:  # replaced meanwhile
+        return None
+    sync(target / entry.file)
+    return entry

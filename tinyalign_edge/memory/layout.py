@@ -16,6 +16,7 @@ LOCK = "lock"
 ALIGNMENT_BYTES = 64  # of every section of a segment
 SEGMENT_NAME = re.compile(r"segment-[0-9]{1,19}-[0-9]{1,9}\.bin")
 JOURNAL_NAME = re.compile(r"journal-[0-9]{1,19}\.bin")
+GRAPH_NAME = re.compile(r"graph-[0-9]{1,19}\.usearch")
 
 MAX_ENTRIES = 1 << 31
 MAX_DIM = 1 << 16
@@ -59,6 +60,17 @@ class JournalEntry:
 
 
 @dataclass(frozen=True)
+class GraphEntry:
+    """The USearch graph over the keys of the `count` entries that there were up to the id `last_id`."""
+
+    file: str
+    bytes: int
+    sha256: str
+    count: int
+    last_id: int
+
+
+@dataclass(frozen=True)
 class BankManifest:
     """`manifest.json`: one generation of a bank. What it does not name does not count."""
 
@@ -69,11 +81,18 @@ class BankManifest:
     segments: tuple[SegmentEntry, ...]
     journal: JournalEntry | None
     self_sha256: str  # of this file, with these 64 digits as zeros
+    graph: GraphEntry | None = None  # a cache: searches are right without it
 
     @property
     def count(self) -> int:
         """Number of entries."""
         return sum(segment.count for segment in self.segments) + (self.journal.count if self.journal else 0)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all files of this generation, the manifest apart."""
+        others = (self.journal, self.graph)
+        return {segment.file for segment in self.segments} | {other.file for other in others if other}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tinyalign_edge.config import from_versioned, parse_json, read_small, to_jso
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import (
+    GRAPH_NAME,
     JOURNAL_NAME,
     MANIFEST,
     MAX_COUNTER,
@@ -72,7 +73,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> None:
 
 def _problem(manifest: BankManifest) -> str | None:
     """What is impossible about its numbers and names, so that no later step has to doubt them."""
-    spec, journal = manifest.spec, manifest.journal
+    spec, journal, graph = manifest.spec, manifest.journal, manifest.graph
     latents = (spec.latents, spec.latent_dim)
     within = {
         "generation": 0 < manifest.generation < MAX_COUNTER,
@@ -83,6 +84,7 @@ def _problem(manifest: BankManifest) -> str | None:
         "latents": latents == (0, 0) if spec.kind == "tokens" else all(0 < size <= MAX_DIM for size in latents),
         "vocab_size": 0 < spec.vocab_size < MAX_ENTRIES,
         "journal": journal is None or (0 < journal.count <= journal.bytes <= MAX_JOURNAL_BYTES),
+        "graph": graph is None or (0 < graph.count <= graph.last_id + 1 <= manifest.next_id and graph.bytes > 0),
     }
     for what, good in within.items():
         if not good:
@@ -92,6 +94,8 @@ def _problem(manifest: BankManifest) -> str | None:
         return f"the names of its segments ({', '.join(names)!r:.80}) are not those of a bank"
     if journal and not JOURNAL_NAME.fullmatch(journal.file):
         return f"the name of its journal ({journal.file!r:.80}) is not that of a bank"
+    if graph and not GRAPH_NAME.fullmatch(graph.file):
+        return f"the name of its graph ({graph.file!r:.80}) is not that of a bank"
     for s in manifest.segments:
         last = sections(spec, s.count, s.token_count, s.record_bytes)[-1]
         if s.bytes != aligned(last.offset + last.bytes):

@@ -1,7 +1,7 @@
-"""Exact nearest neighbours over int8 keys: USearch finds candidates, a float32 pass ranks them.
+"""Exact nearest neighbours over int8 keys, with numpy alone.
 
-USearch compares int8 rows; the ranking uses the dequantised keys, orders ties by row, and applies the floor,
-which USearch ignores in Python.
+A float32 pass over blocks of keys finds every row that can be among the best; those are ranked in float64 and rounded
+to float32, so that equal keys have equal similarities wherever they lie, and ties come in row order.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime  # noqa: F401  before usearch: importing onnxruntime 1.32 after it ends in SIGSEGV
-from usearch.compiled import MetricKind
-from usearch.index import search
 
 from tinyalign_edge.errors import InputError
 
-CANDIDATES = 32  # ranked again for each query, beyond k
+BLOCK_ROWS = 4096  # turned into float32 at once: they stay in the processor's cache
+BATCH_SCORES = 1 << 24  # of several queries, held at once
+GROUP = 64  # rows whose maximum stands for them when the best are looked for
 
 Float = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """For each query the rows of its neighbours, most similar first; row -1 and similarity -1 where there is none."""
 
-    rows: npt.NDArray[np.int64]  # (Q, K); of a bank: ids
+    rows: Rows  # (Q, K); of a bank: ids
     similarity: Float  # (Q, K), cosine
 
 
@@ -42,21 +42,72 @@ def quantize_keys(keys: Float) -> tuple[npt.NDArray[np.int8], Float]:
 
 
 def nearest(keys: npt.NDArray[np.int8], scales: Float, queries: Float, k: int, *, floor: float = -1.0) -> Neighbours:
-    """The `k` rows of `keys` (E, key_dim) most similar to each of `queries` (Q, key_dim), at or above `floor`."""
-    count = min(k + CANDIDATES, len(keys))
-    rows = np.full((len(queries), k), -1, np.int64)
-    similarity = np.full((len(queries), k), -1.0, np.float32)
-    if count == 0 or k == 0 or len(queries) == 0:
-        return Neighbours(rows, similarity)
-    quantised, _ = quantize_keys(queries)
-    found = search(keys, quantised, count, MetricKind.Cos, exact=True)
-    candidates = np.asarray(found.keys).reshape(len(queries), count).astype(np.int64)
-    for i, query in enumerate(queries):
-        unit = query / np.linalg.norm(query)
-        own = np.sort(candidates[i])  # so that equal similarities come in row order
-        scores = (keys[own].astype(np.float32) @ unit) * scales[own]
-        best = np.argsort(-scores, kind="stable")[:k]
-        best = best[scores[best] >= floor]
-        rows[i, : len(best)] = own[best]
-        similarity[i, : len(best)] = scores[best]
-    return Neighbours(rows, similarity)
+    """The `k` rows of `keys` (E, key_dim) most similar to each of `queries` (Q, key_dim), at or above `floor`.
+
+    Raises:
+        InputError: a query is zero or not finite.
+    """
+    found = no_neighbours(len(queries), k)
+    units = unit_rows(queries)
+    batch = max(1, BATCH_SCORES // max(1, len(keys)))
+    for start in range(0, len(units) if k and len(keys) else 0, batch):
+        scores = _scores(keys, scales, units[start : start + batch])  # (q, E)
+        for i, own in enumerate(scores, start):
+            fill(found, i, *rank(keys, scales, _promising(own, k, keys.shape[1]), units[i], k, floor))
+    return found
+
+
+def unit_rows(queries: Float) -> Float:
+    """`queries` (Q, key_dim) with every row of length 1.
+
+    Raises:
+        InputError: one is zero or not finite.
+    """
+    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)  # (Q,)
+    if not np.all(np.isfinite(lengths)) or not np.all(lengths > 0):
+        raise InputError("keys: one is zero or not finite; look for a damaged picture or encoder")
+    return np.asarray(queries / lengths[:, None], np.float32)
+
+
+def no_neighbours(queries: int, k: int) -> Neighbours:
+    """Empty places for `k` neighbours of each query."""
+    return Neighbours(np.full((queries, k), -1, np.int64), np.full((queries, k), -1.0, np.float32))
+
+
+def fill(found: Neighbours, query: int, rows: Rows, similarity: Float) -> None:
+    """Write the neighbours of one query into its places."""
+    found.rows[query, : len(rows)] = rows
+    found.similarity[query, : len(rows)] = similarity
+
+
+def similarities(keys: npt.NDArray[np.int8], scales: Float, rows: Rows, unit: Float) -> Float:
+    """The cosines of some `rows` of `keys` (E, key_dim) with a query of length 1."""
+    exact: npt.NDArray[np.float64] = (keys[rows].astype(np.float64) @ unit.astype(np.float64)) * scales[rows]
+    return np.asarray(exact, np.float32)
+
+
+def rank(
+    keys: npt.NDArray[np.int8], scales: Float, rows: Rows, unit: Float, k: int, floor: float
+) -> tuple[Rows, Float]:
+    """The `k` best of some rising `rows` and their similarities."""
+    scores = similarities(keys, scales, rows, unit)
+    best = np.argsort(-scores, kind="stable")[:k]
+    best = best[scores[best] >= floor]
+    return rows[best], scores[best]
+
+
+def _scores(keys: npt.NDArray[np.int8], scales: Float, units: Float) -> Float:
+    scores = np.empty((len(units), len(keys)), np.float32)
+    for start in range(0, len(keys), BLOCK_ROWS):
+        block = keys[start : start + BLOCK_ROWS].astype(np.float32)
+        np.matmul(units, block.T, out=scores[:, start : start + BLOCK_ROWS])
+    scores *= scales
+    return scores
+
+
+def _promising(scores: Float, k: int, key_dim: int) -> Rows:
+    """The rows that can be among the best `k`, given what float32 may have lost in a sum of `key_dim` products."""
+    count = len(scores) // GROUP
+    sample = scores[: count * GROUP].reshape(GROUP, count).max(axis=0) if count >= k else scores
+    least = np.partition(sample, -k)[-k] if len(sample) >= k else np.float32(-2)
+    return np.flatnonzero(scores >= least - (key_dim + 2) * np.finfo(np.float32).eps)

@@ -12,6 +12,7 @@ from tinyalign_edge.errors import BundleError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
 from tinyalign_edge.memory.table import Array, Table
+from tinyalign_edge.memory.verified import VerifiedFiles
 
 
 def write_segment(path: Path, table: Table, spec: BankSpec) -> SegmentEntry:
@@ -30,26 +31,36 @@ def write_segment(path: Path, table: Table, spec: BankSpec) -> SegmentEntry:
     return SegmentEntry(path.name, written, digest.hexdigest(), len(table), token_count, table.records.size)
 
 
-def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec) -> Table:
-    """Map a segment, once its bytes are the manifest's.
+def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec, verified: VerifiedFiles) -> Table:
+    """Map a segment, once its bytes are the manifest's, or were and have not changed since.
 
     Raises:
-        BundleError: missing or changed, or its offsets or ids are impossible.
+        BundleError: missing or changed, or its offsets, ids or scales are impossible.
     """
-    check_files(folder, {entry.file: FileEntry(entry.bytes, entry.sha256)})
     path = inside(folder, entry.file)
+    known = verified.holds(path, (entry, spec))
+    if not known:
+        check_files(folder, {entry.file: FileEntry(entry.bytes, entry.sha256)})
     data = np.asarray(np.memmap(path, np.uint8, "r"))
     arrays = {
         s.name: data[s.offset : s.offset + s.bytes].view(s.dtype).reshape(s.shape)
         for s in sections(spec, entry.count, entry.token_count, entry.record_bytes)
     }
     table = Table(**arrays)
+    if not known:
+        _check(path, table, entry, spec)
+        verified.add(path, (entry, spec))
+    return table
+
+
+def _check(path: Path, table: Table, entry: SegmentEntry, spec: BankSpec) -> None:
     if not np.all(table.ids[1:] > table.ids[:-1]):
         raise BundleError(f"{path}: its ids do not rise; build the bank again")
+    if not np.all(np.isfinite(table.key_scales)):
+        raise BundleError(f"{path}: a key is not finite; build the bank again")
     _check_offsets(path, table.record_offsets, entry.record_bytes)
     if spec.kind == "tokens":
         _check_offsets(path, table.value_offsets, entry.token_count)
-    return table
 
 
 def _check_offsets(path: Path, offsets: Array, end: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory import journal
+from tinyalign_edge.memory.graph import Graph, open_graph
 from tinyalign_edge.memory.layout import BankManifest
 from tinyalign_edge.memory.manifest import read_manifest
 from tinyalign_edge.memory.segment import open_segment
 from tinyalign_edge.memory.table import Table, concat, from_rows
+from tinyalign_edge.memory.verified import VerifiedFiles
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Snapshot:
     manifest: BankManifest
     segments: tuple[Table, ...]
     journal: Table
+    graph: Graph | None
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -27,8 +31,11 @@ class Snapshot:
         return (*self.segments, self.journal) if len(self.journal) else self.segments
 
 
-def open_snapshot(folder: Path, previous: Snapshot | None = None) -> Snapshot:
+def open_snapshot(folder: Path, previous: Snapshot | None = None, *, trusted: bool = True) -> Snapshot:
     """Open the newest generation; what `previous` has verified is neither read nor hashed again.
+
+    Args:
+        trusted: what this user has verified before, and has not changed since, is not hashed again either.
 
     Raises:
         InputError: it is not a bank.
@@ -39,26 +46,30 @@ def open_snapshot(folder: Path, previous: Snapshot | None = None) -> Snapshot:
         if previous and previous.manifest == manifest:
             return previous
         try:
-            return _open(folder, manifest, previous)
+            return _open(folder, manifest, previous, VerifiedFiles(folder, trusted=trusted))
         except (BundleError, OSError):  # a writer may have replaced the files meanwhile
             if read_manifest(folder).generation == manifest.generation:
                 raise
 
 
-def _open(folder: Path, manifest: BankManifest, previous: Snapshot | None) -> Snapshot:
+def _open(folder: Path, manifest: BankManifest, previous: Snapshot | None, verified: VerifiedFiles) -> Snapshot:
     kept = dict(zip(previous.manifest.segments, previous.segments, strict=True)) if previous else {}
     segments = tuple(
-        kept[entry] if entry in kept else open_segment(folder, entry, manifest.spec) for entry in manifest.segments
+        kept[entry] if entry in kept else open_segment(folder, entry, manifest.spec, verified)
+        for entry in manifest.segments
     )
-    snapshot = Snapshot(manifest, segments, _journal(folder, manifest, previous))
+    entries = _journal(folder, manifest, previous)
+    tables = (*segments, entries) if len(entries) else segments
     last = -1
-    for table in snapshot.tables:
+    for table in tables:
         if int(table.ids[0]) <= last:
             raise BundleError(f"{folder}: the ids of its files do not rise; build the bank again")
         last = int(table.ids[-1])
     if last >= manifest.next_id:
         raise BundleError(f"{folder}: holds the id {last}, the next was to be {manifest.next_id}; build the bank again")
-    return snapshot
+    graph = _graph(folder, manifest, tables, previous, verified)
+    verified.save()
+    return Snapshot(manifest, segments, entries, graph)
 
 
 def _journal(folder: Path, manifest: BankManifest, previous: Snapshot | None) -> Table:
@@ -69,3 +80,18 @@ def _journal(folder: Path, manifest: BankManifest, previous: Snapshot | None) ->
     if previous is None or before is None or before.file != entry.file or before.bytes > entry.bytes:
         return journal.read(folder, entry, manifest.spec)
     return concat(previous.journal, journal.read(folder, entry, manifest.spec, after=before))
+
+
+def _graph(
+    folder: Path,
+    manifest: BankManifest,
+    tables: Sequence[Table],
+    previous: Snapshot | None,
+    verified: VerifiedFiles,
+) -> Graph | None:
+    entry = manifest.graph
+    if entry is None or sum(table.first_after(entry.last_id) for table in tables) != entry.count:
+        return None
+    if previous and previous.graph and previous.manifest.graph == entry:
+        return previous.graph
+    return open_graph(folder, entry, manifest.spec, verified)

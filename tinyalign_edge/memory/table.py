@@ -49,6 +49,10 @@ class Table:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first_after(self, id: int) -> int:
+        """The first row whose id is greater than `id`."""
+        return int(np.searchsorted(self.ids, np.uint64(id), side="right"))
+
     def record(self, row: int) -> bytes:
         """The bytes of one record."""
         start, end = self.record_offsets[row : row + 2].tolist()

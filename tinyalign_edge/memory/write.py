@@ -121,13 +121,15 @@ def remove(folder: Path, snapshot: Snapshot, ids: Sequence[int]) -> None:
     if not keep.all():
         parts.append((None, snapshot.journal.take(keep)))
         journal_entry = None
-    commit(folder, snapshot.manifest, [part for part in parts if len(part[1])], journal_entry)
+    manifest = snapshot.manifest
+    if manifest.graph and min(ids) <= manifest.graph.last_id:  # it would hold their keys
+        manifest = replace(manifest, graph=None)
+    commit(folder, manifest, [part for part in parts if len(part[1])], journal_entry)
 
 
 def sweep(folder: Path, manifest: BankManifest) -> None:
     """Remove what interrupted writers left: files that the manifest does not name, bytes that it does not count."""
-    named = {segment.file for segment in manifest.segments}
-    named |= {manifest.journal.file} if manifest.journal else set()
+    named = manifest.files
     left = [path for path in folder.iterdir() if _is_ours(path.name) and path.name not in named]
     for path in left:
         path.unlink()
@@ -173,5 +175,5 @@ def _segment_name(generation: int, number: int) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    patterns = (layout.SEGMENT_NAME, layout.JOURNAL_NAME)
+    patterns = (layout.SEGMENT_NAME, layout.JOURNAL_NAME, layout.GRAPH_NAME)
     return name == TEMPORARY or any(pattern.fullmatch(name) for pattern in patterns)

@@ -32,6 +32,8 @@ def verify(path: Path, *, expect_sha256: str | None = None) -> Verified:
         GateError: this machine computes something else than the exporter's.
     """
     with load(path, expect_sha256=expect_sha256) as model:
+        if model.memory:
+            model.memory.bank.verify()
         probe = run_probe(model)
         entries = len(model.memory) if model.memory else 0
         manifest = model.manifest

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import InputError
-from tinyalign_edge.memory import Neighbours, Record, write_bank
+from tinyalign_edge.memory import Bank, Neighbours, Record, write_bank
+from tinyalign_edge.progress import progress
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Collate, Example, Rows, Values
 from tinyalign_edge.train.checkpoint import MEMORY, METRICS, SAMPLES, is_checkpoint, save_checkpoint
@@ -237,6 +238,10 @@ class _Run:
                 token_ids=None if latents is not None else values.token_ids,
                 latents=latents,
             )
+            bank = Bank(self.out / MEMORY)
+            if bank.graph_due:
+                with progress("Building the graph", len(bank)) as advance:
+                    bank.rebuild(advance)
         write_samples(self.out / SAMPLES, self.held_out_rows, self.rows[:CALIBRATION])
         save_checkpoint(self.out, config, model, self.language.tokenizer_json)
         shutil.rmtree(self.out / STATE, ignore_errors=True)
