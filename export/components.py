@@ -114,7 +114,7 @@ def _memory(source: Source) -> MemoryBlock:
         return MemoryBlock(kind="none")
     settings = source.memory.settings
     return MemoryBlock(
-        kind=settings.kind,
+        kind=settings.bank_kind,
         k=settings.k,
         floor=settings.floor,
         key_dim=settings.key_dim,

@@ -13,12 +13,13 @@ import onnx
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.data import Row
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.encoder import encoder_graph
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, load_checkpoint
 from tinyalign_edge.train.connector import MemoryConnector
+from tinyalign_edge.train.paper import SideBySideConnector
 from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
 from tinyalign_edge.train.settings import MemorySettings, TowerRef
 
@@ -90,9 +91,15 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     Raises:
         InputError: not a checkpoint, a tower cannot be loaded, or there are no calibration samples.
         BundleError: as `load_checkpoint`.
+        UnsupportedError: a memory of the paper's kind.
     """
     checkpoint = load_checkpoint(folder)
     config, connector = checkpoint.config, checkpoint.model.memory_connector
+    if config.memory.key == "fused" or isinstance(connector, SideBySideConnector):
+        raise UnsupportedError(
+            f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
+            "exported; train with --memory tokens or latents and --key picture"
+        )
     calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
     if not calibration:
         raise InputError("no calibration samples in the checkpoint; give --calibration FILE --images DIR")

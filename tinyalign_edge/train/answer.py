@@ -17,7 +17,8 @@ from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
-from tinyalign_edge.train.encode import encode_rows
+from tinyalign_edge.train.encode import Encode, encode_rows
+from tinyalign_edge.train.keys import make_keys, query_texts
 
 BATCH = 32
 
@@ -34,8 +35,8 @@ class Prepared:
 class TorchAnswerer:
     """Answers questions from a checkpoint; greedy, batched."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, encode: Encode = encode_rows) -> None:
+        self.checkpoint, self.encode = checkpoint, encode
         self.collate = Collate(checkpoint.config.memory, _bank_values(checkpoint))
 
     def prepare(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Prepared:
@@ -43,9 +44,9 @@ class TorchAnswerer:
         if memory == "shuffled" and self.checkpoint.bank is None:
             raise InputError("--shuffle-memory: this model has no memory")
         ck = self.checkpoint
-        seen = encode_rows(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
-        with torch.inference_mode():
-            keys = ck.model.key(torch.from_numpy(seen.regions)).numpy()
+        seen = self.encode(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
+        asked = query_texts(rows, ck.prompt, ck.config.memory.value_tokens)
+        keys = make_keys(ck.model, seen, asked)
         near = self._neighbours(rows, keys, memory)
         examples = []
         for i, row in enumerate(rows):
