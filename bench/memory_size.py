@@ -89,9 +89,9 @@ def main() -> None:
             write_json(part, run_arm(ARMS[name], given.out, eye))
     parts = {name: given.out / f"{name}.json" for name in ARMS}
     if all(part.is_file() for part in parts.values()):
-        result = {"steps": STEPS, "arms": {name: read_json(part) for name, part in parts.items()}}
-        print(record("memory_size", COMMAND, result))
-        print(table(result["arms"]))
+        arms = {name: read_json(part) for name, part in parts.items()}
+        print(record("memory_size", COMMAND, {"steps": STEPS, "arms": arms}))
+        print(table(arms))
 
 
 class Eye:

@@ -28,7 +28,7 @@ from tinyalign_edge.train.keys import examples_of, training_keys
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import Retrieved, retrieve
-from tinyalign_edge.train.paper import LATENT_DIM, LATENTS
+from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
 from tinyalign_edge.train.samples import write_samples
 from tinyalign_edge.train.settings import (
     SCHEMA_VERSION,
@@ -190,7 +190,7 @@ class _Run:
         )
         if settings.key == "fused" and options.key_dim:
             raise InputError(
-                f"--key-dim {options.key_dim}: a fused key has the width {connector.width} of the language model; leave it out"
+                f"--key-dim {options.key_dim}: a fused key has the width {connector.width}, as the LM; leave it out"
             )
         widest = connector.feature_dim * options.key_grid**2
         return replace(
@@ -282,6 +282,10 @@ def _check(options: TrainOptions) -> None:
         if value is not None and value < 1:
             option = "neighbours" if name == "k" else name.replace("_", "-")
             raise InputError(f"--{option} {value}: must be at least 1")
+    if options.latent_dim and options.latent_dim % HEADS:
+        raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
+    if options.key == "fused" and options.memory == "none":
+        raise InputError("--key fused: there is no key with --memory none; leave it out")
     if not 0 < options.learning_rate < 10:
         raise InputError(f"--learning-rate {options.learning_rate}: must be above 0 and below 10")
     if not 0 <= options.seed < 1 << 32:
