@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinyalign_edge.bundle import GateResult
-from tinyalign_edge.data import Row
+from tinyalign_edge.data import Row, Turn
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
 from tinyalign_edge.export.distances import Floats, divergences, log_softmax, row_cosines
@@ -86,9 +86,9 @@ class Gate:
         tally.visual_cosine += row_cosines(self._torch.visual_tokens(example), image.visual_tokens).tolist()
         tally.memory_cosine += row_cosines(own_image.memory_tokens, image.memory_tokens).tolist()
         latents = self._torch.latents(example, answer)
-        if latents is not None and exported.memory is not None:
-            _, made = exported.memory.key_and_value(image, answer)
-            tally.value_cosine += row_cosines(latents.reshape(1, -1), made.reshape(1, -1).astype(np.float32)).tolist()
+        if latents is not None:
+            made = np.asarray(exported.values.make(image.features, [Turn("", answer)]), np.float32)
+            tally.value_cosine += row_cosines(latents.reshape(1, -1), made.reshape(1, -1)).tolist()
 
 
 def _result(tally: _Tally, answers: int) -> GateResult:

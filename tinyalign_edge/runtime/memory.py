@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest, MemoryBlock, inside
+from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.image import ImageLike
 from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
@@ -118,23 +119,12 @@ class Memory:
             TinyAlignError: the folder cannot be written; the memory is as it was.
         """
         text = text.strip()
-        key, value = self.key_and_value(image, text)
-        record = Record(text, source=source, time=_now() if time is None else time)
-        return self.bank.entry(self.bank.add(key, record, value=value))
-
-    def key_and_value(self, image: ImageLike | EncodedImage, text: str) -> tuple[Float, npt.NDArray[np.int32] | Float]:
-        """What an entry of a picture and a text is found by and what it says; nothing is written.
-
-        Returns:
-            the key (key_dim,) of unit length, and the value: token ids (T,) or latents (L, latent_dim) float32.
-
-        Raises:
-            InputError: not a picture, or the text is empty.
-        """
-        if not text.strip():
+        if not text:
             raise InputError("text: it is empty; say what is to be remembered")
         encoded = self._encode(image)
-        return _key(encoded), self._values.make(encoded.features, text.strip())
+        value = self._values.make(encoded.features, [Turn("", text)])
+        record = Record(text, source=source, time=_now() if time is None else time)
+        return self.bank.entry(self.bank.add(_key(encoded), record, value=value))
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""

@@ -127,12 +127,12 @@ class Model:
         check_shapes(self._vision, shapes, folder / vision.file)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
         self._connector: Any = None
+        self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
         self.closed = False
         self.memory: Memory | None = None
         if memory and (manifest.memory.kind != "none" or memory_dir is not None):
             bank = open_bank(folder, manifest, memory_dir)
-            values = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
-            self.memory = Memory(bank, manifest.memory, values, self._encoded)
+            self.memory = Memory(bank, manifest.memory, self.values, self._encoded)
             self._open_connector()
 
     def __enter__(self) -> Model:
@@ -144,7 +144,7 @@ class Model:
     def close(self) -> None:
         """Free weights and maps; using the model afterwards is an InputError."""
         self.closed = True
-        self._vision = self._decoder = self._connector = self.memory = None
+        self._vision = self._decoder = self._connector = self.values = self.memory = None
 
     def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
         """Encode a picture and retrieve its memories.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,20 @@ class ValueMaker:
             }
             check_shapes(self._session, shapes, self._path)
 
-    def make(self, features: Float | None, text: str) -> npt.NDArray[np.int32] | Float:
+    def make(
+        self, features: Float | None, turns: Sequence[Turn], *, limit: int | None = None
+    ) -> npt.NDArray[np.int32] | Float:
         """The value of an entry: token ids (T,) int32 or latents (L, latent_dim) float32, by the memory's kind.
 
         Args:
             features: (N, C) of the picture, as the vision graph gives them; of no effect on token ids.
+            turns: what is to be remembered; a text by itself has no question.
+            limit: the most token ids kept or read; None: the bundle's.
 
         Raises:
             InputError: latents need features, and there are none.
         """
-        ids = np.array(self._prompt.memory_ids([Turn("", text)], self._limit), np.int64)
+        ids = np.array(self._prompt.memory_ids(turns, self._limit if limit is None else limit), np.int64)
         if self._session is None:
             return ids.astype(np.int32)
         if features is None:
