@@ -173,6 +173,18 @@ def test_the_papers_memory_is_trained_saved_and_read_side_by_side(world: Path, t
             np.testing.assert_allclose(made, kept[0].value, atol=np.abs(kept[0].value).max() / 127)
 
 
+def test_latents_of_another_value_encoder_are_told_apart(
+    checkpoints: dict[str, Path], world: Path, towers: Path, tmp_path: Path
+) -> None:
+    shorter = train_tiny(world, towers, tmp_path / "c", steps=1, memory="latents")
+    banks = [Bank(folder / "memory") for folder in (checkpoints["latents"], checkpoints["tokens"], shorter)]
+    fingerprints = [bank.manifest.spec.fingerprint for bank in banks]
+    assert len({*fingerprints}) == 3
+    assert [load_checkpoint(shorter).config.memory.fingerprint] == fingerprints[2:]
+    with pytest.raises(InputError, match="merge banks of one encoder"):
+        banks[0].merge(banks[2])
+
+
 def test_a_fused_key_depends_on_the_question(world: Path, towers: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -147,7 +147,7 @@ class MemoryBlock:
     value_tokens: int = 0  # the most ids kept of one entry's text, or read of it
     latents: int = 0  # "latents": L
     latent_dim: int = 0
-    fingerprint: str = ""  # of the encoder and key projection the bank was built with
+    fingerprint: str = ""  # of the encoder and key projection, and the value encoder of latents
     file: str | None = None
     value_file: str | None = None
 

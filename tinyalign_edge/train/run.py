@@ -40,7 +40,7 @@ from tinyalign_edge.train.settings import (
     TrainSettings,
 )
 from tinyalign_edge.train.towers import LanguageTower, VisionTower, image_settings, load_language, load_vision
-from tinyalign_edge.train.values import encode_values
+from tinyalign_edge.train.values import encode_values, value_fingerprint
 
 STATE = "state"
 RUN = "run.json"
@@ -171,8 +171,7 @@ class _Run:
         collate = Collate(memory, values)
         fit(model, rows, collate, held_out, settings, state=self.out / STATE, metrics=self.out / METRICS,
             resume=resume, label=label)  # fmt: skip
-        self._finish(config, model, keys.entries, values)
-        return config
+        return self._finish(config, model, keys.entries, values)
 
     def _connector_settings(self) -> ConnectorSettings:
         height, width, channels = self.vision.grid
@@ -253,8 +252,10 @@ class _Run:
 
     def _finish(
         self, config: CheckpointConfig, model: AlignModel, keys: npt.NDArray[np.float32], values: Values | None
-    ) -> None:
+    ) -> CheckpointConfig:
         model.eval().cpu()
+        fingerprint = value_fingerprint(config.memory.fingerprint, model)
+        config = replace(config, memory=replace(config.memory, fingerprint=fingerprint))
         shutil.rmtree(self.out / MEMORY, ignore_errors=True)
         if values is not None:
             latents = encode_values(model, values) if config.memory.bank_kind == "latents" else None
@@ -270,6 +271,7 @@ class _Run:
         write_samples(self.out / SAMPLES, self.held_out_rows, self.rows[:CALIBRATION])
         save_checkpoint(self.out, config, model, self.language.tokenizer_json)
         shutil.rmtree(self.out / STATE, ignore_errors=True)
+        return config
 
 
 def _check(options: TrainOptions) -> None:

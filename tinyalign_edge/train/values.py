@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,6 +12,16 @@ from tinyalign_edge.train.batches import Values, pad_texts
 from tinyalign_edge.train.model import AlignModel
 
 BATCH = 64
+
+
+def value_fingerprint(keys: str, model: AlignModel) -> str:
+    """What a bank depends on: the fingerprint of its keys, and of latents also the trained weights they are made by."""
+    if model.value_encoder is None:
+        return keys
+    digest = hashlib.sha256(bytes.fromhex(keys))
+    for weight in model.value_encoder.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode_values(model: AlignModel, values: Values) -> npt.NDArray[np.float32]:
