@@ -72,6 +72,8 @@ def _components(folder: Path, manifest: Manifest) -> list[tuple[str, str, str]]:
     }
     if memory.file is not None:
         named["memory connector", manifest.vision.precision] = [memory.file]
+        if memory.value_file is not None:
+            named["value encoder of the memory", "fp32"] = [memory.value_file]
         bank = folder / MEMORY_DIR
         named["memory bank", memory.key_dtype] = [str(p.relative_to(folder)) for p in bank.rglob("*") if p.is_file()]
     return [
@@ -112,7 +114,13 @@ def _gate(gate: GateResult | None) -> Iterable[str]:
         ("answers equal", f"{gate.answers_equal:.1%}", "reported"),
     ]
     if gate.memory_cosine_mean is not None:
-        rows.insert(-1, ("cosine of the memory tokens, mean", f"{gate.memory_cosine_mean:.5f}", ""))
+        rows.insert(
+            -1, ("cosine of the memory tokens, mean", f"{gate.memory_cosine_mean:.5f}", limits["memory token cosine"])
+        )
+    if gate.value_cosine_mean is not None:
+        rows.insert(
+            -1, ("cosine of new entries' latents, mean", f"{gate.value_cosine_mean:.5f}", limits["value cosine"])
+        )
     yield f"{gate.answers} questions, {gate.tokens} tokens of their reference answers."
     yield markdown_table(("", "", "limit"), rows)
 

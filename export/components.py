@@ -31,6 +31,8 @@ from tinyalign_edge.export.plan import PRECISIONS, Plan, Plans
 from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.export.smooth import Factors
 from tinyalign_edge.export.source import Source
+from tinyalign_edge.export.value_graph import FILE as VALUE_FILE
+from tinyalign_edge.export.value_graph import export_value_encoder
 from tinyalign_edge.train.checkpoint import MEMORY
 
 ENCODER_FILE = "encoder.onnx"
@@ -54,6 +56,8 @@ def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Targe
     if source.memory is not None:
         shutil.copytree(source.memory.folder / MEMORY, folder / MEMORY_DIR)
         write_component(parts, folder, "memory", plans.memory)
+        if source.memory.value_encoder is not None:
+            export_value_encoder(source.memory.value_encoder, folder, visual_tokens=source.visual_tokens)
     write_component(parts, folder, "vision", plans.vision)
     decoder = _write_decoder(parts, folder, plans.decoder)
     longest = min(source.prompt.max_context_tokens, decoder.max_positions)
@@ -68,7 +72,8 @@ def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Targe
             precision=PRECISIONS[plans.vision.base],
             visual_tokens=source.visual_tokens,
             key_dim=source.key_dim,
-            outputs=("visual_tokens", "key") if source.key_dim else ("visual_tokens",),
+            outputs=tuple(output.name for output in parts.encoder.graph.output),
+            feature_dim=source.memory.feature_dim if source.memory else 0,
         ),
         decoder=decoder,
         memory=_memory(source),
@@ -114,13 +119,14 @@ def _memory(source: Source) -> MemoryBlock:
         return MemoryBlock(kind="none")
     settings = source.memory.settings
     return MemoryBlock(
-        kind=settings.kind,
+        kind=settings.bank_kind,
         k=settings.k,
         floor=settings.floor,
         key_dim=settings.key_dim,
-        value_tokens=settings.value_tokens if settings.kind == "tokens" else 0,
+        value_tokens=settings.value_tokens,
         latents=settings.latents if settings.kind == "latents" else 0,
         latent_dim=settings.latent_dim if settings.kind == "latents" else 0,
         fingerprint=settings.fingerprint,
         file=MEMORY_FILE,
+        value_file=None if source.memory.value_encoder is None else VALUE_FILE,
     )

@@ -33,7 +33,8 @@ TESTED = "siglip, clip, dinov2, dinov2_with_registers, vit, mobilenet_v2, convne
 
 
 class _Eye(nn.Module):
-    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D) and `key` (1, key_dim)."""
+    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D), `key` (1, key_dim), and for a value encoder
+    `features` (1, N, C)."""
 
     def __init__(self, vision: nn.Module, model: AlignModel) -> None:
         super().__init__()
@@ -42,11 +43,18 @@ class _Eye(nn.Module):
         self.pooling = nn.Buffer(model.pooling)
         self.connector = model.connector
         self.key = model.key
+        self.sizes = (len(model.pooling), model.connector.up.in_features)
+        self.outputs = ("visual_tokens", "key", *(("features",) if model.value_encoder is not None else ()))
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         grid = patch_features(self.vision, pixel_values)
-        visual = self.connector(self.pooling @ grid.flatten(1, 2))
-        return {"visual_tokens": visual, "key": self.key(self.key.regions(grid))}
+        features = self.pooling @ grid.flatten(1, 2)
+        seen = {
+            "visual_tokens": self.connector(features),
+            "key": self.key(self.key.regions(grid)),
+            "features": features.reshape(-1, *self.sizes),  # fixed sizes: optimum cannot settle others for our input
+        }
+        return {name: seen[name] for name in self.outputs}
 
 
 def encoder_graph(checkpoint: Checkpoint) -> onnx.ModelProto:
@@ -108,7 +116,7 @@ def _fixed_positions(vision: nn.Module, height: int, width: int) -> Iterator[Non
 def _config(eye: _Eye, height: int, width: int) -> Any:
     """optimum's description of the encoder, with our input and outputs in place of its own."""
     config = _constructor(str(eye.config.model_type))(eye.config)
-    outputs = OrderedDict(visual_tokens={0: "B"}, key={0: "B"})
+    outputs = OrderedDict((name, {0: "B"}) for name in eye.outputs)
     pixels = torch.zeros(1, 3, height, width)  # optimum's own would have the size of the encoder's configuration
     ours = {
         "outputs": property(lambda _: outputs),

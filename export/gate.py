@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinyalign_edge.bundle import GateResult
-from tinyalign_edge.data import Row
+from tinyalign_edge.data import Row, Turn
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
 from tinyalign_edge.export.distances import Floats, divergences, log_softmax, row_cosines
@@ -40,6 +40,7 @@ class _Tally:
     nll: list[tuple[float, float]] = field(default_factory=list)  # torch, exported
     visual_cosine: list[float] = field(default_factory=list)
     memory_cosine: list[float] = field(default_factory=list)
+    value_cosine: list[float] = field(default_factory=list)
     equal: list[bool] = field(default_factory=list)
 
 
@@ -84,6 +85,10 @@ class Gate:
         tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
         tally.visual_cosine += row_cosines(self._torch.visual_tokens(example), image.visual_tokens).tolist()
         tally.memory_cosine += row_cosines(own_image.memory_tokens, image.memory_tokens).tolist()
+        latents = self._torch.latents(example, answer)
+        if latents is not None:
+            made = np.asarray(exported.values.make(image.features, [Turn("", answer)]), np.float32)
+            tally.value_cosine += row_cosines(latents.reshape(1, -1), made.reshape(1, -1)).tolist()
 
 
 def _result(tally: _Tally, answers: int) -> GateResult:
@@ -100,6 +105,9 @@ def _result(tally: _Tally, answers: int) -> GateResult:
     memory_cosine = float(np.mean(tally.memory_cosine)) if tally.memory_cosine else None
     if memory_cosine is not None:
         figures["memory token cosine"] = memory_cosine
+    value_cosine = float(np.mean(tally.value_cosine)) if tally.value_cosine else None
+    if value_cosine is not None:
+        figures["value cosine"] = value_cosine
     failures = tuple(filter(None, (_failure(name, value) for name, value in figures.items())))
     return GateResult(
         passed=not failures,
@@ -115,6 +123,7 @@ def _result(tally: _Tally, answers: int) -> GateResult:
         visual_cosine_mean=float(cosines.mean()),
         memory_cosine_mean=memory_cosine,
         answers_equal=float(np.mean(tally.equal)),
+        value_cosine_mean=value_cosine,
     )
 
 
@@ -125,6 +134,7 @@ LIMITS: dict[str, tuple[str, float]] = {
     "NLL change": ("<=", MAX_NLL_CHANGE),
     "visual token cosine": (">=", MIN_COSINE),
     "memory token cosine": (">=", MIN_COSINE),
+    "value cosine": (">=", MIN_COSINE),
 }
 
 

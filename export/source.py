@@ -13,12 +13,12 @@ import onnx
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.data import Row
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.encoder import encoder_graph
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, load_checkpoint
-from tinyalign_edge.train.connector import MemoryConnector
+from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
+from tinyalign_edge.train.connector import MemoryConnector, ValueEncoder
 from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
 from tinyalign_edge.train.settings import MemorySettings, TowerRef
 
@@ -53,6 +53,9 @@ class Reference(Protocol):
     def memories(self, example: Any) -> tuple[Entry, ...]:
         """The memories that the language model reads."""
 
+    def latents(self, example: Any, text: str) -> Floats | None:
+        """What the value encoder makes of the row's picture and a text, (L, latent_dim); None without one."""
+
 
 @dataclass(frozen=True)
 class SourceMemory:
@@ -61,6 +64,12 @@ class SourceMemory:
     folder: Path
     settings: MemorySettings
     connector: MemoryConnector
+    value_encoder: ValueEncoder | None  # of latents
+
+    @property
+    def feature_dim(self) -> int:
+        """Of the features that the value encoder reads; 0 without one."""
+        return 0 if self.value_encoder is None else self.value_encoder.feature_dim
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,15 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     Raises:
         InputError: not a checkpoint, a tower cannot be loaded, or there are no calibration samples.
         BundleError: as `load_checkpoint`.
+        UnsupportedError: a memory of the paper's kind.
     """
     checkpoint = load_checkpoint(folder)
-    config, connector = checkpoint.config, checkpoint.model.memory_connector
+    config = checkpoint.config
+    if config.memory.key == "fused" or config.memory.kind == "paper":
+        raise UnsupportedError(
+            f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
+            "exported; train with --memory tokens or latents and --key picture"
+        )
     calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
     if not calibration:
         raise InputError("no calibration samples in the checkpoint; give --calibration FILE --images DIR")
@@ -108,8 +123,16 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
         rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
         encoder=lambda: encoder_graph(checkpoint),
         calibration=calibration,
-        memory=None if connector is None else SourceMemory(folder, config.memory, connector),
+        memory=_memory(checkpoint),
     )
+
+
+def _memory(checkpoint: Checkpoint) -> SourceMemory | None:
+    connector, value_encoder = checkpoint.model.memory_connector, checkpoint.model.value_encoder
+    if not isinstance(connector, MemoryConnector):
+        return None
+    encoder = value_encoder if isinstance(value_encoder, ValueEncoder) else None
+    return SourceMemory(checkpoint.folder, checkpoint.config.memory, connector, encoder)
 
 
 def sample_questions(rows: Sequence[Row]) -> list[Row]:

@@ -76,6 +76,9 @@ class VlmReference:
         """None: such a model has no memory."""
         return ()
 
+    def latents(self, example: Question, text: str) -> None:
+        """None: such a model has no memory."""
+
     def answers(self, examples: Sequence[Question]) -> list[str]:
         """Greedy answers; each question is asked once, however often it is wanted."""
         with progress("Asking (torch)", len(examples)) as advance:

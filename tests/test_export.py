@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -253,12 +254,52 @@ def test_logits_that_are_not_numbers_fail_the_gate() -> None:
     assert not _failure("mean KL", 0.005)
 
 
-def test_a_memory_of_latents_is_searched_but_says_that_it_cannot_be_added_to(
-    bundles: dict[str, Path], world: Path
+def test_an_added_entry_is_what_training_would_have_written(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], world: Path, tmp_path: Path
 ) -> None:
-    picture = next((world / "images").glob("*.png"))
-    with ta.load(bundles["latents"]) as model:
-        assert model.memory is not None
-        assert model.memory.search(picture)
-        with pytest.raises(ta.UnsupportedError, match=r"does not hold its value encoder; train with --memory tokens"):
-            model.memory.add(picture, "a large red circle.")
+    export(checkpoints["latents"], tmp_path / "fp32", FP32)
+    shutil.copytree(bundles["latents"], tmp_path / "int8")
+    rows = {row.id: row for row in read_rows(world / "train.json", world)}
+    for precision, cosine in (("fp32", 0.99999), ("int8", 0.999)):
+        with ta.load(tmp_path / precision) as model:
+            assert model.memory is not None
+            bank = model.memory.bank
+            for written in [bank.entry(number) for number in bank.ids[:8]]:
+                row = rows[written.source]
+                added = model.memory.add(row.path, written.text)
+                assert {added.id, written.id} == {entry.id for entry in model.memory.search(row.path, 2)}
+                length = np.linalg.norm(added.value) * np.linalg.norm(written.value)
+                assert added.value.ravel() @ written.value.ravel() >= cosine * length
+                if precision == "fp32":
+                    step = np.abs(written.value).max(axis=1, keepdims=True) / 127
+                    assert np.all(np.abs(added.value - written.value) <= 1.02 * step)
+
+
+def test_the_value_encoder_is_part_of_the_gate(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = open_bundle(bundles["latents"]).gate
+    assert found is not None
+    assert found.value_cosine_mean is not None
+    assert found.value_cosine_mean >= 0.999
+    honest = components.export_value_encoder
+
+    def broken(encoder: Any, folder: Path, **options: Any) -> None:
+        honest(replace_means(encoder), folder, **options)
+
+    def replace_means(encoder: Any) -> Any:
+        other = copy.deepcopy(encoder)
+        torch.nn.init.normal_(other.compress)
+        return other
+
+    monkeypatch.setattr(components, "export_value_encoder", broken)
+    with pytest.raises(ta.GateError, match=r"value cosine is .* must be >= 0.999"):
+        export(checkpoints["latents"], tmp_path / "b", FP32)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_papers_memory_is_refused_before_any_work(world: Path, towers: Path, tmp_path: Path) -> None:
+    checkpoint = train_tiny(world, towers, tmp_path / "c", steps=1, memory="paper")
+    with pytest.raises(ta.UnsupportedError, match=r"its memory is the paper's .* --memory tokens or latents") as caught:
+        export(checkpoint, tmp_path / "b")
+    assert "\n" not in str(caught.value)

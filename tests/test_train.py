@@ -21,6 +21,7 @@ from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.batches import Example  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
+from tinyalign_edge.train.keys import Keys  # noqa: E402
 from tinyalign_edge.train.neighbours import retrieve  # noqa: E402
 from tinyalign_edge.train.settings import MemorySettings  # noqa: E402
 
@@ -126,13 +127,93 @@ def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:
     keys[1] = keys[0] + 1e-4  # a near-duplicate picture
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     rows = [Row(str(i), f"{i // 2 if i > 50 else i}.png", Path(), (Turn("q", "a"),), None, "") for i in range(60)]
-    found = retrieve(rows, keys, keys[:3], MemorySettings(k=4, floor=-1))
+    found = retrieve(rows, Keys(keys, keys, np.arange(60), keys[:3]), MemorySettings(k=4, floor=-1))
     for i, near in enumerate(found.training.rows):
         assert i not in near
         assert all(rows[j].image != rows[i].image for j in near if j >= 0)
     assert 1 not in found.training.rows[0]
     assert 0 not in found.training.rows[1]
     assert found.held_out.rows[2, 0] == 2  # held-out pictures may find anything
+
+
+def test_with_a_fused_key_near_duplicates_are_known_by_their_pictures() -> None:
+    rng = np.random.default_rng(0)
+    entries, queries, pictures = (rng.normal(size=(count, 16)).astype(np.float32) for count in (30, 60, 30))
+    pictures[1] = pictures[0] + 1e-4
+    for vectors in (entries, queries, pictures):
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [Row(str(i), f"{i}.png", Path(), (Turn("q", "a"), Turn("p", "b")), None, "") for i in range(30)]
+    own = np.repeat(np.arange(30), 2)
+    found = retrieve(rows, Keys(entries, queries, own, queries[:3], pictures), MemorySettings(k=28, floor=-1))
+    assert found.training.rows.shape == (60, 28)
+    for question, near in enumerate(found.training.rows):
+        assert own[question] not in near
+    assert not {0, 1} & {*found.training.rows[:4].ravel().tolist()}
+
+
+def test_the_papers_memory_is_trained_saved_and_read_side_by_side(world: Path, towers: Path, tmp_path: Path) -> None:
+    folder = train_tiny(world, towers, tmp_path / "c", steps=20, memory="paper", learning_rate=3e-3, eval_every=20)
+    checkpoint = load_checkpoint(folder)
+    bank, points = checkpoint.bank, metrics(folder)
+    assert bank is not None
+    spec = bank.manifest.spec
+    assert (spec.kind, spec.key_dim, spec.latents, spec.latent_dim) == ("latents", 32, 32, 96)
+    assert points[-1]["held_out_loss"] < points[0]["held_out_loss"]
+    side = TorchAnswerer(checkpoint)
+    rows = read_rows(world / "train.json", world)[:8]
+    examples = side.prepare(rows).examples
+    batch = side.collate(examples)
+    assert batch["memory_mask"].sum(dim=1).tolist() == [32 if example.neighbours else 0 for example in examples]
+    for example, row in zip(examples, rows, strict=True):  # the saved encoder makes again what training wrote
+        made, kept = (
+            side.latents(example, str(row.caption)),
+            [e for e in map(bank.entry, bank.ids) if e.source == row.id],
+        )
+        if kept:
+            np.testing.assert_allclose(made, kept[0].value, atol=np.abs(kept[0].value).max() / 127)
+
+
+def test_latents_of_another_value_encoder_are_told_apart(
+    checkpoints: dict[str, Path], world: Path, towers: Path, tmp_path: Path
+) -> None:
+    shorter = train_tiny(world, towers, tmp_path / "c", steps=1, memory="latents")
+    banks = [Bank(folder / "memory") for folder in (checkpoints["latents"], checkpoints["tokens"], shorter)]
+    fingerprints = [bank.manifest.spec.fingerprint for bank in banks]
+    assert len({*fingerprints}) == 3
+    assert [load_checkpoint(shorter).config.memory.fingerprint] == fingerprints[2:]
+    with pytest.raises(InputError, match="merge banks of one encoder"):
+        banks[0].merge(banks[2])
+
+
+def test_a_fused_key_depends_on_the_question(world: Path, towers: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    side = TorchAnswerer(load_checkpoint(train_tiny(world, towers, tmp_path / "c", steps=1, key="fused")))
+    row = read_rows(world / "test.json", world)[0]
+    asked = side.prepare([replace(row, turns=(Turn(text, "red"),)) for text in ("What colour?", "How many?")])
+    assert not np.allclose(asked.keys[0], asked.keys[1], atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(asked.keys, axis=1), 1, rtol=1e-5)
+
+
+def test_sizes_of_keys_and_values_are_options(world: Path, towers: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"steps": 1, "fraction": 0.2}
+    small = load_checkpoint(train_tiny(world, towers, tmp_path / "t", key_dim=16, value_tokens=3, **given)).bank
+    assert small is not None
+    assert small.manifest.spec.key_dim == 16
+    assert max(len(small.entry(number).value) for number in small.ids) == 3
+    sizes: dict[str, Any] = {"memory": "latents", "latents": 5, "latent_dim": 16}
+    latents = load_checkpoint(train_tiny(world, towers, tmp_path / "l", **sizes, **given)).bank
+    assert latents is not None
+    assert latents.entry(0).value.shape == (5, 16)
+    for wrong, message in (
+        ({"key": "fused", "key_dim": 16}, "--key-dim 16: a fused key has the width 32"),
+        ({"memory": "latents", "latent_dim": 30}, "--latent-dim 30: must be a multiple of 8"),
+        ({"memory": "none", "key": "fused"}, "--key fused: there is no key with --memory none"),
+        ({"value_tokens": 0}, "--value-tokens 0: must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_tiny(world, towers, tmp_path / "wrong", **wrong)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_each_turn_is_trained_as_if_it_were_asked_alone(checkpoints: dict[str, Path], world: Path) -> None:

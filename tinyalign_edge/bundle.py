@@ -81,8 +81,9 @@ class GenerationConfig:
 class VisionBlock:
     """Vision encoder, connector and retrieval key in one graph.
 
-    Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32 and, unless
-    `key_dim` is 0, `key` (B, key_dim) float32 of unit length.
+    Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32; unless `key_dim`
+    is 0, `key` (B, key_dim) float32 of unit length; unless `feature_dim` is 0, `features` (B, N, C) float32, which the
+    memory's value encoder reads.
     """
 
     file: str
@@ -90,7 +91,8 @@ class VisionBlock:
     visual_tokens: int
     key_dim: int
     inputs: tuple[str, ...] = ("pixel_values",)
-    outputs: tuple[str, ...] = ("visual_tokens", "key")  # without the key where key_dim is 0
+    outputs: tuple[str, ...] = ("visual_tokens", "key")
+    feature_dim: int = 0  # C
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class MemoryBlock:
     The graph takes `values` (M, value_dim) float32, `rank` (M,) int64, which entry each row belongs to, the most
     similar first, and `similarity` (M,) float32, and gives `memory_tokens` (M, D) float32. For "tokens" the values
     are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers.
+
+    `value_file`, for "latents" alone, is the graph by which new entries are made: `features` (1, N, C) float32 of the
+    vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
+    (1, L, latent_dim) float32.
     """
 
     kind: MemoryKind
@@ -138,11 +144,12 @@ class MemoryBlock:
     metric: Literal["cosine"] = "cosine"
     key_dim: int = 0
     key_dtype: Literal["int8"] = "int8"
-    value_tokens: int = 0  # "tokens": the most ids kept of one entry
+    value_tokens: int = 0  # the most ids kept of one entry's text, or read of it
     latents: int = 0  # "latents": L
     latent_dim: int = 0
-    fingerprint: str = ""  # of the encoder and key projection the bank was built with
+    fingerprint: str = ""  # of the encoder and key projection, and the value encoder of latents
     file: str | None = None
+    value_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,7 @@ class GateResult:
         visual_cosine_min, visual_cosine_mean: over the visual tokens.
         memory_cosine_mean: over the memory tokens; None without a memory.
         answers_equal: share of greedy answers that are torch's, each side with its own retrieval.
+        value_cosine_mean: over the latents of new entries; None where entries hold token ids.
     """
 
     passed: bool
@@ -187,6 +195,7 @@ class GateResult:
     visual_cosine_mean: float
     memory_cosine_mean: float | None
     answers_equal: float
+    value_cosine_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +258,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
     """Numbers within bounds, so that no later step has to doubt them."""
     image, prompt, decoder, memory = manifest.image, manifest.prompt, manifest.decoder, manifest.memory
     vision = manifest.vision
+    seen = ("visual_tokens", *("key",) * bool(vision.key_dim), *("features",) * bool(vision.feature_dim))
     templates = (decoder.past_key, decoder.past_value, decoder.present_key, decoder.present_value)
     within = {
         "image size": 0 < image.height <= 8192 and 0 < image.width <= 8192 and 0 <= image.resize_to <= 8192,
@@ -256,13 +266,15 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "image numbers": all(abs(x) < 1e6 for x in (image.rescale, *image.mean, *image.std)),
         "prompt.eos_token_ids": 0 < len(prompt.eos_token_ids) <= 64,
         "prompt.picture.marker": prompt.picture is None or bool(prompt.picture.marker),
-        "vision.outputs": vision.outputs == (("visual_tokens", "key") if vision.key_dim else ("visual_tokens",)),
+        "vision.outputs": vision.outputs == seen,
         "vision.key_dim": memory.kind == "none" or vision.key_dim == memory.key_dim,
         "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
         "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
         "decoder.layers": 0 < decoder.layers <= 1024,
         "decoder name templates": all(t.count("%") == 1 and "%d" in t for t in templates),
         "memory.k": 0 <= memory.k <= 4096,
+        "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
+        "memory.value_file": (memory.value_file is not None) == (memory.kind == "latents") == (vision.feature_dim > 0),
     }
     for what, good in within.items():
         if not good:
@@ -273,7 +285,7 @@ def _check_references(manifest: Manifest, where: Path) -> None:
     """Every file that a block names must be one whose hash has been compared."""
     named = [manifest.vision.file, manifest.decoder.file, manifest.decoder.embed_file, *manifest.decoder.data_files]
     named += [manifest.tokenizer_file, manifest.probe_file]
-    named += [manifest.memory.file] if manifest.memory.file else []
+    named += [name for name in (manifest.memory.file, manifest.memory.value_file) if name]
     for name in named:
         if name not in manifest.files:
             raise BundleError(f"{where}: names the file {name!r} but gives no hash of it; export the bundle again")

@@ -34,7 +34,7 @@ class BankSpec:
     latents: int  # "latents": L; else 0
     latent_dim: int
     vocab_size: int  # every token id is below it
-    fingerprint: str  # of the encoder and key projection
+    fingerprint: str  # of the encoder and key projection, and the value encoder of latents
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest, inside
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, MemoryBlock, inside
 from tinyalign_edge.data import Turn
-from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
+from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.image import ImageLike
 from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
-from tinyalign_edge.prompt import Prompt
+from tinyalign_edge.runtime.values import ValueMaker
 
 if TYPE_CHECKING:
     from tinyalign_edge.runtime.model import EncodedImage
@@ -58,10 +58,14 @@ class Memory:
     """
 
     def __init__(
-        self, bank: Bank, manifest: Manifest, prompt: Prompt, key_of: Callable[[ImageLike | EncodedImage], Float]
+        self,
+        bank: Bank,
+        settings: MemoryBlock,
+        values: ValueMaker,
+        encode: Callable[[ImageLike | EncodedImage], EncodedImage],
     ) -> None:
         self.bank = bank
-        self._settings, self._prompt, self._key_of = manifest.memory, prompt, key_of
+        self._settings, self._values, self._encode = settings, values, encode
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -86,7 +90,7 @@ class Memory:
         """
         if k is not None and k < 1:
             raise InputError(f"k {k}: must be at least 1")
-        return self.nearest(self._key_of(image), k, floor=floor)
+        return self.nearest(_key(self._encode(image)), k, floor=floor)
 
     def nearest(self, key: Float, k: int | None = None, *, floor: float | None = None) -> tuple[Entry, ...]:
         """`search` by a key (key_dim,)."""
@@ -106,26 +110,21 @@ class Memory:
 
         Args:
             image: as `Model.encode` takes it, or encoded.
-            text: what is to be known about the picture; the model reads its first `value_tokens` tokens.
+            text: what is to be known about the picture; its first `value_tokens` tokens count.
             source: where it comes from, by which it can be forgotten.
             time: ISO 8601; None: now, in UTC.
 
         Raises:
             InputError: not a picture, or the text is empty or too long.
-            UnsupportedError: a memory of latents; new ones need the value encoder, which a bundle does not hold.
             TinyAlignError: the folder cannot be written; the memory is as it was.
         """
         text = text.strip()
         if not text:
             raise InputError("text: it is empty; say what is to be remembered")
-        if self._settings.kind == "latents":
-            raise UnsupportedError(
-                f"{self.bank.folder}: a memory of latents cannot be added to, since the bundle does not hold its value "
-                "encoder; train with --memory tokens"
-            )
-        ids = np.array(self._prompt.memory_ids([Turn("", text)], self._settings.value_tokens), np.int32)
+        encoded = self._encode(image)
+        value = self._values.make(encoded.features, [Turn("", text)])
         record = Record(text, source=source, time=_now() if time is None else time)
-        return self.bank.entry(self.bank.add(self._key_of(image), record, value=ids))
+        return self.bank.entry(self.bank.add(_key(encoded), record, value=value))
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
@@ -138,6 +137,12 @@ class Memory:
     def stats(self) -> BankStats:
         """Counts and sizes."""
         return self.bank.stats()
+
+
+def _key(image: EncodedImage) -> Float:
+    if image.key is None:
+        raise InputError("image: it was encoded by a bundle without a memory; encode it with this one")
+    return image.key
 
 
 def _now() -> str:

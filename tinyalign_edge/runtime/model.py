@@ -21,6 +21,7 @@ from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.runtime.decoder import Cache, Decoder
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
+from tinyalign_edge.runtime.values import ValueMaker
 
 Float = npt.NDArray[np.float32]
 
@@ -35,6 +36,7 @@ class EncodedImage:
     memory_tokens: Float  # (M, D)
     timings_ms: dict[str, float]
     generation: int | None = None  # of the memory that was searched; None where it was not
+    features: Float | None = None  # (N, C), which the memory's value encoder reads; None where there is none
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,16 @@ class Model:
             "visual_tokens": [vision.visual_tokens, manifest.decoder.width],
         }
         shapes |= {"key": [vision.key_dim]} if vision.key_dim else {}
+        shapes |= {"features": [vision.visual_tokens, vision.feature_dim]} if vision.feature_dim else {}
         check_shapes(self._vision, shapes, folder / vision.file)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
         self._connector: Any = None
+        self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
         self.closed = False
         self.memory: Memory | None = None
         if memory and (manifest.memory.kind != "none" or memory_dir is not None):
-            self.memory = Memory(open_bank(folder, manifest, memory_dir), manifest, self.prompt, self._key)
+            bank = open_bank(folder, manifest, memory_dir)
+            self.memory = Memory(bank, manifest.memory, self.values, self._encoded)
             self._open_connector()
 
     def __enter__(self) -> Model:
@@ -139,7 +144,7 @@ class Model:
     def close(self) -> None:
         """Free weights and maps; using the model afterwards is an InputError."""
         self.closed = True
-        self._vision = self._decoder = self._connector = self.memory = None
+        self._vision = self._decoder = self._connector = self.values = self.memory = None
 
     def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
         """Encode a picture and retrieve its memories.
@@ -155,9 +160,10 @@ class Model:
         started = time.perf_counter()
         pixels = preprocess(open_image(image), self.manifest.image)
         with onnxruntime_errors(self.folder / self.manifest.vision.file):
-            visual, *keys = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
+            outputs = self._vision.run(list(self.manifest.vision.outputs), {"pixel_values": pixels})
         encoded = time.perf_counter()
-        key = keys[0][0] if keys else None
+        seen = dict(zip(self.manifest.vision.outputs, (output[0] for output in outputs), strict=True))
+        key = seen.get("key")
         generation, found = None, tuple(memories or ())
         if memories is None and key is not None and self.memory is not None:
             generation, found = self.memory.generation, self.memory.nearest(key)
@@ -165,7 +171,7 @@ class Model:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
         timings = {"encode": _ms(started, encoded), "retrieve": _ms(encoded, time.perf_counter())}
-        return EncodedImage(visual[0], key, found, tokens, timings, generation)
+        return EncodedImage(seen["visual_tokens"], key, found, tokens, timings, generation, seen.get("features"))
 
     def ask(self, image: ImageLike | EncodedImage, question: str, *, max_new_tokens: int | None = None) -> Answer:
         """Answer a question about a picture, greedily.
@@ -261,11 +267,8 @@ class Model:
             )
         return size
 
-    def _key(self, image: ImageLike | EncodedImage) -> Float:
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image, memories=())
-        if encoded.key is None:
-            raise InputError("image: it was encoded by a bundle without a memory; encode it with this one")
-        return encoded.key
+    def _encoded(self, image: ImageLike | EncodedImage) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else self.encode(image, memories=())
 
     def _renewed(self, image: EncodedImage) -> EncodedImage:
         """`image` with its memories retrieved again, if the memory has changed since."""

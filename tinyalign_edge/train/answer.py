@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinyalign_edge.data import Row
+from tinyalign_edge.data import Row, Turn
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, partners
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
-from tinyalign_edge.train.encode import encode_rows
+from tinyalign_edge.train.encode import Encode, encode_rows
+from tinyalign_edge.train.keys import make_keys, query_texts
+from tinyalign_edge.train.values import encode_values
 
 BATCH = 32
 
@@ -34,8 +36,8 @@ class Prepared:
 class TorchAnswerer:
     """Answers questions from a checkpoint; greedy, batched."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, encode: Encode = encode_rows) -> None:
+        self.checkpoint, self.encode = checkpoint, encode
         self.collate = Collate(checkpoint.config.memory, _bank_values(checkpoint))
 
     def prepare(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Prepared:
@@ -43,9 +45,9 @@ class TorchAnswerer:
         if memory == "shuffled" and self.checkpoint.bank is None:
             raise InputError("--shuffle-memory: this model has no memory")
         ck = self.checkpoint
-        seen = encode_rows(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
-        with torch.inference_mode():
-            keys = ck.model.key(torch.from_numpy(seen.regions)).numpy()
+        seen = self.encode(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
+        asked = query_texts(rows, ck.prompt, ck.config.memory.value_tokens)
+        keys = make_keys(ck.model, seen, asked)
         near = self._neighbours(rows, keys, memory)
         examples = []
         for i, row in enumerate(rows):
@@ -91,6 +93,15 @@ class TorchAnswerer:
         bank = self.checkpoint.bank
         pairs = zip(example.neighbours, example.similarity, strict=True)
         return tuple(bank.entry(row, similarity) for row, similarity in pairs) if bank else ()
+
+    def latents(self, example: Example, text: str) -> npt.NDArray[np.float32] | None:
+        """What the value encoder makes of the example's picture and a text, (L, latent_dim); None without one."""
+        ck = self.checkpoint
+        if ck.model.value_encoder is None:
+            return None
+        ids = ck.prompt.memory_ids([Turn("", text)], ck.config.memory.value_tokens)
+        values = Values([ids], np.asarray(example.features, np.float32)[None])
+        return encode_values(ck.model, values).squeeze(0)
 
     def answers(self, examples: Sequence[Example], *, max_new_tokens: int = 32) -> list[str]:
         """Greedy answers to the examples' first questions, `BATCH` at a time."""

@@ -125,7 +125,7 @@ class Collate:
     def _pack(self, example: Example) -> dict[str, list[int]]:
         """Lists over the S positions of one row; `slot` is 1 for visual, 2 for memory, 0 for text."""
         visual = len(example.features)
-        memory = sum(self._value_length(row) for row in example.neighbours)
+        memory = self._memory_length(example)
         shared = len(example.before) + visual + memory
         ids = [*example.before, *[0] * (visual + memory)]
         slot = [0] * len(example.before) + [1] * visual + [2] * memory
@@ -139,11 +139,19 @@ class Collate:
             labels += [IGNORED] * (len(turn.question) - 1) + list(turn.answer)
         return {"input_ids": ids, "position_ids": positions, "block": block, "labels": labels, "slot": slot}
 
+    def _memory_length(self, example: Example) -> int:
+        if self.memory.kind == "paper":
+            return self.memory.latents if example.neighbours else 0
+        return sum(self._value_length(row) for row in example.neighbours)
+
     def _value_length(self, row: int) -> int:
         assert self.values is not None
         return self.memory.latents if self.memory.kind == "latents" else len(self.values.token_ids[row])
 
     def memory_inputs(self, examples: Sequence[Example]) -> MemoryInputs | None:
+        """What the memory connector reads for a batch; None where nothing was retrieved."""
+        if self.memory.kind == "paper":
+            return self._side_by_side([example.neighbours for example in examples if example.neighbours])
         pairs = [
             (row, rank, similarity)
             for example in examples
@@ -162,12 +170,25 @@ class Collate:
             memory["latents"] = torch.from_numpy(self.values.latents[entries].reshape(len(rank), -1))
         else:
             assert self.values.features is not None
-            memory["token_ids"], memory["token_mask"] = _pad([self.values.token_ids[row] for row in entries])
+            memory["token_ids"], memory["token_mask"] = pad_texts([self.values.token_ids[row] for row in entries])
             memory["features"] = torch.from_numpy(np.asarray(self.values.features[entries], np.float32))
         return memory
 
+    def _side_by_side(self, neighbours: Sequence[tuple[int, ...]]) -> MemoryInputs | None:
+        """The latents of up to k entries, along their width; zeros where there are fewer."""
+        if self.values is None or self.values.latents is None or not neighbours:
+            return None
+        length, dim = self.values.latents.shape[1:]
+        beside = np.zeros((len(neighbours), length, self.memory.k, dim), np.float32)
+        for place, entries in enumerate(neighbours):
+            beside[place, :, : len(entries)] = self.values.latents[list(entries)].swapaxes(0, 1)
+        latents = torch.from_numpy(beside.reshape(len(neighbours) * length, -1))
+        return {"rank": torch.zeros(len(latents), dtype=torch.int64), "similarity": torch.ones(len(latents)),
+                "latents": latents}  # fmt: skip
 
-def _pad(texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+
+def pad_texts(texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Token ids of E texts as (E, T) int64, and where they are, (E, T) bool."""
     size = max(1, *(len(text) for text in texts))
     ids = torch.tensor([[*text, *[0] * (size - len(text))] for text in texts])
     mask = torch.tensor([[True] * len(text) + [False] * (size - len(text)) for text in texts])

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
+HEADS = 4  # of the value encoder
+
 
 def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
     """Average pooling of a (height, width) grid to `tokens` cells as a matrix (tokens, height * width).
@@ -76,15 +78,15 @@ class ValueEncoder(nn.Module):
     one step of cross attention over features and text, closed at first, learns what else to keep.
     """
 
-    def __init__(self, settings: MemorySettings, feature_dim: int, embeddings: Tensor, heads: int = 4) -> None:
+    def __init__(self, settings: MemorySettings, feature_dim: int, embeddings: Tensor) -> None:
         super().__init__()
-        self.latents, dim = settings.latents, settings.latent_dim
+        self.latents, self.feature_dim, dim = settings.latents, feature_dim, settings.latent_dim
         mean, basis = principal_axes(embeddings, dim)
         self.mean = nn.Parameter(mean)
         self.compress = nn.Parameter(basis)
         self.see = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, dim))
         self.query = nn.Parameter(torch.randn(settings.latents, dim) * 0.02)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, HEADS, batch_first=True)
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self, features: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:

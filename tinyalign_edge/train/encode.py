@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,13 @@ BATCH = 8  # fits the processor's caches; larger batches are slower
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of pictures in the order of their rows."""
+    """Features of pictures in the order of their rows; a slice is of some of them."""
 
     pooled: npt.NDArray[np.floating[Any]]  # (E, N, C), what the connector reads
     regions: npt.NDArray[np.float32]  # (E, key_grid**2 * C), what the key is made of
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> Encoded:
+        return Encoded(self.pooled[rows], self.regions[rows])
 
 
 def encode_rows(
@@ -72,3 +75,6 @@ def _pixels(row: Row, image: ImageConfig) -> npt.NDArray[np.float32]:
         return preprocess(open_image(row.path), image)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from None
+
+
+Encode = Callable[..., Encoded]  # what is called as `encode_rows` is

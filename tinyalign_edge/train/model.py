@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, ValueEncoder, pooling_matrix
+from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
@@ -29,7 +30,7 @@ class MemoryInputs(TypedDict):
     token_ids: NotRequired[Tensor]  # "tokens": (M,) int64; "latents" in training: (E, T) int64, padded
     token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool
     features: NotRequired[Tensor]  # "latents" in training: (E, N, C) float32
-    latents: NotRequired[Tensor]  # "latents" from a bank: (M, latent_dim) float32
+    latents: NotRequired[Tensor]  # "latents" from a bank: (M, latent_dim) float32; "paper": (M, K * latent_dim)
 
 
 class AlignModel(nn.Module):
@@ -47,15 +48,26 @@ class AlignModel(nn.Module):
             "pooling", pooling_matrix(connector.grid_height, connector.grid_width, connector.visual_tokens)
         )
         self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
-        self.key = KeyProjection(connector, memory.key_grid, memory.key_dim)
-        self.memory_connector = MemoryConnector(memory, embeddings) if memory.kind != "none" else None
-        self.value_encoder = (
-            ValueEncoder(memory, connector.feature_dim, embeddings) if memory.kind == "latents" else None
-        )
+        regions_dim = connector.feature_dim * memory.key_grid**2
+        self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim, regions_dim))
+        self.fused_key = FusedKey(self.connector) if memory.key == "fused" else None
+        self.memory_connector: MemoryConnector | SideBySideConnector | None = None
+        self.value_encoder: ValueEncoder | RandomPerceiver | None = None
+        if memory.kind == "paper":
+            self.memory_connector = SideBySideConnector(memory, connector.width)
+            self.value_encoder = RandomPerceiver(memory, connector.feature_dim, connector.width)
+        elif memory.kind != "none":
+            self.memory_connector = MemoryConnector(memory, embeddings)
+            if memory.kind == "latents":
+                self.value_encoder = ValueEncoder(memory, connector.feature_dim, embeddings)
 
     def own_state(self) -> dict[str, Tensor]:
         """The state of everything but the language model: what a checkpoint keeps."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("language.")}
+
+    def key_state(self) -> dict[str, Tensor]:
+        """The part of `own_state` that keys are made with; it is not trained."""
+        return {name: value for name, value in self.own_state().items() if name.startswith(("key.", "fused_key."))}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Undo `own_state`; raises RuntimeError where names or shapes differ."""
@@ -71,11 +83,17 @@ class AlignModel(nn.Module):
         """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
         if "latents" in memory:
             return memory["latents"]
+        if self.value_encoder is not None:
+            return self.latents(memory["features"], memory["token_ids"], memory["token_mask"]).flatten(0, 1)
         text: Tensor = self.language.get_input_embeddings()(memory["token_ids"])
-        if self.value_encoder is None:
-            return text
-        latents: Tensor = self.value_encoder(memory["features"], text, memory["token_mask"])  # (E, L, latent_dim)
-        return latents.flatten(0, 1)
+        return text
+
+    def latents(self, features: Tensor, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """The value encoder's latents (E, L, latent_dim) of features (E, N, C) and texts (E, T)."""
+        assert self.value_encoder is not None
+        text = self.language.get_input_embeddings()(token_ids)
+        out: Tensor = self.value_encoder(features, text, token_mask)
+        return out
 
     def inputs_embeds(self, input_ids: Tensor, visual_mask: Tensor, visual: Tensor, memory_mask: Tensor,
                       memory: MemoryInputs | None) -> Tensor:  # fmt: skip

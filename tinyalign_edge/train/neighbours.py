@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tinyalign_edge.data import Row
 from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
+from tinyalign_edge.train.keys import Keys
 from tinyalign_edge.train.settings import MemorySettings
 
 EXTRA = 16  # looked up beyond k, to have k left when the example's own entries are dropped
@@ -18,35 +19,38 @@ FLOOR_PERCENTILE = 1.0
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Neighbours in the bank of the training rows (leave-one-out) and of the held-out rows, and the floor."""
+    """Neighbours in the bank of the training examples (leave-one-out) and of the held-out ones, and the floor."""
 
     training: Neighbours
     held_out: Neighbours
     floor: float
 
 
-def retrieve(
-    rows: Sequence[Row],
-    keys: npt.NDArray[np.float32],
-    held_out_keys: npt.NDArray[np.float32],
-    settings: MemorySettings,
-) -> Retrieved:
-    """Look up the neighbours of every row among the training rows' keys (E, key_dim).
+def retrieve(rows: Sequence[Row], keys: Keys, settings: MemorySettings) -> Retrieved:
+    """Look up the neighbours of every example among the keys of the entries, which `rows` became.
 
-    The floor is the similarity that 99 % of the training rows' nearest neighbours reach.
+    The floor is the similarity that 99 % of the training examples' nearest neighbours reach.
     """
     if settings.kind == "none":
-        return Retrieved(_none(len(keys)), _none(len(held_out_keys)), -1.0)
-    quantised, scales = quantize_keys(keys)
-    found = nearest(quantised, scales, keys, settings.k + EXTRA)
+        return Retrieved(_none(len(keys.queries)), _none(len(keys.held_out)), -1.0)
+    quantised, scales = quantize_keys(keys.entries)
+    found = nearest(quantised, scales, keys.queries, settings.k + EXTRA)
     images = np.array([row.image for row in rows])
-    own = images[found.rows] == images[:, None]  # (E, K + EXTRA)
-    drop = own | (found.similarity >= settings.duplicate_similarity) | (found.rows < 0)
+    same = images[found.rows] == images[keys.own][:, None]  # (Q, K + EXTRA)
+    alike = found.similarity if keys.pictures is None else _picture_similarity(keys.pictures, keys.own, found.rows)
+    drop = same | (alike >= settings.duplicate_similarity) | (found.rows < 0)
     training = _keep_first(found, ~drop, settings.k)
     best = training.similarity[training.rows[:, 0] >= 0, 0]
     floor = float(np.percentile(best, FLOOR_PERCENTILE)) if len(best) else -1.0
     training = _keep_first(training, (training.rows >= 0) & (training.similarity >= floor), settings.k)
-    return Retrieved(training, nearest(quantised, scales, held_out_keys, settings.k, floor=floor), floor)
+    return Retrieved(training, nearest(quantised, scales, keys.held_out, settings.k, floor=floor), floor)
+
+
+def _picture_similarity(
+    pictures: npt.NDArray[np.float32], own: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Cosines (Q, K) of the pictures of entries `rows` (Q, K) with those of entries `own` (Q,)."""
+    return np.stack([(pictures[column] * pictures[own]).sum(axis=1) for column in rows.T], axis=1)
 
 
 def _keep_first(found: Neighbours, keep: npt.NDArray[np.bool_], k: int) -> Neighbours:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
+from tinyalign_edge.config import read_json, to_json, write_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Bank, Neighbours, Record, write_bank
@@ -24,19 +24,24 @@ from tinyalign_edge.progress import progress
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Collate, Example, Rows, Values
 from tinyalign_edge.train.checkpoint import MEMORY, METRICS, SAMPLES, is_checkpoint, save_checkpoint
-from tinyalign_edge.train.encode import Encoded, encode_rows
+from tinyalign_edge.train.encode import Encode, Encoded, encode_rows
+from tinyalign_edge.train.keys import examples_of, training_keys
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import Retrieved, retrieve
+from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
 from tinyalign_edge.train.samples import write_samples
 from tinyalign_edge.train.settings import (
     SCHEMA_VERSION,
     CheckpointConfig,
     ConnectorSettings,
+    KeyKind,
     MemorySettings,
+    TrainedMemory,
     TrainSettings,
 )
 from tinyalign_edge.train.towers import LanguageTower, VisionTower, image_settings, load_language, load_vision
+from tinyalign_edge.train.values import encode_values, value_fingerprint
 
 STATE = "state"
 RUN = "run.json"
@@ -48,9 +53,22 @@ DEFAULT_EPOCHS = 3
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a caller of `train` may choose; the rest follows from data and towers."""
+    """What a caller of `train` may choose; the rest follows from data and towers.
 
-    memory: MemoryKind = "tokens"
+    Attributes:
+        memory: what the entries carry; "paper": as TinyAlign's released code has it, key included.
+        key: None: "fused" with the memory "paper", else "picture".
+        key_dim: of a picture's key; None: 128. A fused key has the language model's width.
+        value_tokens: the most token ids kept of an entry.
+        latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
+    """
+
+    memory: TrainedMemory = "tokens"
+    key: KeyKind | None = None
+    key_dim: int | None = None
+    value_tokens: int = 24
+    latents: int | None = None
+    latent_dim: int | None = None
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -75,6 +93,7 @@ def train(
     options: TrainOptions | None = None,
     resume: bool = False,
     label: str = "Training",
+    encode: Encode = encode_rows,
 ) -> CheckpointConfig:
     """Train connector, memory connector and value encoder; write a checkpoint to `out`.
 
@@ -84,6 +103,7 @@ def train(
         vision: folder or hub id of the vision encoder.
         lm: folder or hub id of the language model.
         out: the checkpoint folder; new, or an interrupted run's with `resume`.
+        encode: makes the pictures' features; runs that share an encoder may share its work.
 
     Raises:
         InputError: wrong input; nothing was written.
@@ -98,7 +118,7 @@ def train(
     torch.manual_seed(options.seed)
     eye = load_vision(vision, image=image_settings(vision, options.image_size))
     tongue = load_language(lm)
-    run = _Run(out, options, training_rows, held_out_rows, eye, tongue, device)
+    run = _Run(out, options, training_rows, held_out_rows, eye, tongue, device, encode)
     settings = _train_settings(options, data, images, len(training_rows), device)
     return run.execute(settings, resume=resume, label=label)
 
@@ -115,8 +135,9 @@ class _Run:
         vision: VisionTower,
         language: LanguageTower,
         device: str,
+        encode: Encode,
     ) -> None:
-        self.out, self.options, self.device = out, options, device
+        self.out, self.options, self.device, self.encode = out, options, device, encode
         self.rows, self.held_out_rows = rows, held_out_rows
         self.vision, self.language = vision, language
         self.prompt = Prompt(language.prompt, Tokenizer.from_str(language.tokenizer_json))
@@ -125,7 +146,7 @@ class _Run:
         connector = self._connector_settings()
         memory = self._memory_settings(connector)
         model = AlignModel(self.language.model, connector, memory)
-        seen = encode_rows(
+        seen = self.encode(
             self.vision.model,
             self.vision.image,
             model,
@@ -135,11 +156,13 @@ class _Run:
         )
         count = len(self.rows)
         self._fit_key(model, seen.regions[:count], resume)
-        with torch.inference_mode():
-            keys = model.key(torch.from_numpy(seen.regions)).numpy()
-        found = retrieve(self.rows, keys[:count], keys[count:], memory)
-        memory = replace(memory, floor=found.floor, fingerprint=_fingerprint(self.vision, model))
-        values = self._values(seen, memory)
+        texts = [self.prompt.memory_ids(row.memory_turns, memory.value_tokens) for row in self.rows]
+        keys = training_keys(model, self.prompt, seen, (self.rows, texts), self.held_out_rows)
+        found = retrieve(self.rows, keys, memory)
+        memory = replace(memory, floor=found.floor, fingerprint=_fingerprint(self.vision, self.language, model))
+        values = None if memory.kind == "none" else Values(texts, seen.pooled[:count])
+        if values is not None and memory.kind == "paper":
+            values = replace(values, latents=encode_values(model, values))
         rows, held_out = self._examples(seen, found, memory, settings, connector)
         config = CheckpointConfig(
             SCHEMA_VERSION, self.vision.ref, self.language.ref, self.vision.image, self.prompt.config,
@@ -149,8 +172,7 @@ class _Run:
         collate = Collate(memory, values)
         fit(model, rows, collate, held_out, settings, state=self.out / STATE, metrics=self.out / METRICS,
             resume=resume, label=label)  # fmt: skip
-        self._finish(config, model, keys[:count], values)
-        return config
+        return self._finish(config, model, keys.entries, values)
 
     def _connector_settings(self) -> ConnectorSettings:
         height, width, channels = self.vision.grid
@@ -158,16 +180,25 @@ class _Run:
         return ConnectorSettings(height, width, channels, tokens, self.language.model.config.hidden_size)
 
     def _memory_settings(self, connector: ConnectorSettings) -> MemorySettings:
-        options = self.options
-        settings = MemorySettings(kind=options.memory, k=options.k, key_grid=options.key_grid)
-        return replace(settings, key_dim=min(settings.key_dim, connector.feature_dim * options.key_grid**2))
-
-    def _values(self, seen: Encoded, memory: MemorySettings) -> Values | None:
-        if memory.kind == "none":
-            return None
-        limit = memory.value_tokens
-        ids = [self.prompt.memory_ids(row.memory_turns, limit) for row in self.rows]
-        return Values(ids, seen.pooled[: len(self.rows)])
+        options, paper = self.options, self.options.memory == "paper"
+        settings = MemorySettings(
+            kind=options.memory,
+            key=options.key or ("fused" if paper else "picture"),
+            k=options.k,
+            key_grid=options.key_grid,
+            value_tokens=options.value_tokens,
+        )
+        if settings.key == "fused" and options.key_dim:
+            raise InputError(
+                f"--key-dim {options.key_dim}: a fused key has the width {connector.width}, as the LM; leave it out"
+            )
+        widest = connector.feature_dim * options.key_grid**2
+        return replace(
+            settings,
+            key_dim=connector.width if settings.key == "fused" else min(options.key_dim or settings.key_dim, widest),
+            latents=options.latents or (LATENTS if paper else settings.latents),
+            latent_dim=options.latent_dim or (LATENT_DIM if paper else settings.latent_dim),
+        )
 
     def _examples(
         self,
@@ -178,16 +209,16 @@ class _Run:
         connector: ConnectorSettings,
     ) -> tuple[Rows, list[Example]]:
         count = len(self.rows)
-        per_entry = memory.latents if memory.kind == "latents" else memory.value_tokens
-        reserved = connector.visual_tokens + (0 if memory.kind == "none" else memory.k * per_entry)
-        left = self.prompt.config.max_context_tokens - reserved
+        left = self.prompt.config.max_context_tokens - connector.visual_tokens - memory.max_memory_tokens
 
-        def build(rows: Sequence[Row], features: npt.NDArray[Any], near: Neighbours, dropout: float) -> Rows:
-            return Rows(rows, self.prompt, features, near.rows, near.similarity, dropout=dropout,
+        def build(rows: Sequence[Row], seen: Encoded, near: Neighbours, dropout: float) -> Rows:
+            asked, of = examples_of(rows, memory.key)
+            features = seen.pooled if len(of) == len(rows) else seen.pooled[of]
+            return Rows(asked, self.prompt, features, near.rows, near.similarity, dropout=dropout,
                         seed=settings.seed, max_tokens=left)  # fmt: skip
 
-        training = build(self.rows, seen.pooled[:count], found.training, memory.dropout)
-        held_out = build(self.held_out_rows, seen.pooled[count:], found.held_out, 0.0)
+        training = build(self.rows, seen[:count], found.training, memory.dropout)
+        held_out = build(self.held_out_rows, seen[count:], found.held_out, 0.0)
         return training, [held_out[i] for i in range(len(held_out))]
 
     def _fit_key(self, model: AlignModel, regions: npt.NDArray[Any], resume: bool) -> None:
@@ -195,10 +226,8 @@ class _Run:
         count's arithmetic differs in the last digits, and the keys must not."""
         kept = self.out / STATE / KEY
         state = load_file(kept) if resume and kept.is_file() else {}
-        if {name: t.shape for name, t in state.items()} == {
-            name: t.shape for name, t in model.key.state_dict().items()
-        }:
-            model.key.load_state_dict(state)
+        if {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in model.key_state().items()}:
+            model.load_own_state({**model.own_state(), **state})
         else:  # a new run, or one with other settings, which `_begin` refuses
             model.key.fit(torch.from_numpy(regions))
 
@@ -219,16 +248,18 @@ class _Run:
                 )
             return
         run.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.key.state_dict(), self.out / STATE / KEY)
+        save_file(model.key_state(), self.out / STATE / KEY)
         write_json(run, config)
 
     def _finish(
         self, config: CheckpointConfig, model: AlignModel, keys: npt.NDArray[np.float32], values: Values | None
-    ) -> None:
+    ) -> CheckpointConfig:
         model.eval().cpu()
+        fingerprint = value_fingerprint(config.memory.fingerprint, model)
+        config = replace(config, memory=replace(config.memory, fingerprint=fingerprint))
         shutil.rmtree(self.out / MEMORY, ignore_errors=True)
         if values is not None:
-            latents = encode_values(model, values) if config.memory.kind == "latents" else None
+            latents = encode_values(model, values) if config.memory.bank_kind == "latents" else None
             write_bank(
                 self.out / MEMORY,
                 keys,
@@ -245,30 +276,23 @@ class _Run:
         write_samples(self.out / SAMPLES, self.held_out_rows, self.rows[:CALIBRATION])
         save_checkpoint(self.out, config, model, self.language.tokenizer_json)
         shutil.rmtree(self.out / STATE, ignore_errors=True)
-
-
-def encode_values(model: AlignModel, values: Values, batch: int = 64) -> npt.NDArray[np.float32]:
-    """Latents (E, L, latent_dim) of every entry."""
-    collate = Collate(model.memory_settings, values)
-    out = []
-    with torch.inference_mode():
-        for start in range(0, len(values.token_ids), batch):
-            rows = tuple(range(start, min(start + batch, len(values.token_ids))))
-            example = Example((), (), np.zeros((0, 0)), rows, (1.0,) * len(rows))
-            memory = collate.memory_inputs([example])
-            assert memory is not None
-            out.append(model.values(memory).unflatten(0, (len(rows), -1)).numpy())
-    return np.concatenate(out)
+        return config
 
 
 def _check(options: TrainOptions) -> None:
     if not 0 < options.fraction <= 1:
         raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
-    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid", "image_size"):
+    sizes = ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid", "key_dim", "value_tokens", "latents",
+             "latent_dim", "image_size")  # fmt: skip
+    for name in sizes:
         value = getattr(options, name)
         if value is not None and value < 1:
             option = "neighbours" if name == "k" else name.replace("_", "-")
             raise InputError(f"--{option} {value}: must be at least 1")
+    if options.latent_dim and options.latent_dim % HEADS:
+        raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
+    if options.key == "fused" and options.memory == "none":
+        raise InputError("--key fused: there is no key with --memory none; leave it out")
     if not 0 < options.learning_rate < 10:
         raise InputError(f"--learning-rate {options.learning_rate}: must be above 0 and below 10")
     if not 0 <= options.seed < 1 << 32:
@@ -320,9 +344,13 @@ def _train_settings(
     )
 
 
-def _fingerprint(vision: VisionTower, model: AlignModel) -> str:
-    """What the keys depend on: the encoder's weights, the preprocessing, the projection."""
+def _fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel) -> str:
+    """What the keys depend on: the encoder's weights, the preprocessing, the projection; of fused ones the texts'
+    embeddings, too."""
     digest = hashlib.sha256(bytes.fromhex(vision.ref.sha256))
     digest.update(json.dumps(to_json(vision.image), sort_keys=True).encode())
     digest.update(model.key.mean.numpy().tobytes() + model.key.axes.numpy().tobytes())
+    if model.fused_key is not None:
+        digest.update(bytes.fromhex(language.ref.sha256))
+        digest.update(b"".join(weight.numpy().tobytes() for weight in model.fused_key.state_dict().values()))
     return digest.hexdigest()

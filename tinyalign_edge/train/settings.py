@@ -8,6 +8,9 @@ from typing import Literal
 from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.config import MemoryKind
 
+TrainedMemory = Literal["none", "tokens", "latents", "paper"]
+KeyKind = Literal["picture", "fused"]
+
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 
@@ -35,9 +38,14 @@ class ConnectorSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none."""
+    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none.
 
-    kind: MemoryKind = "tokens"
+    Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
+    where the "fused" key is, too.
+    """
+
+    kind: TrainedMemory = "tokens"
+    key: KeyKind = "picture"
     k: int = 4
     key_dim: int = 128
     key_grid: int = 1  # the key sees key_grid x key_grid regions of the picture; 1 is the mean of all features
@@ -48,6 +56,17 @@ class MemorySettings:
     dropout: float = 0.25
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
     fingerprint: str = ""
+
+    @property
+    def bank_kind(self) -> MemoryKind:
+        """What the entries of the bank are, whatever made them."""
+        return "latents" if self.kind == "paper" else self.kind
+
+    @property
+    def max_memory_tokens(self) -> int:
+        """The most positions that the memory takes of a row."""
+        an_entry = self.value_tokens if self.kind == "tokens" else self.latents
+        return {"none": 0, "paper": an_entry}.get(self.kind, self.k * an_entry)
 
 
 @dataclass(frozen=True)
