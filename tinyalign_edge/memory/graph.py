@@ -23,7 +23,7 @@ from tinyalign_edge.memory.search import Float, quantize_keys
 from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
-LINKS, BUILD_WIDTH, SEARCH_WIDTH = 16, 128, 64  # of a node; candidates kept while building and searching
+LINKS, BUILD_WIDTH, SEARCH_WIDTH = 16, 64, 64  # of a node; candidates kept while building and searching
 BATCH = 4096  # entries added between two steps of progress
 
 
