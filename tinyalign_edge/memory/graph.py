@@ -20,7 +20,7 @@ from tinyalign_edge.bundle import FileEntry, check_files, inside
 from tinyalign_edge.errors import BundleError, UnsupportedError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, GraphEntry
-from tinyalign_edge.memory.search import Float, quantize_keys
+from tinyalign_edge.memory.search import Float
 from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
@@ -38,10 +38,10 @@ class Graph:
 
     def candidates(self, unit: Float, count: int) -> npt.NDArray[np.uint64]:
         """The rising ids of about the `count` entries most similar to `unit` (key_dim,)."""
-        query, _ = quantize_keys(unit[None])
+        query = np.rint(unit * (127 / np.abs(unit).max())).astype(np.int8)
         with self._lock:
             self._index.expansion_search = max(self._width, count)
-            found = self._index.search(query[0], count, threads=1)
+            found = self._index.search(query, count, threads=1)
         return np.sort(np.asarray(found.keys, np.uint64))
 
 
