@@ -57,6 +57,11 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
 
+# What the memory finds, and how fast, beside FAISS, on an idle machine (writes bench/results/recall.json)
+recall *ARGS:
+    {{ bin }}/python -m tinyalign_edge.bench.recall {{ ARGS }}
+    {{ bin }}/python -m tinyalign_edge.bench.retrieval_share
+
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:
     {{ bin }}/python -m tinyalign_edge.bench.models

@@ -250,3 +250,15 @@ def test_memory_commands_say_what_is_wrong(run, bundle: Path) -> None:  # type: 
     fails(run("memory", "forget", bundle, "--id", 1, "--text", "x"), 2, "give one of")
     fails(run("memory", "add", bundle, PICTURE, " "), 2, "text: it is empty")
     fails(run("memory", "add", bundle, bundle / "none.png", "x"), 2, "none.png")
+
+
+def test_the_graph_of_a_large_memory_is_built_anew(run, bundle: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from tinyalign_edge.memory import rebuild
+
+    assert "faster without a graph" in run("memory", "rebuild", bundle).out
+    monkeypatch.setattr(rebuild, "SWITCH_OVER", 10)
+    entries = run("memory", "stats", bundle, "--verify", "--json").json["entries"]
+    assert run("memory", "rebuild", bundle, "--json").json == {"graph_entries": entries, "entries": entries}
+    assert f"over {entries} entries" in run("memory", "stats", bundle).out
+    run("memory", "forget", bundle, "--id", 0)
+    assert run("memory", "stats", bundle, "--json").json["graph_entries"] == 0

@@ -47,3 +47,12 @@ def test_synthetic_keys_have_the_spectrum_that_is_fitted_to_them() -> None:
     assert (fitted.exponent, fitted.group) == (pytest.approx(-0.8, abs=0.1), 20)
     assert fitted.within == pytest.approx(0.4, abs=0.1)
     assert stored_spectrum().exponent < 0
+
+
+def test_the_memorys_share_of_the_first_token_is_measured(tmp_path: Path) -> None:
+    from tinyalign_edge.bench import retrieval_share
+
+    bundle = retrieval_share.prepare("smoke-encoder", "smoke-lm", tmp_path / "shapes")
+    found = retrieval_share.measure(bundle, 300, 5, 1, 2)
+    assert (found["memory_tokens"], found["entries"]) == (20, 300)
+    assert found["retrieval_share"] > 0

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.folders import cause
+from tinyalign_edge.memory.graph import build_index
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.lookup import nearest_entries
 from tinyalign_edge.memory.merge import check_alike, new_entries
-from tinyalign_edge.memory.rebuild import build, install, is_due
+from tinyalign_edge.memory.rebuild import install, is_due, is_large
 from tinyalign_edge.memory.record import Record, decode_record
 from tinyalign_edge.memory.search import Neighbours, quantize_keys
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
@@ -197,15 +198,16 @@ class Bank:
             UnsupportedError: USearch does not load here.
             TinyAlignError: the folder cannot be written; the bank is as it was.
         """
-        while True:
-            self.refresh()
+        self.refresh()
+        while is_large(self._snapshot):
+            with self._exclusive():
+                pass  # a folder that cannot be written is found out before the work
             snapshot = self._snapshot
-            index = build(snapshot, advance or (lambda _: None))
-            if index is None:
-                return 0
+            index = build_index(snapshot.tables, snapshot.manifest.spec, advance or (lambda _: None))
             with self._exclusive() as now:
                 if install(self.folder, now, index, snapshot.manifest.next_id - 1):
                     return len(index)
+        return 0
 
     @contextmanager
     def _exclusive(self) -> Iterator[Snapshot]:

@@ -7,6 +7,7 @@ is ranked again, since it sees the query rounded to int8.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,11 @@ from tinyalign_edge.bundle import FileEntry, check_files, inside
 from tinyalign_edge.errors import BundleError, UnsupportedError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, GraphEntry
-from tinyalign_edge.memory.search import Float, quantize_keys
+from tinyalign_edge.memory.search import Float
 from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
-LINKS, BUILD_WIDTH, SEARCH_WIDTH = 16, 128, 64  # of a node; candidates kept while building and searching
+LINKS, BUILD_WIDTH = 16, 128  # of a node; candidates kept while building
 BATCH = 4096  # entries added between two steps of progress
 
 
@@ -33,14 +34,14 @@ class Graph:
     def __init__(self, index: Any, entry: GraphEntry) -> None:
         self.count, self.last_id = entry.count, entry.last_id
         self._index, self._lock = index, threading.Lock()
-        index.expansion_search = SEARCH_WIDTH
+        self._width = max(64, round(16 * math.log2(self.count / 1024)))  # candidates kept while searching
 
     def candidates(self, unit: Float, count: int) -> npt.NDArray[np.uint64]:
         """The rising ids of about the `count` entries most similar to `unit` (key_dim,)."""
-        query, _ = quantize_keys(unit[None])
+        query = np.rint(unit * (127 / np.abs(unit).max())).astype(np.int8)
         with self._lock:
-            self._index.expansion_search = max(SEARCH_WIDTH, count)
-            found = self._index.search(query[0], count, threads=1)
+            self._index.expansion_search = max(self._width, count)
+            found = self._index.search(query, count, threads=1)
         return np.sort(np.asarray(found.keys, np.uint64))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinyalign_edge.folders import sync
-from tinyalign_edge.memory.graph import build_index, write_graph
+from tinyalign_edge.memory.graph import write_graph
 from tinyalign_edge.memory.manifest import write_manifest
 from tinyalign_edge.memory.snapshot import Snapshot
 from tinyalign_edge.memory.write import sweep
@@ -26,11 +25,9 @@ def is_due(snapshot: Snapshot) -> bool:
     return uncovered(snapshot) >= SWITCH_OVER
 
 
-def build(snapshot: Snapshot, advance: Callable[[int], object]) -> Any:
-    """A USearch index of all keys, in memory; None where a search is faster without one."""
-    if snapshot.manifest.count < SWITCH_OVER:
-        return None
-    return build_index(snapshot.tables, snapshot.manifest.spec, advance)
+def is_large(snapshot: Snapshot) -> bool:
+    """Whether searches are faster with a graph than without."""
+    return snapshot.manifest.count >= SWITCH_OVER
 
 
 def install(folder: Path, snapshot: Snapshot, index: Any, last_id: int) -> bool:

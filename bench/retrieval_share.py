@@ -1,0 +1,148 @@
+"""What the memory adds to the time until the first token: retrieval, and the memory tokens that are read.
+
+    python -m tinyalign_edge.bench.retrieval_share [--entries 50000] [--tokens 24] [--threads 2] [--out runs/share]
+
+A bundle in the shapes of SigLIP-B/16-224 and SmolLM2-135M with random weights (`bench/peers/shapes.py`), trained for
+one step and exported; its bank is replaced by synthetic entries (`bench/synthetic_keys.py`) of `--tokens` tokens each.
+Then one picture is asked about with and without the memory, in turns. Writes `bench/results/retrieval_share.json`; run
+it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyalign_edge.bench.peers.shapes import write_encoder, write_language
+from tinyalign_edge.bench.record import record
+from tinyalign_edge.bench.synthetic_keys import stored_spectrum, synthetic_keys
+from tinyalign_edge.bundle import Manifest
+from tinyalign_edge.demo.dataset import write_dataset
+from tinyalign_edge.demo.world import make_scenes
+from tinyalign_edge.export.components import Components, write_bundle
+from tinyalign_edge.export.run import ExportOptions
+from tinyalign_edge.export.source import checkpoint_source
+from tinyalign_edge.memory import Bank, Record, write_bank
+from tinyalign_edge.progress import progress
+from tinyalign_edge.runtime.model import Answer, Model
+from tinyalign_edge.train.run import TrainOptions, train
+
+QUESTION = "What is in this picture?"
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What the exporter wrote, and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def main() -> None:
+    """Prepare what is missing, measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="siglip-b16-224")
+    parser.add_argument("--language", default="smollm2-135m")
+    parser.add_argument("--entries", type=int, default=50_000)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("runs/share"))
+    given = parser.parse_args()
+    shutil.rmtree(given.out, ignore_errors=True)
+    bundle = prepare(given.encoder, given.language, given.out)
+    result = measure(bundle, given.entries, given.tokens, given.threads, given.rounds)
+    for name, ms in result["first_token_ms"].items():
+        print(f"{name:8} {ms:8.2f} ms to the first token")
+    print(f"retrieval adds {result['retrieval_share']:.1%}, with its memory tokens {result['memory_share']:.1%}")
+    command = f"--entries {given.entries} --tokens {given.tokens} --threads {given.threads}"
+    print(record("retrieval_share", f"python -m tinyalign_edge.bench.retrieval_share {command}", result))
+
+
+def prepare(encoder: str, language: str, out: Path) -> Bundle:
+    """A bundle with a memory in these shapes, in the new folder `out`. It is not gated: only its speed counts."""
+    write_dataset(out / "world", make_scenes(24, seed=1), make_scenes(4, seed=2), seed=0)
+    write_encoder(encoder, out / "encoder")
+    write_language(language, out / "language")
+    train(
+        data=out / "world" / "train.json",
+        images=out / "world",
+        vision=str(out / "encoder"),
+        lm=str(out / "language"),
+        out=out / "checkpoint",
+        options=TrainOptions(steps=1, batch_size=2, eval_every=1, device="cpu"),
+    )
+    source, folder = checkpoint_source(out / "checkpoint", None), out / "bundle"
+    folder.mkdir()
+    parts = Components(source, source.encoder())
+    return Bundle(folder, write_bundle(parts, folder, plans=ExportOptions().plans, target="vnni", name=out.name))
+
+
+def measure(bundle: Bundle, entries: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Median times to the first token, in turns."""
+    folder = _bank(bundle, entries, tokens)
+    picture = next((bundle.folder.parent / "world" / "images").glob("*.png"))
+    with (
+        Model(bundle.folder, bundle.manifest, threads=threads, memory_dir=folder) as model,
+        Model(bundle.folder, bundle.manifest, threads=threads, memory=False) as without,
+    ):
+        assert model.memory is not None
+        found = model.encode(picture)
+        if len(found.memories) != model.manifest.memory.k or len(found.memory_tokens) != tokens * len(found.memories):
+            raise AssertionError(f"{len(found.memories)} memories of {len(found.memory_tokens)} tokens were retrieved")
+        if not np.all(np.isfinite(found.memory_tokens)):
+            raise AssertionError("the memory tokens are not finite")
+
+        ways = {"without": without, "with": model}
+        answers: dict[str, list[Answer]] = {name: [] for name in ways}
+        with progress("Asking", WARM_UP + rounds) as advance:
+            for _ in range(WARM_UP + rounds):
+                for name, way in ways.items():
+                    answers[name].append(way.ask(picture, QUESTION, max_new_tokens=1))
+                advance()
+        first = {name: _median(given, "first_token") for name, given in answers.items()}
+        retrieve = _median(answers["with"], "retrieve")
+        return {
+            "entries": entries,
+            "memory_tokens": len(found.memory_tokens),
+            "visual_tokens": len(found.visual_tokens),
+            "threads": threads,
+            "rounds": rounds,
+            "first_token_ms": first,
+            "retrieve_ms": retrieve,
+            "retrieval_share": retrieve / first["without"],
+            "memory_share": first["with"] / first["without"] - 1,
+        }
+
+
+def _median(answers: list[Answer], stage: str) -> float:
+    return statistics.median(answer.timings_ms[stage] for answer in answers[WARM_UP:])
+
+
+def _bank(bundle: Bundle, entries: int, tokens: int) -> Path:
+    """A bank that fits the bundle, with its graph."""
+    settings, vocab_size = bundle.manifest.memory, bundle.manifest.decoder.vocab_size
+    folder = bundle.folder.with_name("bank")
+    write_bank(
+        folder,
+        synthetic_keys(entries, settings.key_dim, stored_spectrum(), seed=0),
+        [Record(f"a picture of thing {i}") for i in range(entries)],
+        fingerprint=settings.fingerprint,
+        vocab_size=vocab_size,
+        token_ids=np.random.default_rng(0).integers(0, vocab_size, (entries, tokens)).tolist(),
+    )
+    bank = Bank(folder)
+    with progress("Building the graph", entries) as advance:
+        bank.rebuild(advance)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
