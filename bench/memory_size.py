@@ -151,8 +151,8 @@ def _losses(answerer: TorchAnswerer, name: str) -> np.ndarray[Any, np.dtype[np.f
 
 def _exact_values(checkpoint: Checkpoint, eye: Eye) -> Values:
     """The bank's values before they were rounded."""
-    training = checkpoint.config.training
-    by_id = {row.id: row for row in read_rows(Path(training.data), Path(training.images))}
+    folder = shared("data", "caltech101")
+    by_id = {row.id: row for row in read_rows(folder / "train.json", folder)}
     assert checkpoint.bank is not None
     rows = [by_id[checkpoint.bank.entry(number).source] for number in checkpoint.bank.ids]
     limit = checkpoint.config.memory.value_tokens

@@ -91,7 +91,7 @@ class AlignModel(nn.Module):
     def latents(self, features: Tensor, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """The value encoder's latents (E, L, latent_dim) of features (E, N, C) and texts (E, T)."""
         assert self.value_encoder is not None
-        text = self.language.get_input_embeddings()(token_ids)
+        text = self.language.get_input_embeddings()(token_ids).float()
         out: Tensor = self.value_encoder(features, text, token_mask)
         return out
 
