@@ -21,6 +21,7 @@ MEMORY_DIR = "memory"
 Precision = Literal["int8", "int4", "fp32"]  # of a component, but for the matrices that were given back
 Component = Literal["vision", "memory", "decoder"]
 Format = Literal["int8", "int8_weight", "int4_weight", "fp32"]  # of a matrix: see `tinyalign_edge.export.product`
+CachePrecision = Literal["fp32", "int8"]
 Target = Literal["portable", "vnni", "avx2", "arm64"]
 
 
@@ -101,7 +102,7 @@ class DecoderBlock:
 
     `file`: `inputs_embeds` (B, T, D) float32, `seqlens_k` (B,) int32 (keys valid after this call, minus one),
     `total_sequence_length` () int32, `num_logits` () int64, and per layer a key and a value buffer
-    (B, kv_heads, S, head_dim) float32 of fixed capacity S -> `logits` (B, num_logits, V) float32 of the last
+    (B, kv_heads, S, head_dim), float32 or int8 as `kv` says, of fixed capacity S -> `logits` (B, num_logits, V) float32 of the last
     `num_logits` positions, and the same buffers, which must be bound to the same memory as the inputs.
     """
 
@@ -116,11 +117,17 @@ class DecoderBlock:
     vocab_size: int
     max_positions: int
     smoothed: bool = False  # outlier channels of activations are folded into neighbouring weights
+    kv: CachePrecision = "fp32"  # of keys and values; the graph holds an int8 cache's scales
     graph: Literal["fused", "traced"] = "fused"  # "traced": by torch, for a family without a graph of its own; slower
     past_key: str = "past_key_values.%d.key"
     past_value: str = "past_key_values.%d.value"
     present_key: str = "present.%d.key"
     present_value: str = "present.%d.value"
+
+    @property
+    def position_bytes(self) -> int:
+        """What a position takes in the cache."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * {"fp32": 4, "int8": 1}[self.kv]
 
 
 @dataclass(frozen=True)
