@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Components:
 
     source: Source
     encoder: onnx.ModelProto  # float32
+    weights: Mapping[str, Floats] | None  # of the language model; None where torch has to trace it
     smoothing: Factors = field(default_factory=dict)  # of the language model, for plans that are to be smooth
     scales: Floats | None = None  # of an int8 cache; None: it is float32
 
@@ -97,7 +99,12 @@ def write_component(parts: Components, folder: Path, component: Component, plan:
 
 def _write_decoder(parts: Components, folder: Path, plan: Plan) -> DecoderBlock:
     return export_language(
-        parts.source.language, folder, plan=plan, smoothing=parts.smoothing, scales=parts.scales
+        parts.source.language,
+        folder,
+        plan=plan,
+        weights=parts.weights,
+        smoothing=parts.smoothing,
+        scales=parts.scales,
     )
 
 

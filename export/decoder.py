@@ -6,13 +6,14 @@ The graphs are built node by node from the fused operators that are fast in onnx
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock, Format, Precision
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.families import Architecture, product_names, read_architecture
 from tinyalign_edge.export.graph import MICROSOFT, DataFile, Graph
@@ -66,7 +67,9 @@ def export_decoder(
     unused = frozenset({f"{arch.names.head}.weight"}) if arch.tied else frozenset()  # there twice, or once
     source = Weights(weights, unused=unused)
     decoder = _DecoderWriter(arch, source, plan, scales).write()
-    embed = _embed_graph(arch, source, plan)
+    table = source.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
+    kind = plan.format("lm_head") if arch.tied else embedding_format(plan)
+    embed = embed_graph(table, replace(plan, base=kind, given_back={}), scale=arch.embedding_scale)
     source.refuse_unread()
     data = DataFile(folder / DATA_FILE)
     decoder.save(folder / DECODER_FILE, data=data)
@@ -74,17 +77,21 @@ def export_decoder(
     return _block(arch, PRECISIONS[plan.base], scales)
 
 
-def _embed_graph(arch: Architecture, weights: Weights, plan: Plan) -> Graph:
+def embedding_format(plan: Plan) -> Format:
+    """The format of an embedding table that is not `lm_head` too."""
+    return "fp32" if plan.base == "fp32" else "int8"
+
+
+def embed_graph(table: Floats, plan: Plan, *, scale: float = 1.0) -> Graph:
+    """The lookup of token ids in `table` (V, D), in the base format of `plan`, its rows multiplied by `scale`."""
     graph = Graph("embed")
     ids = graph.input("input_ids", np.int64, ("B", "T"))
-    table = weights.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
-    kind = plan.format("lm_head") if arch.tied else "fp32" if plan.base == "fp32" else "int8"
-    own, scaled = Plan(kind, max_level=plan.max_level), arch.embedding_scale != 1
-    found = lookup(graph, ids, table, name="embed_tokens", plan=own, output="rows" if scaled else "embeddings")
+    scaled = scale != 1
+    found = lookup(graph, ids, table, name="embed_tokens", plan=plan, output="rows" if scaled else "embeddings")
     if scaled:
-        scale = graph.constant("embedding_scale", np.array(arch.embedding_scale, np.float32))
-        graph.op("Mul", found, scale, output="embeddings")
-    graph.output("embeddings", np.float32, ("B", "T", arch.width))
+        factor = graph.constant("embedding_scale", np.array(scale, np.float32))
+        graph.op("Mul", found, factor, output="embeddings")
+    graph.output("embeddings", np.float32, ("B", "T", table.shape[1]))
     return graph
 
 

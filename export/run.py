@@ -14,9 +14,10 @@ from tinyalign_edge.errors import GateError, InputError
 from tinyalign_edge.export.cache_scales import cache_scales
 from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
+from tinyalign_edge.export.expected import ask_torch
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import Gate
-from tinyalign_edge.export.language import check_language
+from tinyalign_edge.export.language import check_language, park
 from tinyalign_edge.export.matrices import Floats
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
@@ -83,11 +84,13 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
         if not rows:
             raise GateError(f"{folder}: no held-out samples, so nothing can be proved; train on at least 10 pictures")
         calibration, rows = (source.calibration, rows) if source.calibration else _divide(rows)
-        parts = Components(source, source.encoder())
+        expected = ask_torch(source.reference, rows, _subfolder(scratch, "expected"))
+        weights = park(source.language, Path(scratch) / "weights")  # torch has said all that it is asked
+        parts = Components(source, source.encoder(), weights)
         fp32_folder = _subfolder(scratch, "fp32")
         manifest = write_bundle(parts, fp32_folder, plans=FP32, target=options.target, name="scratch")
         with Model(fp32_folder, manifest) as fp32:
-            gate = Gate(source.reference, fp32, rows)
+            gate = Gate(fp32, expected)
             if options.kv == "int8":
                 parts = replace(parts, scales=_calibrate_cache(source, fp32, calibration))
             manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)

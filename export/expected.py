@@ -1,0 +1,55 @@
+"""What torch makes of the gate's samples, computed once and kept in files: its model is not needed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyalign_edge.data import Row
+from tinyalign_edge.export.source import MAX_SAMPLES, Reference
+from tinyalign_edge.memory import Entry
+from tinyalign_edge.progress import progress
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One sample: a question with torch's greedy answer to it, and the memories that torch read."""
+
+    row: Row
+    answer: str
+    memories: tuple[Entry, ...]
+    file: Path
+
+    def logits(self) -> Floats:
+        """Logits (A, V) that predict the A tokens of the row's own answer."""
+        return self._read("logits")
+
+    def visual_tokens(self) -> Floats:
+        """The picture as the language model reads it: (N, D)."""
+        return self._read("visual_tokens")
+
+    def _read(self, name: str) -> Floats:
+        with np.load(self.file) as held:
+            array: Floats = held[name]
+        return array
+
+
+def ask_torch(reference: Reference, rows: Sequence[Row], folder: Path) -> list[Expected]:
+    """Put the first question of each of the first `MAX_SAMPLES` rows to torch; arrays go into the empty `folder`."""
+    rows = rows[:MAX_SAMPLES]
+    examples = reference.prepare(rows).examples
+    answers = reference.answers(examples)
+    expected = []
+    with progress("Reading (torch)", len(rows)) as advance:
+        for i, (row, example, answer) in enumerate(zip(rows, examples, answers, strict=True)):
+            file = folder / f"{i}.npz"
+            np.savez(file, logits=reference.logits(example), visual_tokens=reference.visual_tokens(example))
+            expected.append(Expected(row, answer, reference.memories(example), file))
+            advance()
+    return expected
