@@ -14,6 +14,7 @@ import torch
 
 from tinyalign_edge.bench.models.compare import onnx_logits, relative_error, torch_logits
 from tinyalign_edge.bench.models.left_out import LEFT_OUT
+from tinyalign_edge.bench.models.taught import sentence, teach
 from tinyalign_edge.bench.models.tiny import FUSED, build, random_ids
 from tinyalign_edge.bench.models.tuned import tune
 from tinyalign_edge.bundle import Precision
@@ -50,11 +51,18 @@ def test_fp32_computes_what_torch_computes_in_prefill_chunks_and_steps(name: str
 
 
 @pytest.mark.parametrize("name", [next(n for n in FUSED if FUSED[n].model_type == family) for family in FAMILIES])
-def test_int8_passes_the_gate_with_the_formats_that_the_search_finds(name: str) -> None:
-    tuned = tune(build(FUSED[name]))
+def test_a_model_that_knows_its_language_passes_the_gate_in_int8(name: str) -> None:
+    tuned = tune(teach(build(FUSED[name])), lambda seed: sentence(64, seed=seed))
     assert tuned.found.failures == ()
-    assert tuned.growth <= MAX_GROWTH - 1
     assert tuned.given_back < tuned.matrices
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_search_helps_a_random_model_within_its_bytes(name: str) -> None:
+    tuned = tune(build(FUSED[name]), lambda seed: random_ids(64, seed=seed))
+    assert 0 < tuned.found.kl < 0.8 * tuned.plain.kl
+    assert tuned.given_back > 0
+    assert tuned.growth <= MAX_GROWTH - 1
 
 
 @pytest.mark.parametrize(("name", "feature"), [(name, feature) for name in LEFT_OUT for feature in LEFT_OUT[name]])

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tinyalign_edge.bench.models.compare import onnx_logits, torch_logits
-from tinyalign_edge.bench.models.tiny import random_ids
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.distances import divergences, log_softmax
 from tinyalign_edge.export.families import read_architecture
@@ -28,16 +27,14 @@ from tinyalign_edge.export.sensitivity import decoder_feed, relative_errors
 from tinyalign_edge.export.smooth import Factors, smoothing_factors
 from tinyalign_edge.runtime.decoder import Decoder
 
-Floats = NDArray[np.float32]
+Text = Callable[[int], list[int]]  # a seed to the token ids of a text
 
-TOKENS = 64  # of a text
-CALIBRATION = [random_ids(TOKENS, seed=seed) for seed in (2, 3)]
-HELD_OUT = [random_ids(TOKENS, seed=seed) for seed in (1, 4, 5, 6)]
+CALIBRATION, HELD_OUT = (2, 3), (1, 4, 5, 6)  # seeds
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The gate's figures of a language model, over all positions of the held-out texts."""
+    """The gate's figures of a language model, over all positions of the held-out texts (all of one length)."""
 
     kl: float
     agreement: float
@@ -66,18 +63,17 @@ class Tuned:
     growth: float
 
 
-def tune(model: PreTrainedModel) -> Tuned:
+def tune(model: PreTrainedModel, text: Text) -> Tuned:
     """Find formats on calibration texts as `export` does, and measure on held-out ones."""
     with tempfile.TemporaryDirectory() as scratch:
-        return _tune(model, Path(scratch))
+        return _tune(model, text, Path(scratch))
 
 
-def _tune(model: PreTrainedModel, scratch: Path) -> Tuned:
+def _tune(model: PreTrainedModel, text: Text, scratch: Path) -> Tuned:
     exact = _write(model, scratch / "exact", Plan("fp32"))
-    texts = [exact.embed(ids) for ids in CALIBRATION]
-    feeds = [decoder_feed(exact.block, text, TOKENS) for text in texts]
-    log_p = [log_softmax(onnx_logits(exact, ids, [TOKENS])) for ids in CALIBRATION]
-    wanted = [torch_logits(model, ids) for ids in HELD_OUT]
+    calibration, held_out = ([text(seed) for seed in seeds] for seeds in (CALIBRATION, HELD_OUT))
+    feeds = [decoder_feed(exact.block, exact.embed(ids), len(ids)) for ids in calibration]
+    log_p = [log_softmax(onnx_logits(exact, ids, [len(ids)])) for ids in calibration]
     matrices = find_matrices(onnx.load(scratch / "exact" / exact.block.file, load_external_data=False))
     factors = _factors(model, scratch / "exact" / exact.block.file, feeds)
 
@@ -86,14 +82,13 @@ def _tune(model: PreTrainedModel, scratch: Path) -> Tuned:
 
     def loss(plan: Plan) -> float:
         decoder = written(plan)
-        logits = [onnx_logits(decoder, ids, [TOKENS]) for ids in CALIBRATION]
+        logits = [onnx_logits(decoder, ids, [len(ids)]) for ids in calibration]
         return float(np.mean([divergences(p, log_softmax(q)) for p, q in zip(log_p, logits, strict=True)]))
 
     def ranking(base: Plan) -> list[str]:
         file = written(base).block.file
         _write(model, scratch / "same", Plan("fp32", smooth=base.smooth), factors)
-        inputs = [decoder_feed(exact.block, text, TOKENS) for text in texts]
-        errors = relative_errors(scratch / "same" / file, scratch / "written" / file, inputs)
+        errors = relative_errors(scratch / "same" / file, scratch / "written" / file, feeds)
         return sorted(errors, key=lambda name: -errors[name])
 
     remembered = _remember(loss)
@@ -101,7 +96,7 @@ def _tune(model: PreTrainedModel, scratch: Path) -> Tuned:
     for share in SHARES:
         limit, base = share * MAX_KL, min(bases, key=remembered)
         plan = base if remembered(base) <= limit else search(base, ranking(base), matrices, remembered, limit)
-        found = _figures(written(plan), wanted)
+        found = _figures(model, written(plan), held_out)
         if not found.failures:
             break
     sizes = [
@@ -109,7 +104,7 @@ def _tune(model: PreTrainedModel, scratch: Path) -> Tuned:
         for kind in (Plan("int8"), plan)
     ]
     return Tuned(
-        plain=_figures(written(Plan("int8")), wanted),
+        plain=_figures(model, written(Plan("int8")), held_out),
         found=found,
         smoothed=plan.smooth,
         matrices=len(matrices),
@@ -130,11 +125,10 @@ def _factors(model: PreTrainedModel, decoder: Path, feeds: list[dict[str, NDArra
         return {}
 
 
-def _figures(decoder: Decoder, wanted: list[Floats]) -> Figures:
-    """Of a written model; `wanted` are torch's logits (T, V) of the held-out texts."""
-    found = [onnx_logits(decoder, ids, [TOKENS]) for ids in HELD_OUT]
-    p, q = (np.concatenate([log_softmax(logits) for logits in side]) for side in (wanted, found))
-    ids = np.concatenate([np.roll(text, -1) for text in HELD_OUT])  # the next token, of the last position the first
+def _figures(model: PreTrainedModel, decoder: Decoder, texts: list[list[int]]) -> Figures:
+    p = np.concatenate([log_softmax(torch_logits(model, ids)) for ids in texts])
+    q = np.concatenate([log_softmax(onnx_logits(decoder, ids, [len(ids)])) for ids in texts])
+    ids = np.concatenate([np.roll(text, -1) for text in texts])  # the next token; of the last position the first
     at = np.arange(len(ids))
     return Figures(
         kl=float(divergences(p, q).mean()),
