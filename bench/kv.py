@@ -91,7 +91,7 @@ def compare_caches(decoders: dict[CachePrecision, Decoder], wanted: Floats) -> d
         GateError: the int8 cache changes what is computed.
     """
     logits = {kv: _checked_logits(decoder) for kv, decoder in decoders.items()}
-    figures = {kv: compare_logits(found, wanted) for kv, found in logits.items()}
+    figures = {str(kv): compare_logits(found, wanted) for kv, found in logits.items()}
     figures["int8 against fp32"] = compare_logits(logits["int8"], logits["fp32"])
     if not figures["int8 against fp32"]["kl"] <= MAX_KL:
         raise GateError(f"the int8 cache computes something else: {figures}")

@@ -59,12 +59,12 @@ LANGUAGE = f"""## Language models
 float32 logits, relative to the largest logit.
 
 int8 as `export` makes it: mean KL divergence to torch in nats and share of equal next tokens over {HELD_OUT_TOKENS}
-positions of held-out texts, with everything in int8 and nothing folded; what `export`'s search then gives back, on other
-texts, and the figures after it. With random weights the two likeliest of {VOCABULARY} tokens are often nearer to each
-other than rounding; the search ends there with every matrix weight-only, since float32 would make the model more than
-{MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The same model
-after a second of training on a simple language knows what comes next: the last columns are the search and the gate on
-that one.
+positions of held-out texts, with everything in int8 and nothing folded; what `export`'s search then gives back, on
+other texts, and the figures after it. With random weights the two likeliest of {VOCABULARY} tokens are often nearer to
+each other than rounding; the search ends there with every matrix weight-only, since float32 would make the model more
+than {MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The same
+model after a second of training on a simple language knows what comes next: the last columns are the search and the
+gate on that one.
 """
 ENCODERS = """## Vision encoders
 
@@ -177,8 +177,8 @@ def _logits(write: Callable[[Path], DecoderBlock], passes: list[list[int]]) -> l
 
 
 def _matrix(rows: list[dict[str, Any]]) -> str:
-    head = ("model_type", "shown", "prefill", "chunks", "decode", "int8", "given back", "then")
-    head += ("taught: int8", "given back", "gate")
+    errors = ("prefill", "chunks", "decode")
+    head = ("model_type", "shown", *errors, "int8", "given back", "then", "taught: int8", "given back", "gate")
     cells = [
         (
             f"`{row['model_type']}`",
