@@ -1,4 +1,4 @@
-"""What torch makes of the gate's samples, computed once and kept in files: its model is not needed afterwards."""
+"""What torch and the float32 graphs make of the gate's samples, kept in files: both can be closed afterwards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.export.source import MAX_SAMPLES, Reference
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
+from tinyalign_edge.runtime.model import EncodedImage
 
 Floats = NDArray[np.float32]
 
@@ -24,20 +25,34 @@ class Expected:
     row: Row
     answer: str
     memories: tuple[Entry, ...]
-    file: Path
+    file: Path  # of torch's arrays
 
     def logits(self) -> Floats:
         """Logits (A, V) that predict the A tokens of the row's own answer."""
-        return self._read("logits")
+        return _read(self.file, "logits")
 
     def visual_tokens(self) -> Floats:
         """The picture as the language model reads it: (N, D)."""
-        return self._read("visual_tokens")
+        return _read(self.file, "visual_tokens")
 
-    def _read(self, name: str) -> Floats:
-        with np.load(self.file) as held:
-            array: Floats = held[name]
-        return array
+    def keep_exact(self, image: EncodedImage) -> None:
+        """Keep the picture as the float32 graphs encode it."""
+        np.savez(self._exact_file, visual_tokens=image.visual_tokens, memory_tokens=image.memory_tokens)
+
+    def exact_image(self) -> EncodedImage:
+        """What `keep_exact` was given, without its key."""
+        visual, memory = (_read(self._exact_file, name) for name in ("visual_tokens", "memory_tokens"))
+        return EncodedImage(visual, None, self.memories, memory, {})
+
+    @property
+    def _exact_file(self) -> Path:
+        return self.file.with_suffix(".exact.npz")
+
+
+def _read(file: Path, name: str) -> Floats:
+    with np.load(file) as held:
+        array: Floats = held[name]
+    return array
 
 
 def ask_torch(reference: Reference, rows: Sequence[Row], folder: Path) -> list[Expected]:

@@ -44,7 +44,7 @@ class Gate:
     """Compares bundles with torch on samples.
 
     Args:
-        fp32: the bundle in float32.
+        fp32: the bundle in float32; not needed afterwards.
         samples: what torch makes of them.
 
     Raises:
@@ -52,8 +52,8 @@ class Gate:
     """
 
     def __init__(self, fp32: Model, samples: Sequence[Expected]) -> None:
-        self._fp32, self._samples = fp32, samples
-        self._fp32_error = float(np.max([self._own_error(sample) for sample in samples]))
+        self._samples = samples
+        self._fp32_error = float(np.max([_read_exactly(fp32, sample) for sample in samples]))
         if not self._fp32_error <= MAX_FP32_LOGIT_ERROR:  # not a number fails too
             wrong = failure("fp32 logit error", self._fp32_error)
             raise GateError(f"the graphs do not compute what torch computes: {wrong}")
@@ -69,25 +69,27 @@ class Gate:
                 advance()
         return _result(tally, self._fp32_error)
 
-    def _own_error(self, sample: Expected) -> float:
-        """The largest error of a logit of the float32 graphs."""
-        image, turn = self._fp32.encode(sample.row.path, memories=sample.memories), sample.row.turns[0]
-        logits, _ = self._fp32.answer_logits(image, turn.question, turn.answer)
-        return float(np.abs(logits - sample.logits()).max())
-
     def _compare(self, tally: _Tally, exported: Model, sample: Expected) -> None:
         question, answer = sample.row.turns[0].question, sample.row.turns[0].answer
-        own_image, image = (side.encode(sample.row.path, memories=sample.memories) for side in (self._fp32, exported))
+        exact, image = sample.exact_image(), exported.encode(sample.row.path, memories=sample.memories)
         logits, ids = exported.answer_logits(image, question, answer)
         log_p, log_q = log_softmax(sample.logits()), log_softmax(logits)  # (A, V)
-        alone = log_softmax(exported.answer_logits(own_image, question, answer)[0])
+        alone = log_softmax(exported.answer_logits(exact, question, answer)[0])
         tally.kl += divergences(log_p, log_q).tolist()
         tally.decoder_kl += divergences(log_p, alone).tolist()
         tally.agree += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).tolist()
         at = np.arange(len(ids))
         tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
         tally.visual_cosine += row_cosines(sample.visual_tokens(), image.visual_tokens).tolist()
-        tally.memory_cosine += row_cosines(own_image.memory_tokens, image.memory_tokens).tolist()
+        tally.memory_cosine += row_cosines(exact.memory_tokens, image.memory_tokens).tolist()
+
+
+def _read_exactly(fp32: Model, sample: Expected) -> float:
+    """Keep what the float32 graphs make of the sample's picture; returns the largest error of a logit."""
+    image, turn = fp32.encode(sample.row.path, memories=sample.memories), sample.row.turns[0]
+    sample.keep_exact(image)
+    logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
+    return float(np.abs(logits - sample.logits()).max())
 
 
 def _result(tally: _Tally, fp32_error: float) -> GateResult:

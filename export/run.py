@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,10 +17,9 @@ from tinyalign_edge.export.expected import ask_torch
 from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import Gate
 from tinyalign_edge.export.language import check_language, park
-from tinyalign_edge.export.matrices import Floats
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
-from tinyalign_edge.export.tune import SAMPLES, Tuner
+from tinyalign_edge.export.tune import SAMPLES, Tuner, calibration_samples
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.model import Model
@@ -91,12 +89,14 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
         manifest = write_bundle(parts, fp32_folder, plans=FP32, target=options.target, name="scratch")
         with Model(fp32_folder, manifest) as fp32:
             gate = Gate(fp32, expected)
+            samples = calibration_samples(fp32, calibration)
             if options.kv == "int8":
-                parts = replace(parts, scales=_calibrate_cache(source, fp32, calibration))
-            manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
-            tuner = Tuner(parts, fp32, target, manifest, options.plans, calibration)
-            result, plans = _tune(tuner, gate, target, manifest)
-            given_back = tuner.given_back(plans)
+                arch = read_architecture(source.language.config)
+                parts = replace(parts, scales=cache_scales(arch, fp32.decoder, (s.embeddings for s in samples)))
+        manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
+        tuner = Tuner(parts, fp32_folder, target, manifest, options.plans, samples)
+        result, plans = _tune(tuner, gate, target, manifest)
+        given_back = tuner.given_back(plans)
         if not result.passed and not options.allow_degraded:
             raise GateError(
                 f"the export does not compute what torch computes: {'; '.join(result.failures)}; "
@@ -119,13 +119,6 @@ def _open_source(folder: Path, options: ExportOptions) -> Source:
     if options.chat_template:
         raise InputError(f"{folder}: --chat-template is for whole vision-language models; a checkpoint has its own")
     return checkpoint_source(folder, rows)
-
-
-def _calibrate_cache(source: Source, fp32: Model, rows: Sequence[Row]) -> Floats:
-    """Scales of an int8 cache, from the first question of the rows."""
-    firsts = ((fp32.encode(row.path), row.turns[0]) for row in rows[:SAMPLES])
-    texts = (fp32.answer_embeddings(image, turn.question, turn.answer)[0] for image, turn in firsts)
-    return cache_scales(read_architecture(source.language.config), fp32.decoder, texts)
 
 
 def _divide(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tinyalign_edge.bench.models.tiny import VOCABULARY
 
 SURPRISES = 0.1
-STEPS, BATCH, TOKENS, RATE = 60, 8, 48, 1e-2
+STEPS, BATCH, TOKENS, RATE = 100, 8, 48, 6e-3
 
 
 def sentence(count: int, *, seed: int) -> list[int]:
