@@ -26,6 +26,7 @@ from tinyalign_edge.bundle import Manifest
 from tinyalign_edge.demo.dataset import write_dataset
 from tinyalign_edge.demo.world import make_scenes
 from tinyalign_edge.export.components import Components, write_bundle
+from tinyalign_edge.export.language import park
 from tinyalign_edge.export.run import ExportOptions
 from tinyalign_edge.export.source import checkpoint_source
 from tinyalign_edge.memory import Bank, Record, write_bank
@@ -81,7 +82,7 @@ def prepare(encoder: str, language: str, out: Path) -> Bundle:
     )
     source, folder = checkpoint_source(out / "checkpoint", None), out / "bundle"
     folder.mkdir()
-    parts = Components(source, source.encoder())
+    parts = Components(source, source.encoder(), park(source.language, out / "weights"))
     return Bundle(folder, write_bundle(parts, folder, plans=ExportOptions().plans, target="vnni", name=out.name))
 
 

@@ -28,6 +28,7 @@ def write_card(folder: Path, manifest: Manifest, towers: Mapping[str, TowerRef])
         "## Components",
         markdown_table(("component", "precision", "bytes"), _components(folder, manifest)),
         *_smoothed(manifest),
+        *_cache(manifest),
         *_given_back(manifest),
         "## Compared with torch",
         *_gate(manifest.gate),
@@ -87,6 +88,15 @@ def _smoothed(manifest: Manifest) -> Iterable[str]:
         yield (
             "Outlier channels of the language model's activations are folded into neighbouring weights (SmoothQuant), "
             "which leaves what it computes as it is and loses less in int8."
+        )
+
+
+def _cache(manifest: Manifest) -> Iterable[str]:
+    decoder = manifest.decoder
+    if decoder.kv == "int8":
+        yield (
+            f"Keys and values are kept in int8, {decoder.position_bytes:,} bytes a position: a scale a channel, from "
+            "calibration questions."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tinyalign_edge.bundle import (
 )
 from tinyalign_edge.config import write_json
 from tinyalign_edge.export.language import export_language
+from tinyalign_edge.export.matrices import Floats
 from tinyalign_edge.export.memory_graph import FILE as MEMORY_FILE
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.plan import PRECISIONS, Plan, Plans
@@ -46,7 +48,9 @@ class Components:
 
     source: Source
     encoder: onnx.ModelProto  # float32
+    weights: Mapping[str, Floats] | None  # of the language model; None where torch has to trace it
     smoothing: Factors = field(default_factory=dict)  # of the language model, for plans that are to be smooth
+    scales: Floats | None = None  # of an int8 cache; None: it is float32
 
 
 def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Target, name: str) -> Manifest:
@@ -99,7 +103,14 @@ def write_component(parts: Components, folder: Path, component: Component, plan:
 
 
 def _write_decoder(parts: Components, folder: Path, plan: Plan) -> DecoderBlock:
-    return export_language(parts.source.language, folder, plan=plan, smoothing=parts.smoothing)
+    return export_language(
+        parts.source.language,
+        folder,
+        plan=plan,
+        weights=parts.weights,
+        smoothing=parts.smoothing,
+        scales=parts.scales,
+    )
 
 
 def seal(manifest: Manifest, folder: Path) -> Manifest:

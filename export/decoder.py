@@ -6,13 +6,14 @@ The graphs are built node by node from the fused operators that are fast in onnx
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign_edge.bundle import DecoderBlock, Precision
+from tinyalign_edge.bundle import DecoderBlock, Format, Precision
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.families import Architecture, product_names, read_architecture
 from tinyalign_edge.export.graph import MICROSOFT, DataFile, Graph
@@ -20,6 +21,7 @@ from tinyalign_edge.export.heads import pad_head_norm, pad_heads
 from tinyalign_edge.export.plan import PRECISIONS, Plan
 from tinyalign_edge.export.product import lookup, product
 from tinyalign_edge.export.weights import Weights
+from tinyalign_edge.runtime.decoder import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,6 +36,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # operator and attribute
     "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
     "relu": ("Relu", {}),
 }
+CACHE_IN_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
 def export_decoder(
@@ -42,6 +45,7 @@ def export_decoder(
     folder: Path,
     *,
     plan: Plan,
+    scales: Floats | None = None,
 ) -> DecoderBlock:
     """Write `decoder.onnx`, `embed.onnx` and their common `lm.data` into `folder`, as `DecoderBlock` says.
 
@@ -51,6 +55,7 @@ def export_decoder(
         folder: exists; the three files are overwritten. Equal arguments give equal bytes.
         plan: the format of each of `product_names`. A tied embedding follows "lm_head"; another is int8, or float32
             where that is the plan's base.
+        scales: of an int8 cache, as `cache_scales` gives them; None for a float32 cache.
 
     Raises:
         UnsupportedError: a family, activation, rotary scaling or weight that this exporter does not know.
@@ -61,30 +66,36 @@ def export_decoder(
         raise InputError(f"no product {min(unknown)!r}; there are {', '.join(product_names(arch))}")
     unused = frozenset({f"{arch.names.head}.weight"}) if arch.tied else frozenset()  # there twice, or once
     source = Weights(weights, unused=unused)
-    decoder = _DecoderWriter(arch, source, plan).write()
-    embed = _embed_graph(arch, source, plan)
+    decoder = _DecoderWriter(arch, source, plan, scales).write()
+    table = source.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
+    kind = plan.format("lm_head") if arch.tied else embedding_format(plan)
+    embed = embed_graph(table, replace(plan, base=kind, given_back={}), scale=arch.embedding_scale)
     source.refuse_unread()
     data = DataFile(folder / DATA_FILE)
     decoder.save(folder / DECODER_FILE, data=data)
     embed.save(folder / EMBED_FILE, data=data)
-    return _block(arch, PRECISIONS[plan.base])
+    return _block(arch, PRECISIONS[plan.base], scales)
 
 
-def _embed_graph(arch: Architecture, weights: Weights, plan: Plan) -> Graph:
+def embedding_format(plan: Plan) -> Format:
+    """The format of an embedding table that is not `lm_head` too."""
+    return "fp32" if plan.base == "fp32" else "int8"
+
+
+def embed_graph(table: Floats, plan: Plan, *, scale: float = 1.0) -> Graph:
+    """The lookup of token ids in `table` (V, D), in the base format of `plan`, its rows multiplied by `scale`."""
     graph = Graph("embed")
     ids = graph.input("input_ids", np.int64, ("B", "T"))
-    table = weights.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
-    kind = plan.format("lm_head") if arch.tied else "fp32" if plan.base == "fp32" else "int8"
-    own, scaled = Plan(kind, max_level=plan.max_level), arch.embedding_scale != 1
-    found = lookup(graph, ids, table, name="embed_tokens", plan=own, output="rows" if scaled else "embeddings")
+    scaled = scale != 1
+    found = lookup(graph, ids, table, name="embed_tokens", plan=plan, output="rows" if scaled else "embeddings")
     if scaled:
-        scale = graph.constant("embedding_scale", np.array(arch.embedding_scale, np.float32))
-        graph.op("Mul", found, scale, output="embeddings")
-    graph.output("embeddings", np.float32, ("B", "T", arch.width))
+        factor = graph.constant("embedding_scale", np.array(scale, np.float32))
+        graph.op("Mul", found, factor, output="embeddings")
+    graph.output("embeddings", np.float32, ("B", "T", table.shape[1]))
     return graph
 
 
-def _block(arch: Architecture, precision: Precision) -> DecoderBlock:
+def _block(arch: Architecture, precision: Precision, scales: Floats | None) -> DecoderBlock:
     return DecoderBlock(
         file=DECODER_FILE,
         embed_file=EMBED_FILE,
@@ -96,18 +107,20 @@ def _block(arch: Architecture, precision: Precision) -> DecoderBlock:
         head_dim=arch.padded_head_dim,
         vocab_size=arch.vocab_size,
         max_positions=arch.max_positions,
+        kv="fp32" if scales is None else "int8",
     )
 
 
 class _DecoderWriter:
     """Writes the graph of the layers, once."""
 
-    def __init__(self, arch: Architecture, weights: Weights, plan: Plan) -> None:
+    def __init__(self, arch: Architecture, weights: Weights, plan: Plan, scales: Floats | None) -> None:
         self._graph = Graph("decoder")
         self._arch = arch
         self._weights = weights
         self._plan = plan
-        self._buffers = _block(arch, "int8")
+        self._scales = scales
+        self._buffers = _block(arch, "int8", scales)
 
     def write(self) -> Graph:
         arch, graph, names = self._arch, self._graph, self._arch.names
@@ -217,16 +230,17 @@ class _DecoderWriter:
     def _group_query_attention(self, i: int, query: str, key: str, value: str) -> str:
         """Attention over the buffers, which it fills; `query` may hold keys and values too."""
         arch, names, layer, name = self._arch, self._buffers, self._arch.layers[i], f"layers.{i}.attention"
-        shape = ("B", arch.kv_heads, "S", arch.padded_head_dim)
-        past = [self._graph.input(template % i, np.float32, shape) for template in (names.past_key, names.past_value)]
+        shape, dtype = ("B", arch.kv_heads, "S", arch.padded_head_dim), CACHE_DTYPES[names.kv]
+        past = [self._graph.input(template % i, dtype, shape) for template in (names.past_key, names.past_value)]
         present = [template % i for template in (names.present_key, names.present_value)]
         for buffer in present:
-            self._graph.output(buffer, np.float32, shape)
+            self._graph.output(buffer, dtype, shape)
         turns = layer.rotary is not None
-        caches = (f"rotary.{layer.rotary}.Cos", f"rotary.{layer.rotary}.Sin") if turns else ()
+        caches = (f"rotary.{layer.rotary}.Cos", f"rotary.{layer.rotary}.Sin") if turns else ("", "")
+        scales, quantised = self._cache_scales(i)
         self._graph.node(
             "GroupQueryAttention",
-            (query, key, value, *past, "seqlens_k", "total_sequence_length", *caches),
+            (query, key, value, *past, "seqlens_k", "total_sequence_length", *caches, *scales),
             (name, *present),
             name=name,
             domain=MICROSOFT,
@@ -236,8 +250,17 @@ class _DecoderWriter:
             scale=arch.attention_scale,
             **({"local_window_size": layer.window} if layer.window else {}),
             **({"softcap": arch.attention_cap} if arch.attention_cap else {}),
+            **quantised,
         )
         return name
+
+    def _cache_scales(self, i: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The operator's last inputs and its attributes for an int8 cache; nothing for a float32 one."""
+        if self._scales is None:
+            return (), {}
+        kinds = zip(("k", "v"), self._scales[i], strict=True)  # (kv_heads, head_dim) each
+        given = tuple(self._graph.constant(f"layers.{i}.{kind}_scale", s[None, :, None]) for kind, s in kinds)
+        return ("", "", "", *given), CACHE_IN_INT8
 
     def _mlp(self, i: int, normed: str) -> str:
         arch, graph, names = self._arch, self._graph, self._arch.names

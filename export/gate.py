@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from tinyalign_edge.bundle import GateResult
-from tinyalign_edge.data import Row, Turn
+from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
 from tinyalign_edge.export.distances import Floats, divergences, log_softmax, row_cosines
-from tinyalign_edge.export.source import MAX_SAMPLES, Reference
+from tinyalign_edge.export.expected import Expected
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model
 
@@ -33,7 +32,6 @@ MIN_COSINE = 0.999
 class _Tally:
     """What is gathered over the samples."""
 
-    fp32_error: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoder_kl: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
@@ -45,53 +43,61 @@ class _Tally:
 
 
 class Gate:
-    """Compares a bundle on the first question of each row; torch reads and answers them once."""
+    """Compares bundles with torch on samples.
 
-    def __init__(self, reference: Reference, fp32: Model, rows: Sequence[Row]) -> None:
-        self._torch, self._fp32, self._rows = reference, fp32, rows[:MAX_SAMPLES]
-        self._examples = reference.prepare(self._rows).examples
-        self._answers = reference.answers(self._examples)
+    Args:
+        fp32: the bundle in float32; not needed afterwards.
+        samples: what torch makes of them.
+
+    Raises:
+        GateError: the float32 graphs do not compute what torch computes, so no format can help.
+    """
+
+    def __init__(self, fp32: Model, samples: Sequence[Expected]) -> None:
+        self._samples = samples
+        self._fp32_error = float(np.max([_read_exactly(fp32, sample) for sample in samples]))
+        if not self._fp32_error <= MAX_FP32_LOGIT_ERROR:  # not a number fails too
+            wrong = failure("fp32 logit error", self._fp32_error)
+            raise GateError(f"the graphs do not compute what torch computes: {wrong}")
 
     def measure(self, exported: Model) -> GateResult:
-        """The figures of an open bundle.
-
-        Raises:
-            GateError: the float32 graphs do not compute what torch computes, so no format can help.
-        """
+        """The figures of an open bundle."""
         tally = _Tally()
-        with progress("Comparing with torch", len(self._rows)) as advance:
-            for row, example, answer in zip(self._rows, self._examples, self._answers, strict=True):
-                self._compare(tally, exported, row, example)
-                tally.equal.append(normalize(exported.ask(row.path, row.turns[0].question).text) == normalize(answer))
+        with progress("Comparing with torch", len(self._samples)) as advance:
+            for sample in self._samples:
+                self._compare(tally, exported, sample)
+                said = exported.ask(sample.row.path, sample.row.turns[0].question).text
+                tally.equal.append(normalize(said) == normalize(sample.answer))
                 advance()
-        error = float(np.max(tally.fp32_error))
-        if not error <= MAX_FP32_LOGIT_ERROR:  # not a number fails too
-            raise GateError(f"the graphs do not compute what torch computes: {_failure('fp32 logit error', error)}")
-        return _result(tally, len(self._rows))
+        return _result(tally, self._fp32_error)
 
-    def _compare(self, tally: _Tally, exported: Model, row: Row, example: Any) -> None:
-        memories = self._torch.memories(example)
-        question, answer = row.turns[0].question, row.turns[0].answer
-        reference = self._torch.logits(example)  # (A, V)
-        own_image, image = (side.encode(row.path, memories=memories) for side in (self._fp32, exported))
-        own, ids = self._fp32.answer_logits(own_image, question, answer)
-        tally.fp32_error.append(float(np.abs(own - reference).max()))
-        log_p, log_q = log_softmax(reference), log_softmax(exported.answer_logits(image, question, answer)[0])
-        alone = log_softmax(exported.answer_logits(own_image, question, answer)[0])
+    def _compare(self, tally: _Tally, exported: Model, sample: Expected) -> None:
+        question, answer = sample.row.turns[0].question, sample.row.turns[0].answer
+        exact, image = sample.exact_image(), exported.encode(sample.row.path, memories=sample.memories)
+        logits, ids = exported.answer_logits(image, question, answer)
+        log_p, log_q = log_softmax(sample.logits()), log_softmax(logits)  # (A, V)
+        alone = log_softmax(exported.answer_logits(exact, question, answer)[0])
         tally.kl += divergences(log_p, log_q).tolist()
         tally.decoder_kl += divergences(log_p, alone).tolist()
         tally.agree += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).tolist()
         at = np.arange(len(ids))
         tally.nll += zip((-log_p[at, ids]).tolist(), (-log_q[at, ids]).tolist(), strict=True)
-        tally.visual_cosine += row_cosines(self._torch.visual_tokens(example), image.visual_tokens).tolist()
-        tally.memory_cosine += row_cosines(own_image.memory_tokens, image.memory_tokens).tolist()
-        latents = self._torch.latents(example, answer)
-        if latents is not None:
+        tally.visual_cosine += row_cosines(sample.visual_tokens(), image.visual_tokens).tolist()
+        tally.memory_cosine += row_cosines(exact.memory_tokens, image.memory_tokens).tolist()
+        if sample.makes_latents:
             made = np.asarray(exported.values.make(image.features, [Turn("", answer)]), np.float32)
-            tally.value_cosine += row_cosines(latents.reshape(1, -1), made.reshape(1, -1)).tolist()
+            tally.value_cosine += row_cosines(sample.latents().reshape(1, -1), made.reshape(1, -1)).tolist()
 
 
-def _result(tally: _Tally, answers: int) -> GateResult:
+def _read_exactly(fp32: Model, sample: Expected) -> float:
+    """Keep what the float32 graphs make of the sample's picture; returns the largest error of a logit."""
+    image, turn = fp32.encode(sample.row.path, memories=sample.memories), sample.row.turns[0]
+    sample.keep_exact(image)
+    logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
+    return float(np.abs(logits - sample.logits()).max())
+
+
+def _result(tally: _Tally, fp32_error: float) -> GateResult:
     nll = np.array(tally.nll)  # (tokens, 2)
     kl, agreement = float(np.mean(tally.kl)), float(np.mean(tally.agree))
     nll_change = float(nll[:, 1].mean() / nll[:, 0].mean() - 1)
@@ -108,13 +114,13 @@ def _result(tally: _Tally, answers: int) -> GateResult:
     value_cosine = float(np.mean(tally.value_cosine)) if tally.value_cosine else None
     if value_cosine is not None:
         figures["value cosine"] = value_cosine
-    failures = tuple(filter(None, (_failure(name, value) for name, value in figures.items())))
+    failures = tuple(filter(None, (failure(name, value) for name, value in figures.items())))
     return GateResult(
         passed=not failures,
         failures=failures,
-        answers=answers,
+        answers=len(tally.equal),
         tokens=len(nll),
-        fp32_max_logit_error=float(np.max(tally.fp32_error)),
+        fp32_max_logit_error=fp32_error,
         mean_kl=kl,
         decoder_mean_kl=float(np.mean(tally.decoder_kl)),
         top1_agreement=agreement,
@@ -138,7 +144,7 @@ LIMITS: dict[str, tuple[str, float]] = {
 }
 
 
-def _failure(name: str, value: float) -> str:
+def failure(name: str, value: float) -> str:
     """What is wrong with a figure, or nothing; not a number is wrong."""
     sign, limit = LIMITS[name]
     good = value <= limit if sign == "<=" else value >= limit

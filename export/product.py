@@ -13,6 +13,7 @@ A matrix is given as its rows (outputs, inputs), as torch keeps a linear layer a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 WEIGHT_BITS: dict[Format, int] = {"int8_weight": 8, "int4_weight": 4}
+ROWS_AT_ONCE = 4096
 ACTIVATIONS_IN_INT8 = 4  # accuracy_level of MatMulNBits; with float32 activations one token takes 100 times as long
 
 
@@ -36,8 +38,12 @@ def quantize_rows(rows: Floats, max_level: int = INT8_MAX) -> tuple[NDArray[np.i
         levels (N, K) int8 in -max_level..max_level and scales (N,) float32, so that `levels * scales[:, None]` is
         about `rows`.
     """
-    scales = np.maximum(np.abs(rows).max(axis=1) / np.float32(max_level), np.finfo(np.float32).tiny)
-    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+    peaks = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    scales = np.maximum(peaks / np.float32(max_level), np.finfo(np.float32).tiny)
+    levels = np.empty(rows.shape, np.int8)
+    for part in _parts(rows):
+        levels[part] = np.rint(rows[part] / scales[part, None])
+    return levels, scales
 
 
 def quantize_blocks(rows: Floats, bits: int) -> tuple[Bytes, Floats]:
@@ -50,6 +56,16 @@ def quantize_blocks(rows: Floats, bits: int) -> tuple[Bytes, Floats]:
         levels (N, blocks, BLOCK * bits / 8) uint8, the first of two numbers in the lower half of a byte, and scales
         (N, blocks) float32.
     """
+    levels, scales = zip(*(_quantize_part(rows[part], bits) for part in _parts(rows)), strict=True)
+    return np.concatenate(levels), np.concatenate(scales)
+
+
+def _parts(rows: Floats) -> Iterator[slice]:
+    """Rows in pieces, so that a vocabulary's temporary copies are small."""
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(rows), ROWS_AT_ONCE))
+
+
+def _quantize_part(rows: Floats, bits: int) -> tuple[Bytes, Floats]:
     middle = 1 << (bits - 1)
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK)))
     blocks = padded.reshape(len(rows), -1, BLOCK)

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tinyalign_edge.bundle import MANIFEST, GateResult, Manifest, Target
+from tinyalign_edge.bundle import MANIFEST, CachePrecision, GateResult, Manifest, Target
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import GateError, InputError
+from tinyalign_edge.export.cache_scales import cache_scales
 from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
+from tinyalign_edge.export.expected import ask_torch
+from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import Gate
-from tinyalign_edge.export.language import check_language
+from tinyalign_edge.export.language import check_language, park
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
-from tinyalign_edge.export.tune import SAMPLES, Tuner
+from tinyalign_edge.export.tune import SAMPLES, Tuner, calibration_samples
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.model import Model
@@ -31,9 +34,10 @@ class ExportOptions:
     """In which formats and for whom.
 
     Attributes:
-        precision: of all components, before anything is given back; "fp32" leaves all others without effect.
+        precision: of all components, before anything is given back; with "fp32", `lm_bits` and `target` have no effect.
         lm_bits: of the language model's weights; 4 keeps activations and the rest as with 8 weight-only bits.
         target: the processors whose int8 products must be exact.
+        kv: of the cache of keys and values.
         allow_degraded: write a bundle that fails the gate, and mark it.
         calibration, images: rows to find the formats on, instead of the checkpoint's own; a whole model, which has no
             samples of its own, is compared with torch on them too.
@@ -43,6 +47,7 @@ class ExportOptions:
     precision: Literal["int8", "fp32"] = "int8"
     lm_bits: Literal[4, 8] = 8
     target: Target = "vnni"
+    kv: CachePrecision = "fp32"
     allow_degraded: bool = False
     calibration: Path | None = None
     images: Path | None = None
@@ -71,25 +76,31 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
     """
     options = options or ExportOptions()
     source = _open_source(folder, options)
-    check_language(source.language)
+    check_language(source.language, kv=options.kv)
     with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
         rows = source.rows(_subfolder(scratch, "samples"))
         if not rows:
             raise GateError(f"{folder}: no held-out samples, so nothing can be proved; train on at least 10 pictures")
         calibration, rows = (source.calibration, rows) if source.calibration else _divide(rows)
-        parts = Components(source, source.encoder())
+        expected = ask_torch(source.reference, rows, _subfolder(scratch, "expected"))
+        weights = park(source.language, Path(scratch) / "weights")  # torch has said all that it is asked
+        parts = Components(source, source.encoder(), weights)
         fp32_folder = _subfolder(scratch, "fp32")
         manifest = write_bundle(parts, fp32_folder, plans=FP32, target=options.target, name="scratch")
         with Model(fp32_folder, manifest) as fp32:
-            gate = Gate(source.reference, fp32, rows)
-            manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
-            tuner = Tuner(parts, fp32, target, manifest, options.plans, calibration)
-            result, plans = _tune(tuner, gate, target, manifest)
-            given_back = tuner.given_back(plans)
+            gate = Gate(fp32, expected)
+            samples = calibration_samples(fp32, calibration)
+            if options.kv == "int8":
+                arch = read_architecture(source.language.config)
+                parts = replace(parts, scales=cache_scales(arch, fp32.decoder, (s.embeddings for s in samples)))
+        manifest = write_bundle(parts, target, plans=options.plans, target=options.target, name=out.name)
+        tuner = Tuner(parts, fp32_folder, target, manifest, options.plans, samples)
+        result, plans = _tune(tuner, gate, target, manifest)
+        given_back = tuner.given_back(plans)
         if not result.passed and not options.allow_degraded:
             raise GateError(
                 f"the export does not compute what torch computes: {'; '.join(result.failures)}; "
-                "--allow-degraded writes it all the same"
+                f"{'--kv fp32 loses less, ' if options.kv == 'int8' else ''}--allow-degraded writes it all the same"
             )
         with Model(target, manifest) as exported:
             probe_file = write_probe(target, make_probe(exported))

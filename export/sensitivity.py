@@ -15,6 +15,7 @@ from onnx.onnx_ml_pb2 import NodeProto
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.export.matrices import Floats, constants, find_matrices, matrix_rows
 from tinyalign_edge.export.product import quantize_rows
+from tinyalign_edge.runtime.decoder import CACHE_DTYPES
 from tinyalign_edge.runtime.sessions import open_session
 
 Feed = Mapping[str, NDArray[Any]]
@@ -55,7 +56,7 @@ def relative_errors(exact: Path, written: Path, feeds: Sequence[Feed]) -> dict[s
 def decoder_feed(block: DecoderBlock, embeddings: Floats, num_logits: int) -> dict[str, NDArray[Any]]:
     """The decoder's inputs for a prefill of `embeddings` (T, D) into an empty cache."""
     tokens = len(embeddings)
-    buffer = np.zeros((1, block.kv_heads, tokens, block.head_dim), np.float32)
+    buffer = np.zeros((1, block.kv_heads, tokens, block.head_dim), CACHE_DTYPES[block.kv])
     pasts = [name % i for i in range(block.layers) for name in (block.past_key, block.past_value)]
     return {
         "inputs_embeds": embeddings[None],

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from transformers.cache_utils import DynamicLayer
 
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.errors import BundleError, UnsupportedError, first_line
-from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE
+from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE, embed_graph, embedding_format
 from tinyalign_edge.export.gemm import split_gemm
-from tinyalign_edge.export.graph import DataFile, Graph, tensor
+from tinyalign_edge.export.graph import DataFile, tensor
 from tinyalign_edge.export.limits import refuse_large
 from tinyalign_edge.export.plan import PRECISIONS, Plan
-from tinyalign_edge.export.product import lookup
 from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.export.rotary import longest_position
 from tinyalign_edge.runtime.decoder import Decoder
@@ -115,7 +114,8 @@ def trace_decoder(model: PreTrainedModel, folder: Path, *, plan: Plan) -> Decode
     _save(decoder, folder / DECODER_FILE, data)
     table = model.get_input_embeddings()
     if type(table) is nn.Embedding:
-        _embed_graph(table, plan).save(folder / EMBED_FILE, data=data)
+        own = replace(plan, base=embedding_format(plan), given_back={})
+        embed_graph(table.weight.detach().float().numpy(), own).save(folder / EMBED_FILE, data=data)
     else:  # one that does more than look up, such as scaling
         _save(_trace_embedding(table, model), folder / EMBED_FILE, data)
     _check(model, block, folder)
@@ -231,15 +231,6 @@ def _trace(
         except Exception as error:  # torch's exporter and the model's code raise anything
             raise UnsupportedError(f"{_kind(model)}: torch cannot export it ({first_line(error)})") from None
         return onnx.load(path)
-
-
-def _embed_graph(table: nn.Embedding, plan: Plan) -> Graph:
-    graph = Graph("embed")
-    ids = graph.input("input_ids", np.int64, ("B", "T"))
-    own = Plan("fp32" if plan.base == "fp32" else "int8", max_level=plan.max_level)
-    lookup(graph, ids, table.weight.detach().float().numpy(), name="embed_tokens", plan=own, output="embeddings")
-    graph.output("embeddings", np.float32, ("B", "T", table.embedding_dim))
-    return graph
 
 
 def _check(model: PreTrainedModel, block: DecoderBlock, folder: Path) -> None:

@@ -40,6 +40,7 @@ class Sample:
     row: Row
     image: EncodedImage
     memory_inputs: Feed  # from the float32 embedding table
+    embeddings: Floats  # (T, D): all that the language model reads
     log_p: Floats  # (A, V) of the reference's first tokens
 
 
@@ -48,16 +49,16 @@ class Tuner:
 
     Args:
         parts: what is written.
-        fp32: the same bundle in float32.
+        exact: the folder of the same bundle in float32.
         folder, manifest: the bundle, written in the plans `base` already.
-        rows: calibration samples, one question each.
+        samples: as `calibration_samples` gives them.
     """
 
     def __init__(
-        self, parts: Components, fp32: Model, folder: Path, manifest: Manifest, base: Plans, rows: Sequence[Row]
+        self, parts: Components, exact: Path, folder: Path, manifest: Manifest, base: Plans, samples: Sequence[Sample]
     ) -> None:
-        self._fp32, self._folder, self._manifest, self._base = fp32, folder, manifest, base
-        self._samples = [_sample(fp32, row) for row in rows[:SAMPLES]]
+        self._exact, self._folder, self._manifest, self._base = exact, folder, manifest, base
+        self._samples = samples
         self._parts = replace(parts, smoothing=self._smoothing(parts.source.language.config))
         self._losses: dict[tuple[Component, str], float] = {}
         self._rankings: dict[Component, list[str]] = {}
@@ -110,8 +111,9 @@ class Tuner:
             arch = read_architecture(config)
         except UnsupportedError:  # traced: which weight makes which channel is not known
             return {}
-        feeds = [_decoder_inputs(self._fp32, sample) for sample in self._samples]
-        return smoothing_factors(arch, self._fp32.folder / self._manifest.decoder.file, feeds)
+        exact = replace(self._manifest.decoder, kv="fp32")
+        feeds = [decoder_feed(exact, sample.embeddings, 1) for sample in self._samples]
+        return smoothing_factors(arch, self._exact / exact.file, feeds)
 
     def _reading(self, component: Component) -> list[Sample]:
         """The samples that the component reads: a memory may be silent on some."""
@@ -119,7 +121,7 @@ class Tuner:
 
     def _matrices(self, component: Component) -> dict[str, Matrix]:
         """The matrices of a component by node name."""
-        return find_matrices(onnx.load(self._fp32.folder / self._file(component), load_external_data=False))
+        return find_matrices(onnx.load(self._exact / self._file(component), load_external_data=False))
 
     def _file(self, component: Component) -> str:
         files = {"vision": self._manifest.vision.file, "decoder": self._manifest.decoder.file}
@@ -146,7 +148,7 @@ class Tuner:
             with Model(self._folder, self._manifest) as model:
                 feeds = [FEEDS[component](model, sample) for sample in self._reading(component)[:RANKING_SAMPLES]]
             with tempfile.TemporaryDirectory() as scratch:
-                exact = self._fp32.folder
+                exact = self._exact
                 if base.smooth:
                     exact = Path(scratch)
                     write_component(self._parts, exact, component, Plan("fp32", smooth=True))
@@ -160,11 +162,17 @@ def _key(plan: Plan) -> str:
     return repr((plan.base, plan.max_level, plan.smooth, sorted(plan.given_back.items())))
 
 
+def calibration_samples(fp32: Model, rows: Sequence[Row]) -> list[Sample]:
+    """The first question of each of the first `SAMPLES` rows."""
+    return [_sample(fp32, row) for row in rows[:SAMPLES]]
+
+
 def _sample(fp32: Model, row: Row) -> Sample:
     image, turn = fp32.encode(row.path), row.turns[0]
     logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
+    embeddings, _ = fp32.answer_embeddings(image, turn.question, turn.answer)
     inputs = fp32.memory_inputs(image.memories) if image.memories else {}
-    return Sample(row, image, inputs, log_softmax(logits[:MAX_ANSWER_TOKENS]).astype(np.float32))
+    return Sample(row, image, inputs, embeddings, log_softmax(logits[:MAX_ANSWER_TOKENS]).astype(np.float32))
 
 
 def _decoder_loss(model: Model, sample: Sample) -> float:

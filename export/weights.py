@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tinyalign_edge.errors import InputError, UnsupportedError
+from tinyalign_edge.export.graph import DataFile
 
 Floats = NDArray[np.float32]
 
@@ -34,6 +36,36 @@ class StateDict(Mapping[str, Floats]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class ParkedWeights(Mapping[str, Floats]):
+    """A model's state dict as float32 arrays in a file, each read when it is asked for; the model is empty afterwards.
+
+    Args:
+        model: its parameters and buffers are moved to torch's "meta" device.
+        path: of the file, which must last as long as this.
+    """
+
+    def __init__(self, model: torch.nn.Module, path: Path) -> None:
+        state, data = StateDict(model), DataFile(path)
+        self._path = path
+        self._places = {name: (data.add(array), array.shape) for name, array in state.items()}
+        del state
+        model.to("meta")
+
+    def __getitem__(self, name: str) -> Floats:
+        span, shape = self._places[name]
+        array: Floats = np.fromfile(self._path, np.float32, int(np.prod(shape)), offset=span.offset)
+        return array.reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class Weights:

@@ -248,10 +248,10 @@ def test_evaluation_of_checkpoint_and_bundle_agree(checkpoints: dict[str, Path],
 
 
 def test_logits_that_are_not_numbers_fail_the_gate() -> None:
-    from tinyalign_edge.export.gate import _failure
+    from tinyalign_edge.export.gate import failure
 
-    assert _failure("mean KL", float("nan")) == "mean KL is nan, must be <= 0.005"
-    assert not _failure("mean KL", 0.005)
+    assert failure("mean KL", float("nan")) == "mean KL is nan, must be <= 0.005"
+    assert not failure("mean KL", 0.005)
 
 
 def test_an_added_entry_is_what_training_would_have_written(

@@ -12,14 +12,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error, torch_logits
+from tinyalign_edge.bench.models.compare import onnx_logits, relative_error, torch_logits
 from tinyalign_edge.bench.models.left_out import LEFT_OUT
+from tinyalign_edge.bench.models.taught import sentence, teach
 from tinyalign_edge.bench.models.tiny import FUSED, build, random_ids
+from tinyalign_edge.bench.models.tuned import tune
 from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import FAMILIES, read_architecture
 from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.search import MAX_GROWTH
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -47,13 +50,19 @@ def test_fp32_computes_what_torch_computes_in_prefill_chunks_and_steps(name: str
         assert relative_error(onnx_logits(decoder, IDS, chunks), wanted) < 1e-4
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_int8_stays_close_to_torch(name: str, tmp_path: Path) -> None:
-    model = build(FUSED[name])
-    logits = onnx_logits(export(model.config, StateDict(model), tmp_path, "int8"), IDS, [64])
-    wanted = torch_logits(model, IDS)
-    assert divergence(logits, wanted) < 0.03
-    assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= 0.8
+@pytest.mark.parametrize("name", [next(n for n in FUSED if FUSED[n].model_type == family) for family in FAMILIES])
+def test_a_model_that_knows_its_language_passes_the_gate_in_int8(name: str) -> None:
+    tuned = tune(teach(build(FUSED[name])), lambda seed: sentence(64, seed=seed))
+    assert tuned.found.failures == ()
+    assert tuned.given_back < tuned.matrices
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_search_helps_a_random_model_within_its_bytes(name: str) -> None:
+    tuned = tune(build(FUSED[name]), lambda seed: random_ids(64, seed=seed))
+    assert 0 < tuned.found.kl < 0.8 * tuned.plain.kl
+    assert tuned.given_back > 0
+    assert tuned.growth <= MAX_GROWTH - 1
 
 
 @pytest.mark.parametrize(("name", "feature"), [(name, feature) for name in LEFT_OUT for feature in LEFT_OUT[name]])

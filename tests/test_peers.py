@@ -119,7 +119,9 @@ def test_profile_sums_the_nodes_of_a_kind(capsys: pytest.CaptureFixture[str]) ->
         return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": {"op_name": operator}}
 
     events = [event("MatMul", f"layers.{i}.o_proj", 3000) for i in range(2)] + [event("Mul", "x", 2000)]
-    profile.print_shares([*events * profile.RUNS, {"cat": "Session", "name": "model_run", "dur": 9}])
+    profile.print_shares(
+        profile.node_times([*events * profile.RUNS, {"cat": "Session", "name": "model_run", "dur": 9}])
+    )
     first, second = capsys.readouterr().out.splitlines()[1:3]
     assert first.split() == ["MatMul", "o_proj", "2", "6.00", "75.0%"]
     assert second.split() == ["Mul", "1", "2.00", "25.0%"]

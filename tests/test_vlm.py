@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tinyalign_edge as ta
 from tests.vlms import KINDS, load_processor, load_vlm, processor_inputs, save_vlm
-from tinyalign_edge.bundle import PictureInTemplate, PromptConfig, open_bundle
+from tinyalign_edge.bundle import CachePrecision, PictureInTemplate, PromptConfig, open_bundle
 from tinyalign_edge.errors import BundleError, GateError, InputError, UnsupportedError
 from tinyalign_edge.export import vlm, vlm_samples
 from tinyalign_edge.export.run import ExportOptions, export
@@ -124,7 +124,10 @@ def test_the_fp32_bundle_says_what_transformers_generates(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_int8_bundle_passes_the_gate_and_verifies(vlms: Path, world: Path, tmp_path: Path, kind: str) -> None:
-    manifest = export(vlms / kind, tmp_path / "b", ExportOptions(calibration=world / "test.json", images=world))
+    kv: CachePrecision = "int8" if kind in ("llava-gemma2", "smolvlm") else "fp32"
+    options = ExportOptions(calibration=world / "test.json", images=world, kv=kv)
+    manifest = export(vlms / kind, tmp_path / "b", options)
+    assert manifest.decoder.kv == kv
     assert manifest.gate is not None
     assert manifest.gate.passed
     assert manifest.gate.answers == 24

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from tinyalign_edge.config import MemoryKind, read_versioned
+from tinyalign_edge.config import MemoryKind, from_versioned, parse_json, read_small
 from tinyalign_edge.errors import BundleError, InputError
 
 SCHEMA_VERSION = 1
@@ -21,6 +21,7 @@ MEMORY_DIR = "memory"
 Precision = Literal["int8", "int4", "fp32"]  # of a component, but for the matrices that were given back
 Component = Literal["vision", "memory", "decoder"]
 Format = Literal["int8", "int8_weight", "int4_weight", "fp32"]  # of a matrix: see `tinyalign_edge.export.product`
+CachePrecision = Literal["fp32", "int8"]
 Target = Literal["portable", "vnni", "avx2", "arm64"]
 
 
@@ -103,8 +104,9 @@ class DecoderBlock:
 
     `file`: `inputs_embeds` (B, T, D) float32, `seqlens_k` (B,) int32 (keys valid after this call, minus one),
     `total_sequence_length` () int32, `num_logits` () int64, and per layer a key and a value buffer
-    (B, kv_heads, S, head_dim) float32 of fixed capacity S -> `logits` (B, num_logits, V) float32 of the last
-    `num_logits` positions, and the same buffers, which must be bound to the same memory as the inputs.
+    (B, kv_heads, S, head_dim), float32 or int8 as `kv` says, of fixed capacity S -> `logits` (B, num_logits, V)
+    float32 of the last `num_logits` positions, and the same buffers, which must be bound to the same memory as the
+    inputs.
     """
 
     file: str
@@ -118,11 +120,17 @@ class DecoderBlock:
     vocab_size: int
     max_positions: int
     smoothed: bool = False  # outlier channels of activations are folded into neighbouring weights
+    kv: CachePrecision = "fp32"  # of keys and values; the graph holds an int8 cache's scales
     graph: Literal["fused", "traced"] = "fused"  # "traced": by torch, for a family without a graph of its own; slower
     past_key: str = "past_key_values.%d.key"
     past_value: str = "past_key_values.%d.value"
     present_key: str = "present.%d.key"
     present_value: str = "present.%d.value"
+
+    @property
+    def position_bytes(self) -> int:
+        """What a position takes in the cache."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * {"fp32": 4, "int8": 1}[self.kv]
 
 
 @dataclass(frozen=True)
@@ -233,10 +241,11 @@ def open_bundle(path: str | Path, *, expect_sha256: str | None = None) -> Manife
         raise InputError(f"{folder}: no such bundle folder; make one with 'tinyalign-edge export'")
     if not manifest_path.is_file() or manifest_path.is_symlink():
         raise InputError(f"{folder}: not a bundle (no {MANIFEST}); make one with 'tinyalign-edge export'")
-    found = file_sha256(manifest_path)
+    data = read_small(manifest_path)
+    found = hashlib.sha256(data).hexdigest()
     if expect_sha256 is not None and found != expect_sha256.lower():
         raise BundleError(f"{manifest_path}: SHA-256 is {found}, expected {expect_sha256}; fetch the bundle again")
-    manifest = read_versioned(Manifest, manifest_path, newest=SCHEMA_VERSION)
+    manifest = from_versioned(Manifest, parse_json(data, manifest_path), manifest_path, newest=SCHEMA_VERSION)
     check_files(folder, manifest.files)
     _refuse_strangers(folder, manifest.files)
     _check_references(manifest, manifest_path)

@@ -100,6 +100,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle folder to write; an old bundle there is replaced.")],
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
     lm_bits: Annotated[str, typer.Option(help="Of the language model's weights in int8: 8 or 4.")] = "8",
+    kv: Annotated[str, typer.Option(help="The cache of keys and values: fp32 or int8.")] = "fp32",
     target: Annotated[str, typer.Option(help="Processors: vnni, arm64, avx2 or portable.")] = "vnni",
     calibration: Annotated[Path | None, typer.Option(help="Rows to find the formats on (default: training's).")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
@@ -116,6 +117,7 @@ def export(
     options = ExportOptions(
         precision=_one_of("--precision", precision, "int8", "fp32"),
         lm_bits=4 if _one_of("--lm-bits", lm_bits, "8", "4") == "4" else 8,
+        kv=_one_of("--kv", kv, "fp32", "int8"),
         target=_one_of("--target", target, "portable", "vnni", "avx2", "arm64"),
         calibration=calibration,
         images=images,

@@ -132,6 +132,7 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
                 f"{decoder.precision}, {decoder.layers} layers of {decoder.width}, vocabulary {decoder.vocab_size}, "
                 f"context {decoder.max_positions}",
             ),
+            ("cache", f"{decoder.kv}, {decoder.position_bytes:,} bytes a position"),
             ("memory", _memory_line(folder, manifest)),
             ("target", manifest.target),
             ("gate", _gate_line(manifest)),

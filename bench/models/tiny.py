@@ -144,7 +144,7 @@ def build(tiny: Tiny) -> PreTrainedModel:
     return model
 
 
-def random_ids(count: int) -> list[int]:
-    """Token ids, the same at every call."""
-    ids: list[int] = np.random.default_rng(1).integers(0, VOCABULARY, count).tolist()
+def random_ids(count: int, *, seed: int = 1) -> list[int]:
+    """Token ids, the same at every call with the same seed."""
+    ids: list[int] = np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
     return ids

@@ -10,19 +10,23 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tinyalign_edge.bundle import DecoderBlock
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.bundle import CachePrecision, DecoderBlock
+from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 
 Floats = NDArray[np.float32]
+
+CACHE_DTYPES: dict[CachePrecision, type[np.float32 | np.int8]] = {"fp32": np.float32, "int8": np.int8}
+GRAPH_DTYPES: dict[CachePrecision, str] = {"fp32": "tensor(float)", "int8": "tensor(int8)"}
+INT8_CACHE_SINCE = (1, 27)  # of onnxruntime: older ones compute GroupQueryAttention over float caches only
 
 
 class Cache:
     """The keys and values of one sequence, and the buffers of a call, all bound once.
 
     Attributes:
-        buffer: (L, 2, 1, kv_heads, capacity, head_dim) float32, keys then values; the first `length` positions are
-            valid. The operating system gives its memory page by page as it is filled.
+        buffer: (L, 2, 1, kv_heads, capacity, head_dim) float32 or int8, keys then values; the first `length`
+            positions are valid. The operating system gives its memory page by page as it is filled.
         length: positions filled.
         capacity: positions there are.
     """
@@ -30,7 +34,7 @@ class Cache:
     def __init__(self, session: ort.InferenceSession, block: DecoderBlock, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self.buffer = np.zeros((block.layers, 2, 1, block.kv_heads, capacity, block.head_dim), np.float32)
+        self.buffer = np.zeros((block.layers, 2, 1, block.kv_heads, capacity, block.head_dim), CACHE_DTYPES[block.kv])
         self.binding = session.io_binding()
         self._last_key = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
@@ -88,6 +92,8 @@ class Decoder:
     def __init__(self, folder: Path, block: DecoderBlock, *, threads: int | None = None) -> None:
         self.block = block
         self._path = folder / block.file
+        if lacking := missing_for_cache(block.kv):
+            raise BundleError(f"{self._path}: its {lacking}, or export it with --kv fp32")
         self._embed_path = folder / block.embed_file
         self._session = open_session(self._path, threads=threads)
         self._embed_session = open_session(self._embed_path, threads=1)
@@ -152,3 +158,15 @@ class Decoder:
             expected |= {template % i: buffer for i in range(block.layers)}
         expected |= {"seqlens_k": [], "total_sequence_length": [], "num_logits": []}
         check_shapes(self._session, expected, self._path)
+        for value in (*self._session.get_inputs(), *self._session.get_outputs()):
+            if expected[value.name] is buffer and value.type != GRAPH_DTYPES[block.kv]:
+                raise BundleError(f"{self._path}: {value.name!r} is {value.type}, the manifest says {block.kv}")
+
+
+def missing_for_cache(kv: CachePrecision) -> str:
+    """What this onnxruntime lacks for a cache of that precision, with the remedy; "" where it lacks nothing."""
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    if kv == "fp32" or (major, minor) >= INT8_CACHE_SINCE:
+        return ""
+    wanted = ".".join(map(str, INT8_CACHE_SINCE))
+    return f"int8 cache needs onnxruntime {wanted} or newer, this is {ort.__version__}; upgrade onnxruntime"

@@ -146,6 +146,12 @@ class Model:
         self.closed = True
         self._vision = self._decoder = self._connector = self.values = self.memory = None
 
+    @property
+    def decoder(self) -> Decoder:
+        """The language model by itself."""
+        decoder: Decoder = self._decoder
+        return decoder
+
     def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
         """Encode a picture and retrieve its memories.
 
