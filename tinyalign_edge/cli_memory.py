@@ -104,6 +104,37 @@ def merge(
 
 
 @app.command()
+def build(
+    bundle: Bundle,
+    data: Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")],
+    images: Annotated[Path, typer.Option(help="The folder that the rows' image paths start from.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "--memory-dir", help="The memory's folder (default: the bundle's own).")
+    ] = None,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard, what an interruption costs at most.")] = 4096,
+    shard: Annotated[str | None, typer.Option(help="I/N: every N-th shard only; other calls make the rest.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
+    value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the memory anew from data; it takes the old one's place when it is complete."""
+    from dataclasses import asdict
+
+    from tinyalign_edge.report import print_built
+    from tinyalign_edge.runtime.build import BuildOptions
+    from tinyalign_edge.runtime.build import build as run
+    from tinyalign_edge.runtime.launch import parse_part
+
+    part = parse_part(shard) if shard else None
+    options = BuildOptions(shard_rows=shard_rows, skip_bad=skip_bad, value_tokens=value_tokens, part=part)
+    built = run(bundle, data=data, images=images, out=out, options=options)
+    if as_json:
+        print(json.dumps(asdict(built)))
+    else:
+        print_built(built)
+
+
+@app.command()
 def stats(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -> None:
     """Show how much the memory holds."""
     from dataclasses import asdict

@@ -13,6 +13,7 @@ from rich.text import Text
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.memory import BankStats, Entry
+from tinyalign_edge.runtime.build import Built
 from tinyalign_edge.runtime.memory import open_bank
 from tinyalign_edge.runtime.model import Answer
 from tinyalign_edge.runtime.probe import ProbeResult
@@ -57,6 +58,20 @@ def print_bank(stats: BankStats) -> None:
             ("files", f"{megabytes(stats.total_bytes)} in {stats.segments} segments"),
             ("journal", f"{stats.journal_entries} entries"),
             ("generation", f"{stats.generation}"),
+        ]
+    )
+
+
+def print_built(built: Built) -> None:
+    """What `memory build` shows."""
+    if not built.complete:
+        print(f"shards: {built.shards_done} of {built.shards} are done; who finishes the last one joins them")
+        return
+    print_table(
+        [
+            ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
+            ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
+            ("files", megabytes(built.bytes)),
         ]
     )
 
