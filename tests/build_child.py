@@ -1,11 +1,12 @@
 """One of several processes that build a bank together, under torch.distributed. For `test_build.py`.
 
-torchrun --nproc-per-node N -m tests.build_child BUNDLE DATA OUT
+RANK=0 WORLD_SIZE=2 python -m tests.build_child BUNDLE DATA OUT
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tinyalign_edge.runtime.build import BuildOptions, build
 
 def main(bundle: Path, data: Path, out: Path) -> None:
     """Build, and write down which shards each process made."""
-    dist.init_process_group("gloo")
+    meeting = f"file://{out.with_name('meeting')}"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     made, write = list[int](), Shards.write
     Shards.write = lambda self, shard, *rest: (made.append(shard), write(self, shard, *rest))[1]  # type: ignore[assignment, method-assign, func-returns-value]
     built = build(bundle, data=data, images=data.parent, out=out, options=BuildOptions(shard_rows=5))
