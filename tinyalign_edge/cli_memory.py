@@ -115,6 +115,8 @@ def build(
     shard: Annotated[str | None, typer.Option(help="I/N: every N-th shard only; other calls make the rest.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
+    budget_mb: Annotated[float | None, typer.Option(help="Megabytes the memory may take; it keeps what helps.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Conversations to measure the loss at that size on.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build the memory anew from data; it takes the old one's place when it is complete."""
@@ -125,8 +127,16 @@ def build(
     from tinyalign_edge.runtime.build import build as run
     from tinyalign_edge.runtime.launch import parse_part
 
-    part = parse_part(shard) if shard else None
-    options = BuildOptions(shard_rows=shard_rows, skip_bad=skip_bad, value_tokens=value_tokens, part=part)
+    if held_out is not None and budget_mb is None:
+        raise InputError("--held-out: give --budget-mb too, or measure with 'tinyalign-edge eval'")
+    options = BuildOptions(
+        shard_rows=shard_rows,
+        skip_bad=skip_bad,
+        value_tokens=value_tokens,
+        part=parse_part(shard) if shard else None,
+        budget_bytes=None if budget_mb is None else int(budget_mb * 1e6),
+        held_out=held_out,
+    )
     built = run(bundle, data=data, images=images, out=out, options=options)
     if as_json:
         print(json.dumps(asdict(built)))

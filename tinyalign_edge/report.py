@@ -67,13 +67,17 @@ def print_built(built: Built) -> None:
     if not built.complete:
         print(f"shards: {built.shards_done} of {built.shards} are done; who finishes the last one joins them")
         return
-    print_table(
-        [
-            ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
-            ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
-            ("files", megabytes(built.bytes)),
-        ]
-    )
+    rows = [
+        ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
+        ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
+        ("files", megabytes(built.bytes)),
+    ]
+    rows += [("held back", f"{built.held_back} rows, to measure the loss on")] if built.held_back else []
+    rows += [
+        (f"{megabytes(p.budget_bytes)}", f"{p.entries} entries, {megabytes(p.bytes)}, {p.nll_per_token:.4f} nats a token")
+        for p in built.points
+    ]
+    print_table(rows)
 
 
 def print_table(rows: Iterable[tuple[str, str]], title: str = "") -> None:

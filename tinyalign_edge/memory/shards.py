@@ -38,6 +38,7 @@ class Job:
     shard_rows: int
     value_tokens: int
     skip_bad: bool
+    held_back: float  # share of the pictures whose rows are left out
 
     @property
     def shards(self) -> int:
@@ -55,6 +56,7 @@ class Counts:
 
     entries: int
     skipped: int
+    held_back: int
 
 
 @dataclass(frozen=True)

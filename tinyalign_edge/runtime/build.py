@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tinyalign_edge.bundle import MANIFEST, MEMORY_DIR, Manifest, file_sha256, inside, open_bundle
@@ -15,11 +17,14 @@ from tinyalign_edge.memory.manifest import read_manifest
 from tinyalign_edge.memory.publish import check_target, publish
 from tinyalign_edge.memory.shards import Counts, Job, Shards
 from tinyalign_edge.progress import progress
+from tinyalign_edge.runtime.budget import BudgetPoint, fit
 from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, check_can_build, side_by_side
 from tinyalign_edge.runtime.launch import Part, part_of_environment, threads
 from tinyalign_edge.runtime.model import load
 
 WORK_SUFFIX = ".build"
+HELD_BACK_SHARE = 0.1
+HELD_BACK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,17 @@ class BuildOptions:
         skip_bad: count rows that cannot be used, instead of ending with the first.
         value_tokens: token ids kept of an entry, at most the bundle's; None: as many as the bundle's.
         part: what this process does; None: what `torchrun` or `accelerate launch` say, or all.
+        budget_bytes: what the bank's files may take; None: all entries are kept.
+        held_out: conversations, of the same images folder, whose loss is measured at budgets around that one; None:
+            a share of the pictures, at most about `HELD_BACK_ROWS` rows, is held back from the bank for it.
     """
 
     shard_rows: int = 4096
     skip_bad: bool = False
     value_tokens: int | None = None
     part: Part | None = None
+    budget_bytes: int | None = None
+    held_out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Built:
     duplicates: int = 0
     entries: int = 0
     bytes: int = 0
+    held_back: int = 0
+    points: tuple[BudgetPoint, ...] = ()  # with a budget: what was measured
 
 
 def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, options: BuildOptions) -> Built:
@@ -74,6 +86,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         raise InputError(f"--shard-rows {options.shard_rows}: must be at least 1")
     value_tokens, part = _value_tokens(manifest, options), options.part or part_of_environment()
     file = checked_rows(data, images, skip_bad=options.skip_bad)
+    held_out = _HeldOut(file, images, options)
     job = Job(
         data_sha256=file_sha256(data),
         rows=len(file),
@@ -81,6 +94,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         shard_rows=options.shard_rows,
         value_tokens=value_tokens,
         skip_bad=options.skip_bad,
+        held_back=held_out.share,
     )
     if part.index >= job.shards:  # nothing to do; the others may have finished already
         return Built(False, job.shards, 0, job.rows)
@@ -90,10 +104,12 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         with exclusive(shards.folder):
             if shards.is_open():
                 done = shards.done()
-                return _finish(shards, target) if done == job.shards else Built(False, job.shards, done, job.rows)
+                if done < job.shards:
+                    return Built(False, job.shards, done, job.rows)
+                return _finish(bundle, shards, target, options.budget_bytes, held_out)
     except FileNotFoundError:
         pass
-    return _built(job, read_manifest(target), skipped=0, duplicates=0)  # another process has joined them meanwhile
+    return _built(job, read_manifest(target))  # another process has joined them meanwhile
 
 
 def work_folder(bundle: Path, out: Path | None) -> Path:
@@ -138,6 +154,36 @@ def bank_spec(manifest: Manifest) -> BankSpec:
     )
 
 
+class _HeldOut:
+    """The rows that the loss is measured on: of a file of their own, or held back from the data."""
+
+    def __init__(self, data: RowFile, images: Path, options: BuildOptions) -> None:
+        self._file, self._images, self.share = data, images, 0.0
+        if options.budget_bytes is not None and options.held_out is None:
+            self.share = min(HELD_BACK_SHARE, HELD_BACK_ROWS / len(data))
+        elif options.held_out is not None:
+            self._file = checked_rows(options.held_out, images, skip_bad=False)
+        if self.share and next(iter(self.rows()), None) is None:
+            raise InputError(f"{data.path}: too few rows to hold some back; give --held-out")
+
+    def rows(self) -> Iterator[Row]:
+        """One after another; bad ones are left out of what was held back."""
+        for number in range(len(self._file)):
+            try:
+                row = read_row(self._file, number, self._images)
+            except InputError:
+                if self.share:
+                    continue
+                raise
+            if not self.share or is_held_back(row, self.share):
+                yield row
+
+
+def is_held_back(row: Row, share: float) -> bool:
+    """Whether a row belongs to the `share` of the pictures that are held back; the same on every machine."""
+    return zlib.crc32(row.image.encode()) < share * 2**32
+
+
 def _value_tokens(manifest: Manifest, options: BuildOptions) -> int:
     most = manifest.memory.value_tokens
     tokens = most if options.value_tokens is None else options.value_tokens
@@ -158,30 +204,43 @@ def _make_shards(bundle: Path, shards: Shards, file: RowFile, images: Path, part
         with load(bundle, memory=False, threads=threads()) as model:
             maker = EntryMaker(model, value_tokens=job.value_tokens)
             for number in missing:
-                entries, skipped = list[NewEntry](), 0
+                entries, skipped, held_back = list[NewEntry](), 0, 0
                 for row_number in job.rows_of(number):
                     try:
-                        entries.append(maker.entry(read_row(file, row_number, images)))
+                        row = read_row(file, row_number, images)
+                        if is_held_back(row, job.held_back):
+                            held_back += 1
+                        else:
+                            entries.append(maker.entry(row))
                     except InputError:
                         if not job.skip_bad:
                             raise
                         skipped += 1
                     advance()
-                shards.write(number, side_by_side(entries, model.manifest), Counts(len(entries), skipped))
+                counts = Counts(len(entries), skipped, held_back)
+                shards.write(number, side_by_side(entries, model.manifest), counts)
 
 
-def _finish(shards: Shards, target: Path) -> Built:
+def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None, held_out: _HeldOut) -> Built:
     """Join all shards in `target` and remove them."""
     counts = [shards.counts(number) for number in range(shards.job.shards)]
-    skipped = sum(count.skipped for count in counts)
-    if skipped == shards.job.rows:
-        raise InputError(f"{shards.folder}: none of the {skipped} rows can be used; build without --skip-bad to see why")
-    manifest = publish(target, shards.spec, shards.distinct())
-    duplicates = sum(count.entries for count in counts) - manifest.count
+    total = Counts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
+    if not total.entries:
+        raise InputError(f"{shards.folder}: no row can be used, {total.skipped} are bad; build without --skip-bad")
+    selected, points = shards.distinct(), tuple[BudgetPoint, ...]()
+    distinct = sum(int(keep.sum()) for _, keep in selected)
+    if budget_bytes is not None:
+        everything = shards.folder / "everything"
+        publish(everything, shards.spec, selected)
+        fitted = fit(bundle, everything, shards.spec, budget_bytes, held_out.rows())
+        selected, points = [(fitted.table, fitted.keep)], fitted.points
+    manifest = publish(target, shards.spec, selected)
     shards.remove()
-    return _built(shards.job, manifest, skipped=skipped, duplicates=duplicates)
+    built = _built(shards.job, manifest)
+    duplicates = total.entries - distinct
+    return replace(built, skipped=total.skipped, held_back=total.held_back, duplicates=duplicates, points=points)
 
 
-def _built(job: Job, manifest: BankManifest, *, skipped: int, duplicates: int) -> Built:
+def _built(job: Job, manifest: BankManifest) -> Built:
     size = sum(segment.bytes for segment in manifest.segments)
-    return Built(True, job.shards, job.shards, job.rows, skipped, duplicates, manifest.count, size)
+    return Built(True, job.shards, job.shards, job.rows, entries=manifest.count, bytes=size)
