@@ -74,7 +74,10 @@ def print_built(built: Built) -> None:
     ]
     rows += [("held back", f"{built.held_back} rows, to measure the loss on")] if built.held_back else []
     rows += [
-        (f"{megabytes(p.budget_bytes)}", f"{p.entries} entries, {megabytes(p.bytes)}, {p.nll_per_token:.4f} nats a token")
+        (
+            f"{megabytes(p.budget_bytes)}",
+            f"{p.entries} entries, {megabytes(p.bytes)}, {p.nll_per_token:.4f} nats a token",
+        )
         for p in built.points
     ]
     print_table(rows)

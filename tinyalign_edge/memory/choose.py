@@ -38,9 +38,7 @@ def answer_numbers(table: Table) -> Integers:
     return numbers
 
 
-def within_budget(
-    order: Integers, answers: Integers, costs: Integers, budget_bytes: int
-) -> npt.NDArray[np.bool_]:
+def within_budget(order: Integers, answers: Integers, costs: Integers, budget_bytes: int) -> npt.NDArray[np.bool_]:
     """The entries (E,) that a budget has room for.
 
     The most worthwhile entry of every answer comes first; then those within the quotas of their answers, which grow

@@ -88,7 +88,7 @@ def _cells(keys: Keys) -> Iterator[Integers]:
 
 
 def _greedy(similarity: Float, answers: Integers, costs: Integers) -> Iterator[tuple[int, float]]:
-    """Places in the order in which they are chosen, and what each adds; near-duplicates of the same answer are left out.
+    """Places in the order in which they are chosen, and what each adds, without near-duplicates of the same answer.
 
     What an entry adds only falls as others are chosen, so an old figure is a bound, and few are worked out again
     (Minoux, 1978).

@@ -1,4 +1,4 @@
-"""Parts of a bank that is being built: small banks that appear whole, so that an interrupted build goes on after them."""
+"""Parts of a bank that is being built: small banks that appear whole, so that an interrupted build goes on there."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Shards:
         changed = [field.name for field in fields(Job) if getattr(found, field.name) != getattr(job, field.name)]
         if changed:
             raise InputError(
-                f"{folder}: holds an unfinished build of another {', '.join(changed)}; go on with the same, or delete it"
+                f"{folder}: holds an unfinished build of another {', '.join(changed)}; take the same, or delete it"
             )
 
     def finished(self, shard: int) -> bool:
@@ -122,7 +122,9 @@ class Shards:
                 token_ids=entries.token_ids,
                 latents=entries.latents,
             )
-            digests = [content_digest(table, row) for table in open_snapshot(folder).tables for row in range(len(table))]
+            digests = [
+                content_digest(table, row) for table in open_snapshot(folder).tables for row in range(len(table))
+            ]
             (folder / DIGESTS).write_bytes(b"".join(digest[:DIGEST_BYTES] for digest in digests))
             write_json(folder / COUNTS, counts)
 
@@ -136,7 +138,7 @@ class Shards:
         shards = [number for number in range(self.job.shards) if self.counts(number).entries]
         digests = [self._digests(number) for number in shards]
         keep = [np.ones(len(rows), np.bool_) for rows in digests]
-        buckets = 1 + sum(map(len, digests)) // BUCKET
+        buckets = -(-sum(map(len, digests)) // BUCKET)
         for bucket in range(buckets):
             for shard, row in _repeated(digests, bucket, buckets):
                 keep[shard][row] = False
@@ -168,7 +170,7 @@ class Shards:
 def _repeated(digests: Sequence[npt.NDArray[np.uint64]], bucket: int, buckets: int) -> Iterator[tuple[int, int]]:
     """Shard and row of every entry of one bucket that stands somewhere before it."""
     rows = [np.flatnonzero(found[:, 0] % np.uint64(buckets) == bucket) for found in digests]
-    own = np.concatenate([found[chosen] for found, chosen in zip(digests, rows, strict=True)] or [np.zeros((0, 2))])
+    own = np.concatenate([found[chosen] for found, chosen in zip(digests, rows, strict=True)])
     order = np.lexsort((own[:, 1], own[:, 0]))  # stable: equal ones stay in the order of the rows
     again = order[1:][np.all(own[order[1:]] == own[order[:-1]], axis=1)]
     starts = np.cumsum([0, *map(len, rows)])

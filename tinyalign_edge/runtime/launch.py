@@ -1,4 +1,4 @@
-"""Which share of the work is this process's, where a launcher such as `torchrun` or `accelerate launch` started many."""
+"""Which share of the work is this process's, where `torchrun` or `accelerate launch` started many."""
 
 from __future__ import annotations
 
