@@ -111,7 +111,7 @@ def build(
     out: Annotated[
         Path | None, typer.Option("--out", "--memory-dir", help="The memory's folder (default: the bundle's own).")
     ] = None,
-    shard_rows: Annotated[int, typer.Option(help="Rows of a shard, what an interruption costs at most.")] = 4096,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard, what an interruption costs at most.")] = 1024,
     shard: Annotated[str | None, typer.Option(help="I/N: every N-th shard only; other calls make the rest.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,

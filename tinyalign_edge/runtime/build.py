@@ -41,7 +41,7 @@ class BuildOptions:
             a share of the pictures, at most about `HELD_BACK_ROWS` rows, is held back from the bank for it.
     """
 
-    shard_rows: int = 4096
+    shard_rows: int = 1024
     skip_bad: bool = False
     value_tokens: int | None = None
     part: Part | None = None
