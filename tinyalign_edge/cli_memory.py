@@ -32,6 +32,7 @@ def add(
     image: Picture,
     text: Annotated[str, typer.Argument(help="What is to be known about the picture.")],
     source: Annotated[str | None, typer.Option(help="Where it comes from (default: the picture's path).")] = None,
+    thumbnail: Annotated[bool, typer.Option("--thumbnail", help="Keep a small picture, for people.")] = False,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +40,7 @@ def add(
     from tinyalign_edge.report import entry_json
 
     with _memory_of(bundle, memory_dir) as memory:
-        entry = memory.add(image, text, source=str(image) if source is None else source)
+        entry = memory.add(image, text, source=str(image) if source is None else source, thumbnail=thumbnail)
     shown = {name: value for name, value in entry_json(entry).items() if name != "similarity"}
     _show(as_json, shown, f"remembered as entry {entry.id}")
 
@@ -115,6 +116,7 @@ def build(
     shard: Annotated[str | None, typer.Option(help="I/N: every N-th shard only; other calls make the rest.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Keep small pictures, for people.")] = False,
     budget_mb: Annotated[float | None, typer.Option(help="Megabytes the memory may take; it keeps what helps.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Conversations to measure the loss at that size on.")] = None,
     as_json: Json = False,
@@ -133,6 +135,7 @@ def build(
         shard_rows=shard_rows,
         skip_bad=skip_bad,
         value_tokens=value_tokens,
+        thumbnails=thumbnails,
         part=parse_part(shard) if shard else None,
         budget_bytes=None if budget_mb is None else int(budget_mb * 1e6),
         held_out=held_out,

@@ -55,6 +55,7 @@ def print_bank(stats: BankStats) -> None:
             ("entries", f"{stats.entries} of {stats.kind}, keys of {stats.key_dim}"),
             ("key and value", f"{stats.entry_bytes:.0f} bytes an entry"),
             ("texts", megabytes(stats.record_bytes)),
+            ("thumbnails", megabytes(stats.thumbnail_bytes)),
             ("files", f"{megabytes(stats.total_bytes)} in {stats.segments} segments"),
             ("journal", f"{stats.journal_entries} entries"),
             ("generation", f"{stats.generation}"),

@@ -38,6 +38,7 @@ class Job:
     shard_rows: int
     value_tokens: int
     skip_bad: bool
+    thumbnails: bool
     held_back: float  # share of the pictures whose rows are left out
 
     @property

@@ -35,6 +35,7 @@ class BuildOptions:
         shard_rows: rows of a shard, the unit that is not repeated after an interruption.
         skip_bad: count rows that cannot be used, instead of ending with the first.
         value_tokens: token ids kept of an entry, at most the bundle's; None: as many as the bundle's.
+        thumbnails: keep a small JPEG of every entry's picture.
         part: what this process does; None: what `torchrun` or `accelerate launch` say, or all.
         budget_bytes: what the bank's files may take; None: all entries are kept.
         held_out: conversations, of the same images folder, whose loss is measured at budgets around that one; None:
@@ -44,6 +45,7 @@ class BuildOptions:
     shard_rows: int = 1024
     skip_bad: bool = False
     value_tokens: int | None = None
+    thumbnails: bool = False
     part: Part | None = None
     budget_bytes: int | None = None
     held_out: Path | None = None
@@ -94,6 +96,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         shard_rows=options.shard_rows,
         value_tokens=value_tokens,
         skip_bad=options.skip_bad,
+        thumbnails=options.thumbnails,
         held_back=held_out.share,
     )
     if part.index >= job.shards:  # nothing to do; the others may have finished already
@@ -202,7 +205,7 @@ def _make_shards(bundle: Path, shards: Shards, file: RowFile, images: Path, part
     with progress("Building the memory", sum(len(job.rows_of(number)) for number in own)) as advance:
         advance(sum(len(job.rows_of(number)) for number in own if number not in missing))
         with load(bundle, memory=False, threads=threads()) as model:
-            maker = EntryMaker(model, value_tokens=job.value_tokens)
+            maker = EntryMaker(model, value_tokens=job.value_tokens, thumbnails=job.thumbnails)
             for number in missing:
                 entries, skipped, held_back = list[NewEntry](), 0, 0
                 for row_number in job.rows_of(number):

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from tinyalign_edge.bundle import Manifest
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError, UnsupportedError
-from tinyalign_edge.memory import Record
+from tinyalign_edge.image import open_image
+from tinyalign_edge.memory import Record, make_thumbnail
 from tinyalign_edge.memory.shards import Entries
 from tinyalign_edge.runtime.model import EncodedImage, Model
 
@@ -46,8 +47,8 @@ def check_can_build(bundle: Path, manifest: Manifest) -> None:
 class EntryMaker:
     """Makes the entry of a row. A picture that the row before had is not encoded again."""
 
-    def __init__(self, model: Model, *, value_tokens: int) -> None:
-        self._model, self._value_tokens = model, value_tokens
+    def __init__(self, model: Model, *, value_tokens: int, thumbnails: bool) -> None:
+        self._model, self._value_tokens, self._thumbnails = model, value_tokens, thumbnails
         self._last: tuple[Path, EncodedImage] | None = None
 
     def entry(self, row: Row) -> NewEntry:
@@ -61,7 +62,9 @@ class EntryMaker:
         if not np.all(np.isfinite(image.key)) or not np.any(image.key):
             raise InputError(f"{row.where}: the key of {row.path} is zero or not finite; look for a damaged encoder")
         first = row.memory_turns[0]
-        return NewEntry(image.key, Record(first.answer, first.question, row.id), self._value(image, row))
+        thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
+        record = Record(first.answer, first.question, row.id, thumbnail=thumbnail)
+        return NewEntry(image.key, record, self._value(image, row))
 
     def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
         """What the model will read of the entry; latents will be made of `image` and the row's texts here."""
