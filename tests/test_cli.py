@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import STORED_BUNDLE
 from tinyalign_edge import cli
@@ -264,6 +265,16 @@ def test_memory_is_built_from_data(run, bundle: Path, tmp_path: Path) -> None:  
     assert (built["complete"], built["entries"], built["duplicates"]) == (True, 30, 1)
     own = run("memory", "search", bundle, PICTURE, "--memory-dir", tmp_path / "own", "--json").json["memories"]
     assert [memory["text"] for memory in own] == ["a cat"] * 4
+    assert run(*given, "--out", tmp_path / "own", "--thumbnails").code == 0
+    shown = run(
+        "memory", "search", bundle, PICTURE, "--memory-dir", tmp_path / "own", "--sheet", tmp_path / "sheet.png"
+    )
+    assert shown.code == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 160, 172)
+        assert len(sheet.getcolors(1 << 20) or ()) > 50  # the pictures are on it
+    missing = run("memory", "search", bundle, PICTURE, "--sheet", tmp_path / "no" / "sheet.png")
+    fails(missing, 2, "sheet.png: cannot be written")
     fitted = run(*given, "--budget-mb", 0.02, "--held-out", data)
     assert "nats a token" in fitted.out
     assert run("memory", "stats", bundle, "--json").json["entries"] == 1  # near-duplicates of one answer

@@ -50,6 +50,7 @@ def search(
     bundle: Bundle,
     image: Picture,
     neighbours: Neighbours = None,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG to write: thumbnails and texts of what was found.")] = None,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +59,10 @@ def search(
 
     with _memory_of(bundle, memory_dir) as memory:
         found = memory.search(image, neighbours)
+    if sheet is not None:
+        from tinyalign_edge.sheet import write_sheet
+
+        write_sheet(found, sheet)
     if as_json:
         print(json.dumps({"memories": [entry_json(entry) for entry in found]}, ensure_ascii=False))
     else:
