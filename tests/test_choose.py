@@ -38,6 +38,15 @@ def order_of(keys: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return by_worth(as_keys(keys), answers, np.full(len(keys), 100))
 
 
+def farthest_first(keys: np.ndarray, count: int) -> list[int]:
+    """The usual farthest-point order (Gonzalez, 1985), to compare with."""
+    chosen, nearest = [0], keys @ keys[0]
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmin()))
+        nearest = np.maximum(nearest, keys @ keys[chosen[-1]])
+    return chosen
+
+
 def nearest_similarity(queries: np.ndarray, keys: np.ndarray) -> float:
     return float((queries @ keys.T).max(axis=1).mean())
 
@@ -63,7 +72,7 @@ def test_the_first_entries_cover_all_of_the_space_before_they_repeat_a_part_of_i
 
 
 @pytest.mark.parametrize("cell", [64, 512])
-def test_what_is_found_for_new_pictures_is_nearer_than_with_a_random_choice(
+def test_what_is_found_for_new_pictures_is_nearer_than_with_a_random_or_farthest_point_choice(
     monkeypatch: pytest.MonkeyPatch, cell: int
 ) -> None:
     monkeypatch.setattr(coverage_module, "CELL", cell)
@@ -76,7 +85,8 @@ def test_what_is_found_for_new_pictures_is_nearer_than_with_a_random_choice(
         mask = within_budget(order, which, np.full(len(keys), 100), 100 * kept)
         assert mask.sum() == kept
         chance = [nearest_similarity(queries, keys[rng.permutation(len(keys))[:kept]]) for _ in range(20)]
-        assert nearest_similarity(queries, keys[mask]) > max(chance)
+        found = nearest_similarity(queries, keys[mask])
+        assert found > max(*chance, nearest_similarity(queries, keys[farthest_first(keys, kept)]))
 
 
 def test_rare_answers_keep_an_entry_and_common_ones_no_more_than_their_quota() -> None:
