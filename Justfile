@@ -57,6 +57,7 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.memory_size
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
+    {{ bin }}/python -m tinyalign_edge.bench.budget
 
 # What the memory finds, and how fast, beside FAISS, on an idle machine (writes bench/results/recall.json)
 recall *ARGS:

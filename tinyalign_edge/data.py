@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.jsonrows import RowFile
 
 IMAGE = "<image>"
 
@@ -46,45 +45,26 @@ def read_rows(data: Path, images: Path) -> list[Row]:
         InputError: missing file, malformed JSON (with line and column), a bad row (with its number and id), or a
             missing picture (named, with its row).
     """
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder of images")
-    rows = []
-    for number, item in enumerate(_items(data), start=1):
-        rows.append(_row(item, f"{data} row {number}", images))
+    check_images(images)
+    file = RowFile(data)
+    rows = [parse_row(file[number], f"{data} row {number + 1}", images) for number in range(len(file))]
     if not rows:
         raise InputError(f"{data}: holds no rows")
     return rows
 
 
-def _items(data: Path) -> Iterator[Any]:
-    try:
-        with data.open(encoding="utf-8") as file:
-            if data.suffix == ".jsonl":
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _parse(line, data, number - 1)
-                return
-            items = _parse(file.read(), data, 0)
-    except FileNotFoundError:
-        raise InputError(f"{data}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{data}: cannot be read ({error})") from None
-    if not isinstance(items, list):
-        raise InputError(f"{data}: need a list of rows, found {type(items).__name__}; JSON lines must end in .jsonl")
-    yield from items
+def check_images(images: Path) -> None:
+    """Refuse a folder of images that is not there."""
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of images")
 
 
-def _parse(text: str, data: Path, lines_before: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{data}:{error.lineno + lines_before}:{error.colno}"
-        raise InputError(f"{place}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{data}: cannot be read as JSON ({error})") from None
+def parse_row(item: Any, where: str, images: Path) -> Row:
+    """A parsed object as a `Row`.
 
-
-def _row(item: Any, where: str, images: Path) -> Row:
+    Raises:
+        InputError: it is not a row, or its picture is missing or outside `images`; the message begins with `where`.
+    """
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
     name = str(item.get("id", where))

@@ -40,6 +40,7 @@ class Entry:
     time: str  # UTC in ISO 8601, empty for entries that came with the training data
     similarity: float
     value: npt.NDArray[np.int32] | Float
+    thumbnail: bytes = b""  # JPEG, decoded by `open_thumbnail`; empty where there is none
 
 
 class Bank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinyalign_edge.memory.record import thumbnail_bytes
 from tinyalign_edge.memory.snapshot import Snapshot
 
 COLUMNS = ("keys", "key_scales", "values", "value_scales", "value_offsets")
@@ -24,7 +25,8 @@ class BankStats:
     segments: int
     journal_entries: int
     entry_bytes: float
-    record_bytes: int
+    record_bytes: int  # without thumbnails
+    thumbnail_bytes: int
     graph_entries: int
     graph_bytes: int
     total_bytes: int
@@ -33,6 +35,7 @@ class BankStats:
 def stats_of(snapshot: Snapshot) -> BankStats:
     """Count what one generation holds."""
     manifest, tables = snapshot.manifest, snapshot.tables
+    thumbnails = sum(thumbnail_bytes(table.record(row)) for table in tables for row in range(len(table)))
     files = (*manifest.segments, manifest.journal, manifest.graph)
     return BankStats(
         entries=manifest.count,
@@ -42,7 +45,8 @@ def stats_of(snapshot: Snapshot) -> BankStats:
         segments=len(manifest.segments),
         journal_entries=len(snapshot.journal),
         entry_bytes=sum(getattr(table, name).nbytes for table in tables for name in COLUMNS) / max(1, manifest.count),
-        record_bytes=sum(table.records.nbytes for table in tables),
+        record_bytes=sum(table.records.nbytes for table in tables) - thumbnails,
+        thumbnail_bytes=thumbnails,
         graph_entries=snapshot.graph.count if snapshot.graph else 0,
         graph_bytes=manifest.graph.bytes if manifest.graph else 0,
         total_bytes=sum(file.bytes for file in files if file),
