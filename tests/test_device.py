@@ -63,7 +63,8 @@ def test_the_pieces_of_a_stream_make_up_the_answer(model: ta.Model) -> None:
 
 def test_an_answer_tells_its_stages_tokens_and_memories(model: ta.Model) -> None:
     answer = model.ask(PICTURE, QUESTION, max_new_tokens=3)
-    assert set(answer.timings_ms) == {"encode", "retrieve", "first_token", "per_token", "total"}
+    read = {"decode_image", "preprocess", "encode", "retrieve", "prefill"}
+    assert set(answer.timings_ms) == {*read, "first_token", "per_token", "total"}
     assert (answer.tokens, answer.finish_reason) == (3, "length")
     assert len(answer.memories) == model.manifest.memory.k
     assert all(-1 <= memory.similarity <= 1 for memory in answer.memories)

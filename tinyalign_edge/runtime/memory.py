@@ -18,7 +18,7 @@ from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
 from tinyalign_edge.prompt import Prompt
 
 if TYPE_CHECKING:
-    from tinyalign_edge.runtime.model import EncodedImage
+    from tinyalign_edge.runtime.sight import EncodedImage
 
 Float = npt.NDArray[np.float32]
 
@@ -61,6 +61,7 @@ class Memory:
         self, bank: Bank, manifest: Manifest, prompt: Prompt, key_of: Callable[[ImageLike | EncodedImage], Float]
     ) -> None:
         self.bank = bank
+        self.on_change: Callable[[], None] = lambda: None  # called after what was known may not be any more
         self._settings, self._prompt, self._key_of = manifest.memory, prompt, key_of
 
     def __len__(self) -> int:
@@ -129,11 +130,15 @@ class Memory:
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
-        return self.bank.forget(id=id, source=source, text=text)
+        try:
+            return self.bank.forget(id=id, source=source, text=text)
+        finally:
+            self.on_change()
 
     def refresh(self) -> None:
         """See what other processes have changed."""
         self.bank.refresh()
+        self.on_change()
 
     def stats(self) -> BankStats:
         """Counts and sizes."""
