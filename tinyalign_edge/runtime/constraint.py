@@ -43,7 +43,8 @@ class Constraints:
                 grammar = LLMatcher.grammar_from_regex(options.regex)
             else:
                 schema: Any = options.json_schema
-                grammar = LLMatcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+                text = schema if isinstance(schema, str) else json.dumps(schema)
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
             matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
             fault = matcher.get_error()
         except (ValueError, TypeError) as error:

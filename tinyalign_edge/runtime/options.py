@@ -16,7 +16,7 @@ Float = npt.NDArray[np.float32]
 LogitsProcessor = Callable[[Sequence[int], Float], Float]
 
 MAX_TEXTS = 256
-SEVERAL = ("stop", "choices", "processors")  # a single text is taken for a list of one
+SEVERAL = ("stop", "choices", "processors")  # a single one is taken for a list of one
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ class Generation:
     drafts: bool = True
 
     def __post_init__(self) -> None:
-        several = {
-            name: (value,) if isinstance(value := getattr(self, name), str) else tuple(value) for name in SEVERAL
-        }
-        for name, value in several.items():
-            object.__setattr__(self, name, value)
+        for name in SEVERAL:
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) or callable(value) else tuple(value))
         bounds = {
             "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature <= 100, "0 to 100"),
