@@ -46,7 +46,8 @@ def test_a_turn_reads_its_own_tokens_only(plain: ta.Model, passes: list[int]) ->
     talk.ask(QUESTIONS[1], max_new_tokens=1)
     turn = len(plain.prompt.question(QUESTIONS[1]).after)
     (read,) = passes
-    assert read <= 1 + 1 + turn, "the last token of the answer, the one that closes it, and the question"
+    answer = len(plain.prompt.closed(" " + talk.exchanges[0].answer))
+    assert read == answer + turn, "the answer with the token that ends it, and the question"
 
 
 def test_what_is_kept_between_turns_is_what_would_be_read_anew(fp32_bundle: Path) -> None:

@@ -10,13 +10,16 @@ import pytest
 import tinyalign_edge as ta
 from tests.conftest import STORED_BUNDLE
 from tests.test_prefix import QUESTIONS, drawn
-from tinyalign_edge.runtime.drafts import FIRST, MOST, REST, Drafts
+from tinyalign_edge.prompt import Said
+from tinyalign_edge.runtime.decode import Decoding
+from tinyalign_edge.runtime.drafts import FIRST, LEAST, LONGEST_REST, MOST, SHORTEST_REST, Drafts, Pace
+from tinyalign_edge.runtime.picker import Picker
 
 END = 2
 
 
 def test_the_beginning_of_a_memory_is_continued_to_its_end() -> None:
-    drafts = Drafts([[5, 6, 7, END], [5, 9, 8, END]], [])
+    drafts = Drafts([[5, 6, 7, END], [5, 9, 8, END]], [], Pace())
     assert drafts.propose([5], 9) == [6, 7, END]  # the most similar one of those that begin so
     assert drafts.propose([5, 9], 9) == [8, END]
     assert drafts.propose([5], 2) == [6, 7]
@@ -26,25 +29,45 @@ def test_the_beginning_of_a_memory_is_continued_to_its_end() -> None:
 
 def test_the_longest_match_wins_and_then_the_most_common_continuation() -> None:
     memories = [[1, 2, 3, 4], [8, 2, 3, 5], [9, 2, 3, 5, 6]]
-    assert Drafts(memories, []).propose([7, 2, 3], 9) == [5]
-    assert Drafts(memories, []).propose([1, 2, 3], 9) == [4]
-    assert Drafts([], [4, 5, 6, 7]).propose([4, 5], 9) == [6, 7]  # the question
-    assert Drafts([], []).propose([4, 5, 6, 4, 5], 9) == [6, 4, 5]  # the answer itself
+    assert Drafts(memories, [], Pace()).propose([7, 2, 3], 9) == [5]
+    assert Drafts(memories, [], Pace()).propose([1, 2, 3], 9) == [4]
+    assert Drafts([], [4, 5, 6, 7], Pace()).propose([4, 5], 9) == [6, 7]  # the question
+    assert Drafts([], [], Pace()).propose([4, 5, 6, 4, 5], 9) == [6, 4, 5]  # the answer itself
 
 
-def test_drafts_get_longer_while_they_are_right_and_rest_when_they_are_wrong() -> None:
-    drafts = Drafts([list(range(100))], [])
+def test_drafts_get_longer_while_they_are_right() -> None:
+    drafts = Drafts([list(range(100))], [], Pace())
     lengths = []
     for _ in range(3):
         lengths.append(len(drafts.propose([1, 2, 3], 99)))
-        drafts.learn(lengths[-1], lengths[-1])
+        drafts.learn(lengths[-1], lengths[-1], saved=lengths[-1])
     assert lengths == [FIRST, MOST, MOST]
-    drafts.learn(MOST, 4)
+    drafts.learn(MOST, 4, saved=4)
     assert len(drafts.propose([1, 2, 3], 99)) == 5
-    for pause in (REST, 2 * REST):
-        drafts.learn(5, 0)
-        assert [drafts.propose([1, 2, 3], 99) for _ in range(pause)] == [[]] * pause
-        assert drafts.propose([1, 2, 3], 99)
+    drafts.learn(5, 0, saved=0)
+    assert len(drafts.propose([1, 2, 3], 99)) == LEAST
+
+
+def test_a_model_rests_when_its_drafts_do_not_pay() -> None:
+    pace = Pace()
+
+    def rested() -> int:
+        passes = 0
+        while not pace.pays():
+            passes += 1
+        return passes
+
+    for expected in (SHORTEST_REST, 2 * SHORTEST_REST, 4 * SHORTEST_REST):
+        pace.learn(0)
+        assert rested() == expected
+    pace.learn(3)
+    pace.learn(0)  # once is forgiven
+    assert rested() == 0
+    for _ in range(20):
+        pace.learn(0)
+        assert rested() <= LONGEST_REST
+    pace.learn(-5)
+    assert rested() == LONGEST_REST
 
 
 def answers(model: ta.Model, count: int, **options: object) -> list[ta.Answer]:
@@ -64,12 +87,13 @@ def test_500_greedy_answers_are_the_same_with_and_without_drafts(fp32_bundle: Pa
     assert [answer.text for answer in with_drafts] == [answer.text for answer in without]
     assert [answer.tokens for answer in with_drafts] == [answer.tokens for answer in without]
     passes, tokens = (sum(getattr(a, name) for a in with_drafts) for name in ("passes", "tokens"))
-    assert passes < sum(answer.passes for answer in without)
-    assert tokens > passes, "drafts were accepted"
+    assert tokens > 500
+    if precision == "fp32":
+        assert passes < sum(answer.passes for answer in without)
 
 
 def test_drawn_answers_are_the_same_with_and_without_drafts(fp32_bundle: Path) -> None:
-    options = {"temperature": 0.7, "seed": 3, "top_k": 8}
+    options = {"temperature": 2.0, "seed": 3}
     with ta.load(fp32_bundle, threads=1) as model:
         with_drafts, without = answers(model, 60, **options), answers(model, 60, drafts=False, **options)
     assert [answer.text for answer in with_drafts] == [answer.text for answer in without]
@@ -78,25 +102,29 @@ def test_drawn_answers_are_the_same_with_and_without_drafts(fp32_bundle: Path) -
 
 
 def test_a_drafted_token_is_kept_with_its_probability(fp32_bundle: Path) -> None:
-    """The second token of many drawn answers, where a draft proposes one, has the model's own distribution."""
-    with ta.load(fp32_bundle, threads=1, memory=False) as model:
-        image = model.encode(drawn(1))
+    """The token after the first one, where a draft proposes the second likeliest, has the model's distribution."""
+    with ta.load(fp32_bundle, threads=1) as model:
+        answering = model._answering
+        context = answering.context()
         first = model.prompt.tokenizer.encode(" red").ids[0]
-        rows: dict[int, np.ndarray] = {}
-
-        def force(ids, logits):  # type: ignore[no-untyped-def]
-            if not ids:
-                forced = np.full_like(logits, -np.inf)
-                forced[first] = 0
-                return forced
-            rows.setdefault(len(ids), logits.copy())
-            return logits
-
-        options = {"temperature": 1.0, "processors": force, "max_new_tokens": 2}
-        texts = [model.ask(image, "red red red?", seed=seed, **options).text for seed in range(300)]  # type: ignore[arg-type]
-    scores = rows[1].astype(np.float64)
-    shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-    top = int(shares.argmax())
-    expected = shares[top]
-    found = np.mean([text == model.prompt.text([first, top]) for text in texts])
-    assert abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(texts)) + 0.02
+        context.read(answering.spans([Said(QUESTIONS[0])], [model.encode(drawn(1))]), room=8)
+        start = len(context)
+        scores = context.append([first])[0].astype(np.float64)
+        likeliest = np.argsort(-scores)[:3].tolist()
+        forced = np.full(len(scores), -np.inf, np.float32)
+        forced[first] = 0
+        found, drafted = [], []
+        for seed in range(600):
+            context.truncate(start)
+            drafts = Drafts([[first, likeliest[1], likeliest[0], END]], [], Pace())
+            picker = Picker(ta.Generation(temperature=1.5, seed=seed))
+            decoding = Decoding(context, forced, picker, ends=(), limit=4, drafts=drafts)
+            found.append(list(decoding)[1])
+            drafted.append(decoding.passes < 3)
+    assert any(drafted)
+    shares = np.exp((scores - scores.max()) / 1.5)
+    shares /= shares.sum()
+    for token in likeliest:
+        share = shares[token]
+        assert 0.02 < share < 0.98
+        assert abs(np.mean(np.array(found) == token) - share) <= 4 * np.sqrt(share * (1 - share) / len(found))

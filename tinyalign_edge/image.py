@@ -38,10 +38,7 @@ def read_picture(image: ImageLike) -> bytes | npt.NDArray[np.uint8]:
         return image
     if isinstance(image, Image.Image):
         return np.asarray(open_image(image))
-    data = image if isinstance(image, bytes) else _read_bytes(Path(image))
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"image: {len(data)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
-    return data
+    return _file_bytes(image)
 
 
 def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
@@ -62,8 +59,7 @@ def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
-        data = read_picture(image)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(_file_bytes(image)), formats=FORMATS) as opened:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
@@ -73,7 +69,12 @@ def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
         raise InputError(f"{name}: truncated or damaged picture ({error})") from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _file_bytes(image: str | Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        if len(image) > MAX_FILE_BYTES:
+            raise InputError(f"image: {len(image)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
+        return image
+    path = Path(image)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_FILE_BYTES} allowed")

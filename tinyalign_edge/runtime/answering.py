@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tinyalign_edge.bundle import Manifest
 from tinyalign_edge.errors import InputError
@@ -18,7 +20,7 @@ from tinyalign_edge.runtime.constraint import Constraints
 from tinyalign_edge.runtime.context import Context, Float, Prefix, Span, picture_span, text_span
 from tinyalign_edge.runtime.decode import Decoding
 from tinyalign_edge.runtime.decoder import Decoder
-from tinyalign_edge.runtime.drafts import Drafts
+from tinyalign_edge.runtime.drafts import Drafts, Pace
 from tinyalign_edge.runtime.lru import Lru
 from tinyalign_edge.runtime.options import Generation
 from tinyalign_edge.runtime.picker import Picker
@@ -62,9 +64,10 @@ class Answering:
         self._prompt, self._decoder = prompt, decoder
         self._ends = frozenset(manifest.prompt.eos_token_ids)
         self._default_limit = manifest.generation.max_new_tokens
-        self._exact = manifest.decoder.precision != "int8"
+        self._exact = manifest.decoder.precision != "int8"  # see `Decoding`
         self._constraints = Constraints(prompt.tokenizer, manifest.decoder.vocab_size, manifest.prompt.eos_token_ids)
         self.size = manifest.prompt.max_context_tokens
+        self._pace = Pace()
         self.prefixes: Lru[Prefix] = Lru(cache_bytes)
 
     def context(self) -> Context:
@@ -104,17 +107,16 @@ class Answering:
         limit = self.limit(spans, options)
         timings = dict(asked.timings_ms)
         before = time.perf_counter()
-        logits = context.read(spans, room=limit)
+        logits, read = context.read(spans, room=limit), len(context)
         timings["prefill"] = _ms(before)
         if options.choices:
             answer = self._choose(asked, options.choices, logits, context)
             yield answer.text
             return replace(answer, timings_ms=timings | _ends(asked.started))
-        processors = (*options.processors, *self._constraints.of(options))
         decoding = Decoding(
             context,
             logits,
-            Picker(options, processors),
+            Picker(options, (*options.processors, *self._constraints.of(options))),
             ends=self._ends,
             limit=limit,
             drafts=self._drafts(asked, spans[-1]) if options.drafts else None,
@@ -122,15 +124,18 @@ class Answering:
         )
         text, reason = Text(self._prompt, options.stop), None
         deadline = np.inf if options.timeout_s is None else asked.started + options.timeout_s
-        for token in decoding:
-            timings.setdefault("first_token", _ms(asked.started))
-            if piece := text.push(token):
+        try:
+            for token in decoding:
+                timings.setdefault("first_token", _ms(asked.started))
+                if piece := text.push(token):
+                    yield piece
+                if reason := _reason(text.stopped, cancelled.is_set(), time.perf_counter() > deadline):
+                    break
+            if piece := text.end():
                 yield piece
-            reason = _reason(text.stopped, cancelled.is_set(), time.perf_counter() > deadline)
-            if reason:
-                break
-        if piece := text.end():
-            yield piece
+        finally:
+            if not self._exact:
+                context.truncate(read)  # the next turn reads the answer in one pass, however it was decoded
         timings.setdefault("first_token", _ms(asked.started))
         timings["per_token"] = decoding.decoding_ms / max(1, len(decoding.ids) - 1 + decoding.ended)
         timings["total"] = _ms(asked.started)
@@ -157,14 +162,15 @@ class Answering:
 
     def _drafts(self, asked: Asked, question: Span) -> Drafts:
         texts = (text for entry in asked.memories for text in (entry.text, f" {entry.text}"))
-        return Drafts([self._prompt.closed(text) for text in texts], question.names)  # type: ignore[arg-type]
+        ids: Any = question.names
+        return Drafts([self._prompt.closed(text) for text in texts], ids, self._pace)
 
 
-def answer_nll(logits: Float, ids: Sequence[int]) -> Float:
+def answer_nll(logits: Float, ids: Sequence[int] | npt.NDArray[np.int64]) -> Float:
     """Negative log-likelihood of each of `ids` (A,) under `logits` (A, V), in nats."""
     peak = logits.max(axis=1, keepdims=True)
     log_total = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
-    return np.asarray(log_total - logits[np.arange(len(ids)), list(ids)], np.float32)
+    return np.asarray(log_total - logits[np.arange(len(ids)), np.asarray(ids)], np.float32)
 
 
 def _reason(stopped: bool, cancelled: bool, late: bool) -> FinishReason | None:

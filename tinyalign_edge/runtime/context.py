@@ -97,7 +97,7 @@ class Context:
         if same < head:
             self._read_prefix(cache, spans, names[:head])
         rows = self._embed(spans, len(self), len(names))
-        return self._forward(cache, rows, names[len(self) :], 1)[0]
+        return self._forward(cache, rows, names[len(self) :], 1).squeeze(0)
 
     def append(self, ids: Sequence[int], num_logits: int = 1) -> Float:
         """Append token ids in one pass; returns what follows each of the last `num_logits`, (num_logits, V)."""

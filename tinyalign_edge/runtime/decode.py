@@ -29,7 +29,9 @@ class Decoding:
         limit: tokens at most.
         drafts: None: one token a pass.
         exact: the rows of a pass do not depend on each other. Where they do (int8 activations have one scale a pass), a
-            token that is not `SURE` is computed again alone.
+            draft changes logits a little, those of later tokens too. A token that is not `SURE` is then picked from
+            what plain decoding computes: the tokens since the first draft are computed again one by one. So answers
+            are those of plain decoding unless a draft moves a difference of logits by more than `SURE`.
 
     Attributes:
         ids: tokens so far, without one that ended the answer.
@@ -51,6 +53,7 @@ class Decoding:
     ) -> None:
         self._context, self._first, self._picker = context, logits, picker
         self._ends, self._limit, self._drafts, self._exact = ends, limit, drafts, exact
+        self._prompt = self._plain_to = len(context)  # positions up to which all is as plain decoding computes it
         self.ids: list[int] = []
         self.ended = False
         self.passes, self.decoding_ms = 0, 0.0
@@ -73,26 +76,35 @@ class Decoding:
 
     def _next(self) -> list[int]:
         """The tokens of the next pass, at least one, at most up to one that ends the answer."""
+        doubtful, passes = False, self.passes
         draft = self._drafts.propose(self.ids, self._limit - len(self.ids) - 1) if self._drafts else []
         given, found = [self.ids[-1], *draft], list[int]()
         start = len(self._context)
         rows = self._append(given, len(given))
+        if self._exact or (not draft and self._plain_to == start):
+            self._plain_to = len(self._context)
         try:
             for i, (row, drafted) in enumerate(zip_longest(rows, draft)):
-                ids = self.ids + found
-                if draft and not self._exact and not self._is_sure(ids, row):
-                    self._context.truncate(start + i)
-                    found.append(self._pick(ids, self._append([given[i]], 1)[0]))
-                    break
+                ids, doubtful = self.ids + found, False
+                if self._plain_to <= start + i and not self._is_sure(ids, row):
+                    row, doubtful = self._again(ids), True
                 found.append(self._pick(ids, row))
-                if found[-1] != drafted or drafted in self._ends:
+                if doubtful or found[-1] != drafted or drafted in self._ends:
                     break
         finally:
             self._context.truncate(start + max(len(found), 1))
-        if draft and self._drafts:
+        if self._drafts and (draft or doubtful):
             right = sum(1 for a, b in zip(found, draft, strict=False) if a == b)
-            self._drafts.learn(len(draft), right)
+            self._drafts.learn(len(draft), right, saved=len(found) - (self.passes - passes))
         return found
+
+    def _again(self, ids: list[int]) -> Float:
+        """Compute what drafts have touched as plain decoding does; returns what follows `ids`, (V,)."""
+        self._context.truncate(self._plain_to)
+        for token in ids[self._plain_to - self._prompt :]:
+            row = self._append([token], 1)
+        self._plain_to = len(self._context)
+        return row.squeeze(0)
 
     def _append(self, ids: list[int], num_logits: int) -> Float:
         self.passes += 1
