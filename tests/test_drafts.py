@@ -57,7 +57,7 @@ def test_a_model_rests_when_its_drafts_do_not_pay() -> None:
             passes += 1
         return passes
 
-    for expected in (SHORTEST_REST, 2 * SHORTEST_REST, 4 * SHORTEST_REST):
+    for expected in (SHORTEST_REST, 4 * SHORTEST_REST, 16 * SHORTEST_REST):
         pace.learn(0)
         assert rested() == expected
     pace.learn(3)

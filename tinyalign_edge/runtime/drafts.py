@@ -13,7 +13,7 @@ LONGEST_MATCH = 4
 SHORTEST_MATCH = 2  # one token alone repeats by chance; at the beginning of a memory it does not need to be longer
 FIRST, MOST, LEAST = 7, 15, 3  # tokens of a draft; a pass is over one more
 COST = 0.5  # of a pass over a draft, beyond one over a token, in passes
-SHORTEST_REST, LONGEST_REST = 4, 64  # passes without a draft
+SHORTEST_REST, LONGEST_REST = 4, 128  # passes without a draft
 
 
 class Pace:
@@ -33,7 +33,7 @@ class Pace:
         self._credit = min(self._credit + saved - COST, 2.0)
         if self._credit < 0:
             self._credit, self._left = 0.0, self._rest
-            self._rest = min(2 * self._rest, LONGEST_REST)
+            self._rest = min(4 * self._rest, LONGEST_REST)
         elif saved > 0:
             self._rest = SHORTEST_REST
 
