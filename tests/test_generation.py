@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,10 @@ def test_a_constraint_that_is_not_understood_is_one_line(model: ta.Model) -> Non
         model.ask(PICTURE, QUESTIONS[0], regex="(((")
     with pytest.raises(ta.InputError, match="json_schema: not understood"):
         model.ask(PICTURE, QUESTIONS[0], json_schema="{")
+
+
+def test_without_llguidance_a_constraint_names_the_extra(model: ta.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ta.MissingExtraError, match=r"pip install 'tinyalign-edge\[constrain\]'"):
+        model.ask(PICTURE, QUESTIONS[0], regex="a")
+    assert model.ask(PICTURE, QUESTIONS[0]).text
