@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from tinyalign_edge.runtime.context import Context, Float
 from tinyalign_edge.runtime.drafts import Drafts
-from tinyalign_edge.runtime.picker import Picker, margin
+from tinyalign_edge.runtime.picker import Picker, is_clear
 
 SURE = 1.0  # nats between the best and the second best logit, above which another scale of activations changes nothing
 
@@ -60,7 +60,7 @@ class Decoding:
 
     def __iter__(self) -> Iterator[int]:
         """The tokens in `ids`, each when it is there."""
-        ready = [self._pick([], self._first)]
+        ready = [self._picker.pick(self._picker.scores([], self._first))]
         while True:
             for token in ready:
                 if token in self._ends:
@@ -85,10 +85,12 @@ class Decoding:
             self._plain_to = len(self._context)
         try:
             for i, (row, drafted) in enumerate(zip_longest(rows, draft)):
-                ids, doubtful = self.ids + found, False
-                if self._plain_to <= start + i and not self._is_sure(ids, row):
-                    row, doubtful = self._again(ids), True
-                found.append(self._pick(ids, row))
+                ids = self.ids + found
+                scores = self._picker.scores(ids, row)
+                doubtful = self._picker.greedy and self._plain_to <= start + i and not is_clear(scores, SURE)
+                if doubtful:
+                    scores = self._picker.scores(ids, self._again(ids))
+                found.append(self._picker.pick(scores))
                 if doubtful or found[-1] != drafted or drafted in self._ends:
                     break
         finally:
@@ -109,9 +111,3 @@ class Decoding:
     def _append(self, ids: list[int], num_logits: int) -> Float:
         self.passes += 1
         return self._context.append(ids, num_logits)
-
-    def _is_sure(self, ids: list[int], row: Float) -> bool:
-        return not self._picker.greedy or margin(self._picker.scores(ids, row)) >= SURE
-
-    def _pick(self, ids: list[int], row: Float) -> int:
-        return self._picker.pick(self._picker.scores(ids, row))

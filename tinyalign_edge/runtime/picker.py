@@ -57,10 +57,9 @@ class Picker:
         return int(tokens[np.searchsorted(ends, self._random.random() * ends[-1], side="right")])
 
 
-def margin(scores: Float) -> float:
-    """How far the best of `scores` (V,) is above the second best."""
-    second, best = np.partition(scores, -2)[-2:]
-    return float(best - second)
+def is_clear(scores: Float, margin: float) -> bool:
+    """Whether the best of `scores` (V,) is above all others by at least `margin`."""
+    return int(np.count_nonzero(scores > scores.max() - margin)) == 1
 
 
 def _likely(scores: Float, options: Generation) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
