@@ -79,6 +79,6 @@ def test_threads_that_make_no_sense_are_refused() -> None:
         ta.load(STORED_BUNDLE, threads="toaster")
     with pytest.raises(ta.InputError, match="threads 0: must be 1 to"):
         ta.load(STORED_BUNDLE, threads=0)
-    for count, affinity in ((None, "1"), (3, "1"), (1, "1")):
+    for count, affinity in ((None, "1"), (3, "1"), (1, "1"), (2, "first"), (2, "")):
         with pytest.raises(ta.InputError, match="name the processors of"):
             ta.Threads(count, affinity=affinity)

@@ -43,7 +43,7 @@ class Conversation:
     length fit. The newest picture is never left out: it then comes with the oldest turn that is left.
 
     An answer that fails, is interrupted or is left before its end is no part of the conversation, nor is its question;
-    one that was cancelled or timed out is, as far as it came.
+    one that was ended by `cancel` or timed out is, as far as it came.
     """
 
     def __init__(self, model: Model, context: Context) -> None:

@@ -17,7 +17,10 @@ SHORTEST_REST, LONGEST_REST = 4, 128  # passes without a draft
 
 
 class Pace:
-    """How often a model drafts: it rests after passes that did not pay, longer each time. Shared by its answers."""
+    """How often a model drafts: it rests after passes that did not pay, longer each time. Shared by its answers.
+
+    Nothing is locked: what two threads do to it at once can cost a draft, never change an answer.
+    """
 
     def __init__(self) -> None:
         self._credit = 0.0

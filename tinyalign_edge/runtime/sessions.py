@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tinyalign_edge.errors import BundleError, InputError
 
 LOG_ERRORS = 3
 MAX_THREADS = 256
+PROCESSORS = r"\d+([,-]\d+)*"  # of one thread
 ort.disable_telemetry_events()  # what a device asks is nobody else's business
 
 
@@ -34,8 +36,11 @@ class Threads:
     def __post_init__(self) -> None:
         if self.count is not None and not 1 <= self.count <= MAX_THREADS:
             raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}")
-        if self.affinity is not None and (self.count is None or self.affinity.count(";") != self.count - 2):
-            raise InputError(f"affinity {self.affinity!r}: name the processors of {(self.count or 1) - 1} threads")
+        if self.affinity is None:
+            return
+        others = (self.count or 1) - 1
+        if not others or not re.fullmatch(f"{PROCESSORS}(;{PROCESSORS}){{{others - 1}}}", self.affinity):
+            raise InputError(f"affinity {self.affinity!r}: name the processors of {others} threads")
 
 
 DEVICES = {  # a phone shares its fast cores and its battery with others; a board's are its own, but not its power
