@@ -34,7 +34,8 @@ class Generation:
             arXiv 1904.09751).
         min_p: draw from tokens at least this probable relative to the most likely one (Nguyen et al., 2024,
             arXiv 2407.01082).
-        seed: the same seed gives the same text; None: another one each time.
+        seed: the same seed gives the same text again (with `drafts` and int8 weights: of a model that was used in the
+            same way before); None: another one each time.
         repetition_penalty: logits of tokens that the answer already has are divided by it where positive and
             multiplied where negative (Keskar et al., 2019, arXiv 1909.05858). 1: none.
         stop: texts that end the answer; neither they nor what follows is part of it.
@@ -71,22 +72,30 @@ class Generation:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) or callable(value) else tuple(value))
         bounds = {
-            "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (_whole(self.max_new_tokens, 1), "a whole number of at least 1"),
             "temperature": (0 <= self.temperature <= 100, "0 to 100"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_k": (_whole(self.top_k, 1), "a whole number of at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "seed": (self.seed is None or self.seed >= 0, "at least 0"),
+            "seed": (_whole(self.seed, 0), "a whole number of at least 0"),
             "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
             "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0"),
-            "stop": (len(self.stop) <= MAX_TEXTS and all(self.stop), f"at most {MAX_TEXTS} texts, none empty"),
-            "choices": (len(self.choices) <= MAX_TEXTS and all(map(str.strip, self.choices)), "texts, none empty"),
+            "stop": (_texts(self.stop), f"at most {MAX_TEXTS} texts, none empty"),
+            "choices": (_texts(self.choices), f"at most {MAX_TEXTS} texts, none empty"),
         }
         for name, (good, wanted) in bounds.items():
             if not good:
                 raise InputError(f"{name} {getattr(self, name)!r}: must be {wanted}")
         if sum(map(bool, (self.choices, self.regex is not None, self.json_schema is not None))) > 1:
             raise InputError("choices, regex, json_schema: give one of them")
+
+
+def _whole(value: int | None, least: int) -> bool:
+    return value is None or (isinstance(value, int) and value >= least)
+
+
+def _texts(values: Sequence[str]) -> bool:
+    return len(values) <= MAX_TEXTS and all(isinstance(value, str) and value for value in values)
 
 
 def with_changes(options: Generation | None, changes: Mapping[str, Any]) -> Generation:
