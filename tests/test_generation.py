@@ -19,7 +19,7 @@ from tests.test_prefix import PICTURE, QUESTIONS, drawn
 from tinyalign_edge.runtime.picker import Picker
 
 Floats = npt.NDArray[np.float32]
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 @pytest.fixture(scope="module")

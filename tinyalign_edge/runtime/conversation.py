@@ -48,7 +48,7 @@ class Conversation:
 
     def __init__(self, model: Model, context: Context) -> None:
         self._model, self._context = model, context
-        self._answering = threading.Lock()
+        self._busy = threading.Lock()
         self.exchanges: tuple[Exchange, ...] = ()
 
     def ask(self, question: str, images: Images = (), options: Generation | None = None, **changes: Any) -> Answer:
@@ -97,9 +97,9 @@ class Conversation:
 
     def forget_read(self) -> None:
         """Let go of what was read, if no answer is being given; the next question reads it again."""
-        if self._answering.acquire(blocking=False):
+        if self._busy.acquire(blocking=False):
             self._context.clear()
-            self._answering.release()
+            self._busy.release()
 
     def _pieces(
         self,
@@ -132,12 +132,12 @@ class Conversation:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._answering.acquire(blocking=False):  # to wait could be for ever: the same thread may hold it
+        if not self._busy.acquire(blocking=False):  # to wait could be for ever: the same thread may hold it
             raise InputError("conversation: an answer is being given; wait for its end, or leave its stream")
         try:
             yield
         finally:
-            self._answering.release()
+            self._busy.release()
 
 
 def _said(exchanges: Sequence[Exchange]) -> list[Said]:

@@ -34,8 +34,7 @@ class Generation:
             arXiv 1904.09751).
         min_p: draw from tokens at least this probable relative to the most likely one (Nguyen et al., 2024,
             arXiv 2407.01082).
-        seed: the same seed gives the same text again (with `drafts` and int8 weights: of a model that was used in the
-            same way before); None: another one each time.
+        seed: the same seed gives the same text; None: another one each time.
         repetition_penalty: logits of tokens that the answer already has are divided by it where positive and
             multiplied where negative (Keskar et al., 2019, arXiv 1909.05858). 1: none.
         stop: texts that end the answer; neither they nor what follows is part of it.
@@ -49,7 +48,8 @@ class Generation:
             text then cuts off.
         timeout_s: seconds from the call, after which the answer ends with what there is. A pass that has begun is
             finished first.
-        drafts: guess tokens from the memories and the question and verify several in one pass.
+        drafts: guess tokens from the memories and the question and verify several in one pass. No effect with a `seed`
+            on int8 bundles that draw: drafts change their logits a little, so the text would not be the same.
     """
 
     max_new_tokens: int | None = None
