@@ -31,7 +31,8 @@ from tinyalign_edge.export.run import ExportOptions
 from tinyalign_edge.export.source import checkpoint_source
 from tinyalign_edge.memory import Bank, Record, write_bank
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.model import Answer, Model
+from tinyalign_edge.runtime.answer import Answer
+from tinyalign_edge.runtime.model import Model
 from tinyalign_edge.train.run import TrainOptions, train
 
 QUESTION = "What is in this picture?"

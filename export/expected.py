@@ -14,7 +14,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.export.source import MAX_SAMPLES, Reference
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.model import EncodedImage
+from tinyalign_edge.runtime.sight import EncodedImage
 
 Floats = NDArray[np.float32]
 
