@@ -84,3 +84,8 @@ peers-setup:
         runs/peers/venv-llama/bin/python -m pip install --quiet --no-binary llama-cpp-python \
         llama-cpp-python gguf safetensors
     touch runs/peers/venv-llama/done
+
+# What the int8 cache gains in decoding, and the peak memory of an export, on an idle machine (writes bench/results)
+costs:
+    {{ bin }}/python -m tinyalign_edge.bench.kv
+    {{ bin }}/python -m tinyalign_edge.bench.export_memory

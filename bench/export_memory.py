@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -117,23 +116,23 @@ def run_watched(command: Sequence[str]) -> Peak:
     Raises:
         TinyAlignError: it failed.
     """
-    process = subprocess.Popen(command)
-    anonymous = 0
-    while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-        anonymous = max(anonymous, _anonymous_bytes(process.pid))
+    process = subprocess.Popen(command)  # returns once the command runs: its peak is its own from here on
+    resident = anonymous = 0
+    while process.poll() is None:
+        resident = max(resident, _status_bytes(process.pid, "VmHWM"))  # wait4's figure begins with the parent's
+        anonymous = max(anonymous, _status_bytes(process.pid, "RssAnon"))
         time.sleep(POLL_SECONDS)
-    process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
         raise TinyAlignError(f"{' '.join(command[:5])} ended with {process.returncode}; see what it printed above")
-    return Peak(ended[2].ru_maxrss * 1024, anonymous)
+    return Peak(resident, anonymous)
 
 
-def _anonymous_bytes(pid: int) -> int:
+def _status_bytes(pid: int, field: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it has just ended
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def _parameters(*folders: Path) -> int:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyalign_edge.bundle import DecoderBlock, Format, Precision
+from tinyalign_edge.bundle import DecoderBlock, Precision
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.export.embedding import embed_graph, embedding_format
 from tinyalign_edge.export.families import Architecture, product_names, read_architecture
 from tinyalign_edge.export.graph import MICROSOFT, DataFile, Graph
 from tinyalign_edge.export.heads import pad_head_norm, pad_heads
 from tinyalign_edge.export.plan import PRECISIONS, Plan
-from tinyalign_edge.export.product import lookup, product
+from tinyalign_edge.export.product import product
 from tinyalign_edge.export.weights import Weights
 from tinyalign_edge.runtime.decoder import CACHE_DTYPES
 
@@ -75,24 +76,6 @@ def export_decoder(
     decoder.save(folder / DECODER_FILE, data=data)
     embed.save(folder / EMBED_FILE, data=data)
     return _block(arch, PRECISIONS[plan.base], scales)
-
-
-def embedding_format(plan: Plan) -> Format:
-    """The format of an embedding table that is not `lm_head` too."""
-    return "fp32" if plan.base == "fp32" else "int8"
-
-
-def embed_graph(table: Floats, plan: Plan, *, scale: float = 1.0) -> Graph:
-    """The lookup of token ids in `table` (V, D), in the base format of `plan`, its rows multiplied by `scale`."""
-    graph = Graph("embed")
-    ids = graph.input("input_ids", np.int64, ("B", "T"))
-    scaled = scale != 1
-    found = lookup(graph, ids, table, name="embed_tokens", plan=plan, output="rows" if scaled else "embeddings")
-    if scaled:
-        factor = graph.constant("embedding_scale", np.array(scale, np.float32))
-        graph.op("Mul", found, factor, output="embeddings")
-    graph.output("embeddings", np.float32, ("B", "T", table.shape[1]))
-    return graph
 
 
 def _block(arch: Architecture, precision: Precision, scales: Floats | None) -> DecoderBlock:

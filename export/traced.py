@@ -25,7 +25,8 @@ from transformers.cache_utils import DynamicLayer
 
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.errors import BundleError, UnsupportedError, first_line
-from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE, embed_graph, embedding_format
+from tinyalign_edge.export.decoder import DATA_FILE, DECODER_FILE, EMBED_FILE
+from tinyalign_edge.export.embedding import embed_graph, embedding_format
 from tinyalign_edge.export.gemm import split_gemm
 from tinyalign_edge.export.graph import DataFile, tensor
 from tinyalign_edge.export.limits import refuse_large
