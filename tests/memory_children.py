@@ -1,6 +1,6 @@
 """Processes that write to a bank and die, run out of disk or compete. For `test_memory_durability.py`.
 
-python -m tests.memory_children crash|full|read-only|add FOLDER ...
+python -m tests.memory_children crash|replace|full|read-only|add FOLDER ...
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.banks import contents, files, key_of, named_files, teach
+import numpy as np
+
+from tests.banks import contents, files, key_of, make_bank, named_files, teach
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.memory import Bank, graph, journal, rebuild
+from tinyalign_edge.memory import publish as publish_module
 from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.join import write_joined
 from tinyalign_edge.memory.manifest import write_manifest
 from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.segment import write_segment
+from tinyalign_edge.memory.snapshot import open_snapshot
 
 WRITERS = (write_module.append, write_module.commit, write_module.remove, write_module.sweep)
 WRITERS += (journal.append, write_manifest, write_segment, rebuild.install, graph.write_graph)
+WRITERS += (publish_module._replace, write_joined)
 CODE = {function.__code__ for function in WRITERS}  # where the folder changes: a process is killed at a line of it
 OPERATIONS = 16
 SECRET = "secret number"
@@ -50,6 +56,23 @@ def crash(folder: Path, points: str, seed: str) -> None:
         _check(copy, states[done : done + 2], names)
         acknowledged.add(done)
     print(json.dumps({"points": int(points), "lines": lines, "different_ends": len(acknowledged)}))
+
+
+def replace(folder: Path, points: str, seed: str) -> None:
+    """Kill writers that put another bank in the place of this one, and look at what they leave."""
+    new = open_snapshot(make_bank(folder.with_name("new"), 30))
+    parts = [(table, np.ones(len(table), np.bool_)) for table in new.segments]
+    steps = [lambda bank: publish_module.publish(bank.folder, new.manifest.spec, parts)]
+    finished = Path(shutil.copytree(folder, folder.with_name("finished")))
+    lines = _lines_until_the_end(finished, steps)
+    states = [contents(Bank(folder)), contents(Bank(finished))]
+    rng, found = random.Random(seed), set[int]()
+    for point in range(int(points)):
+        copy = Path(shutil.copytree(folder, folder.with_name(f"killed-{point}")))
+        assert _run_and_kill(copy, steps, at_line=rng.randrange(1, lines)) == 0
+        found.add(states.index(contents(Bank(copy))))
+        _check(copy, states, [])
+    print(json.dumps({"lines": lines, "found": sorted(found)}))
 
 
 def _operations(rng: random.Random, bank: Bank) -> tuple[list[str], list[Callable[[Bank], Any]]]:
@@ -180,5 +203,5 @@ def _error_of(call: Callable[[], Any]) -> str | None:
 
 
 if __name__ == "__main__":
-    command = {"crash": crash, "full": full, "read-only": read_only, "add": add}[sys.argv[1]]
+    command = {"crash": crash, "replace": replace, "full": full, "read-only": read_only, "add": add}[sys.argv[1]]
     command(Path(sys.argv[2]), *sys.argv[3:])

@@ -162,13 +162,13 @@ def test_what_is_in_memory_does_not_grow_with_the_number_of_pairs(
     write = shards_module.Shards.write
     monkeypatch.setattr(shards_module.Shards, "write", lambda *given: (gc.collect(), write(*given)))  # no rubbish
     peaks = []
-    for rows in (50, 200, 800):  # the first fills what others cache
+    for rows in (50, 150, 450):  # the first fills what others cache
         data = make_data(tmp_path / str(rows), rows)
         tracemalloc.start(1)
-        built = run(data, tmp_path / f"bank-{rows}", shard_rows=200)
+        built = run(data, tmp_path / f"bank-{rows}", shard_rows=150)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert 2 * (peaks[2] - peaks[1]) / 600 < built.bytes / built.entries, peaks
+    assert 2 * (peaks[2] - peaks[1]) / 300 < built.bytes / built.entries, peaks
 
 
 def test_bad_rows_are_named_before_the_work_or_counted(tmp_path: Path, data: Path) -> None:

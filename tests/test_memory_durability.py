@@ -42,6 +42,13 @@ def test_a_writer_killed_anywhere_leaves_all_it_acknowledged_and_nothing_half(fo
     assert result["different_ends"] > 5  # it died early and late
 
 
+@pytest.mark.parametrize("points", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_writer_killed_while_it_replaces_the_bank_leaves_the_old_or_the_new_one(folder: Path, points: int) -> None:
+    result = json.loads(finish(start("replace", folder, points, "seed")))
+    assert result["lines"] > 50
+    assert result["found"] == [0, 1]  # it died before the new one stood, and after
+
+
 def test_bytes_after_what_counts_are_ignored_and_swept_away(folder: Path) -> None:
     before = contents(Bank(folder))
     journal = folder / json.loads((folder / "manifest.json").read_text("utf-8"))["journal"]["file"]
