@@ -48,7 +48,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from tinyalign_edge.train import connector, loop
-    from tinyalign_edge.train.run import TrainOptions, train
+    from tinyalign_edge.train.options import TrainOptions
+    from tinyalign_edge.train.run import train
 
     whole = train_tiny(world, towers, tmp_path / "whole", steps=6)
     on_step_end = loop.Watcher.on_step_end

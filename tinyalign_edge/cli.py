@@ -63,7 +63,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
 ) -> None:
     """Train connector and memory between a frozen vision encoder and a frozen language model."""
-    from tinyalign_edge.train.run import TrainOptions
+    from tinyalign_edge.train.options import TrainOptions
     from tinyalign_edge.train.run import train as run
 
     options = TrainOptions(

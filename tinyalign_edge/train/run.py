@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tinyalign_edge.config import MemoryKind, read_json, to_json, write_json
+from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row, read_rows
-from tinyalign_edge.errors import InputError
-from tinyalign_edge.memory import Neighbours, Record, write_bank
+from tinyalign_edge.memory import Neighbours
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Collate, Example, Rows, Values
-from tinyalign_edge.train.checkpoint import MEMORY, METRICS, SAMPLES, is_checkpoint, save_checkpoint
+from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.encode import Encoded, encode_rows
+from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import Retrieved, retrieve
-from tinyalign_edge.train.samples import write_samples
+from tinyalign_edge.train.options import TrainOptions, check_options, find_device, train_settings
 from tinyalign_edge.train.settings import (
     SCHEMA_VERSION,
     CheckpointConfig,
@@ -35,33 +33,10 @@ from tinyalign_edge.train.settings import (
     MemorySettings,
     TrainSettings,
 )
+from tinyalign_edge.train.state import RunState
 from tinyalign_edge.train.towers import LanguageTower, VisionTower, image_settings, load_language, load_vision
 
-STATE = "state"
-RUN = "run.json"
-KEY = "key.safetensors"
 MAX_HELD_OUT = 256
-CALIBRATION = 64
-DEFAULT_EPOCHS = 3
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a caller of `train` may choose; the rest follows from data and towers."""
-
-    memory: MemoryKind = "tokens"
-    fraction: float = 1.0
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    visual_tokens: int = 16
-    k: int = 4
-    key_grid: int = 1
-    image_size: int | None = None  # pixels a side; None: what the encoder's image processor says
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    eval_every: int = 50
 
 
 def train(
@@ -89,17 +64,17 @@ def train(
         TinyAlignError: training failed; what was reached can be resumed.
     """
     options = options or TrainOptions()
-    _check(options)
-    _check_out(out, resume)
-    device = _device(options.device)
+    check_options(options)
+    state = RunState(out, resume=resume)
+    device = find_device(options.device)
     rows = read_rows(data, images)
     training_rows, held_out_rows = _split(rows, options)
     torch.manual_seed(options.seed)
     eye = load_vision(vision, image=image_settings(vision, options.image_size))
     tongue = load_language(lm)
     run = _Run(out, options, training_rows, held_out_rows, eye, tongue, device)
-    settings = _train_settings(options, data, images, len(training_rows), device)
-    return run.execute(settings, resume=resume, label=label)
+    settings = train_settings(options, data, images, len(training_rows), device)
+    return run.execute(settings, state, label=label)
 
 
 class _Run:
@@ -120,7 +95,7 @@ class _Run:
         self.vision, self.language = vision, language
         self.prompt = Prompt(language.prompt, Tokenizer.from_str(language.tokenizer_json))
 
-    def execute(self, settings: TrainSettings, *, resume: bool, label: str) -> CheckpointConfig:
+    def execute(self, settings: TrainSettings, state: RunState, *, label: str) -> CheckpointConfig:
         connector = self._connector_settings()
         memory = self._memory_settings(connector)
         model = AlignModel(self.language.model, connector, memory)
@@ -133,7 +108,7 @@ class _Run:
             dtype=np.float16,  # half the memory; the connector's LayerNorm makes the rounding harmless
         )
         count = len(self.rows)
-        self._fit_key(model, seen.regions[:count], resume)
+        state.fit_key(model, seen.regions[:count])
         with torch.inference_mode():
             keys = model.key(torch.from_numpy(seen.regions)).numpy()
         found = retrieve(self.rows, keys[:count], keys[count:], memory)
@@ -144,11 +119,13 @@ class _Run:
             SCHEMA_VERSION, self.vision.ref, self.language.ref, self.vision.image, self.prompt.config,
             connector, memory, settings,
         )  # fmt: skip
-        self._begin(config, model, resume)
+        state.begin(config, model)
         collate = Collate(memory, values)
-        fit(model, rows, collate, held_out, settings, state=self.out / STATE, metrics=self.out / METRICS,
-            resume=resume, label=label)  # fmt: skip
-        self._finish(config, model, keys[:count], values)
+        fit(model, rows, collate, held_out, settings, state=state.folder, metrics=self.out / METRICS,
+            resume=state.resume, label=label)  # fmt: skip
+        write_checkpoint(self.out, config, model, self.language, rows=self.rows, held_out=self.held_out_rows,
+                         keys=keys[:count], values=values)  # fmt: skip
+        state.clear()
         return config
 
     def _connector_settings(self) -> ConnectorSettings:
@@ -189,103 +166,6 @@ class _Run:
         held_out = build(self.held_out_rows, seen.pooled[count:], found.held_out, 0.0)
         return training, [held_out[i] for i in range(len(held_out))]
 
-    def _fit_key(self, model: AlignModel, regions: npt.NDArray[Any], resume: bool) -> None:
-        """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
-        count's arithmetic differs in the last digits, and the keys must not."""
-        kept = self.out / STATE / KEY
-        state = load_file(kept) if resume and kept.is_file() else {}
-        if {name: t.shape for name, t in state.items()} == {
-            name: t.shape for name, t in model.key.state_dict().items()
-        }:
-            model.key.load_state_dict(state)
-        else:  # a new run, or one with other settings, which `_begin` refuses
-            model.key.fit(torch.from_numpy(regions))
-
-    def _begin(self, config: CheckpointConfig, model: AlignModel, resume: bool) -> None:
-        """Record the settings and keys of the run, or compare the settings with the interrupted run's."""
-        run = self.out / STATE / RUN
-        if resume and run.is_file():
-            before, now = read_json(run), to_json(config)
-            changed = sorted(
-                f"{part}.{key}"
-                for part in now
-                for key in (now[part] if isinstance(now[part], dict) else {})
-                if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
-            )
-            if changed:
-                raise InputError(
-                    f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
-                )
-            return
-        run.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.key.state_dict(), self.out / STATE / KEY)
-        write_json(run, config)
-
-    def _finish(
-        self, config: CheckpointConfig, model: AlignModel, keys: npt.NDArray[np.float32], values: Values | None
-    ) -> None:
-        model.eval().cpu()
-        shutil.rmtree(self.out / MEMORY, ignore_errors=True)
-        if values is not None:
-            latents = encode_values(model, values) if config.memory.kind == "latents" else None
-            write_bank(
-                self.out / MEMORY,
-                keys,
-                [Record(first.answer, first.question, row.id) for row in self.rows for first in row.memory_turns[:1]],
-                fingerprint=config.memory.fingerprint,
-                vocab_size=self.language.model.config.vocab_size,
-                token_ids=None if latents is not None else values.token_ids,
-                latents=latents,
-            )
-        write_samples(self.out / SAMPLES, self.held_out_rows, self.rows[:CALIBRATION])
-        save_checkpoint(self.out, config, model, self.language.tokenizer_json)
-        shutil.rmtree(self.out / STATE, ignore_errors=True)
-
-
-def encode_values(model: AlignModel, values: Values, batch: int = 64) -> npt.NDArray[np.float32]:
-    """Latents (E, L, latent_dim) of every entry."""
-    collate = Collate(model.memory_settings, values)
-    out = []
-    with torch.inference_mode():
-        for start in range(0, len(values.token_ids), batch):
-            rows = tuple(range(start, min(start + batch, len(values.token_ids))))
-            example = Example((), (), np.zeros((0, 0)), rows, (1.0,) * len(rows))
-            memory = collate.memory_inputs([example])
-            assert memory is not None
-            out.append(model.values(memory).unflatten(0, (len(rows), -1)).numpy())
-    return np.concatenate(out)
-
-
-def _check(options: TrainOptions) -> None:
-    if not 0 < options.fraction <= 1:
-        raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
-    for name in ("epochs", "steps", "batch_size", "visual_tokens", "k", "key_grid", "image_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            option = "neighbours" if name == "k" else name.replace("_", "-")
-            raise InputError(f"--{option} {value}: must be at least 1")
-    if not 0 < options.learning_rate < 10:
-        raise InputError(f"--learning-rate {options.learning_rate}: must be above 0 and below 10")
-    if not 0 <= options.seed < 1 << 32:
-        raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
-    if options.epochs and options.steps:
-        raise InputError("--epochs and --steps: give one of them")
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    if is_checkpoint(out):
-        raise InputError(f"{out}: holds a finished checkpoint; choose another --out")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / STATE / RUN).is_file())):
-        raise InputError(f"{out}: exists and is not an interrupted run; choose another --out")
-    if (out / STATE / RUN).is_file() and not resume:
-        raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
-
-
-def _device(wanted: str) -> Literal["cpu", "cuda"]:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
-
 
 def _split(rows: list[Row], options: TrainOptions) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows without a picture in common; the held-out ones do not depend on the fraction."""
@@ -296,23 +176,6 @@ def _split(rows: list[Row], options: TrainOptions) -> tuple[list[Row], list[Row]
     keep_count = max(1, round((len(pictures) - held_out_count) * options.fraction))
     kept = {pictures[i] for i in order[held_out_count : held_out_count + keep_count]}
     return [row for row in rows if row.image in kept], [row for row in rows if row.image in held]
-
-
-def _train_settings(
-    options: TrainOptions, data: Path, images: Path, rows: int, device: Literal["cpu", "cuda"]
-) -> TrainSettings:
-    an_epoch = -(-rows // options.batch_size)
-    return TrainSettings(
-        data=str(data),
-        images=str(images),
-        steps=options.steps or an_epoch * (options.epochs or DEFAULT_EPOCHS),
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        fraction=options.fraction,
-        seed=options.seed,
-        device=device,
-        eval_every=options.eval_every,
-    )
 
 
 def _fingerprint(vision: VisionTower, model: AlignModel) -> str:
