@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
-from tinyalign_edge.data import Row, Turn, read_rows  # noqa: E402
+from tinyalign_edge.data import Picture, Row, Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
 from tinyalign_edge.memory import Bank  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
@@ -126,7 +126,8 @@ def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:
     keys = rng.normal(size=(60, 16)).astype(np.float32)
     keys[1] = keys[0] + 1e-4  # a near-duplicate picture
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    rows = [Row(str(i), f"{i // 2 if i > 50 else i}.png", Path(), (Turn("q", "a"),), None, "") for i in range(60)]
+    pictures = [Picture(f"{i // 2 if i > 50 else i}.png", Path()) for i in range(60)]
+    rows = [Row(str(i), (picture,), (Turn("q", "a"),), None, "") for i, picture in enumerate(pictures)]
     found = retrieve(rows, keys, keys[:3], MemorySettings(k=4, floor=-1))
     for i, near in enumerate(found.training.rows):
         assert i not in near

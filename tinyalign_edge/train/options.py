@@ -10,7 +10,7 @@ import torch
 
 from tinyalign_edge.config import MemoryKind
 from tinyalign_edge.errors import InputError
-from tinyalign_edge.train.settings import TrainSettings
+from tinyalign_edge.train.settings import DataRef, TrainSettings
 
 DEFAULT_EPOCHS = 3
 
@@ -32,6 +32,8 @@ class TrainOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     eval_every: int = 50
+    skip_bad: bool = False  # count and leave out bad rows instead of stopping at the first
+    cache_features: Path | None = None  # where features are kept between runs; None: in memory
 
 
 def check_options(options: TrainOptions) -> None:
@@ -63,12 +65,12 @@ def find_device(wanted: str) -> Literal["cpu", "cuda"]:
 
 
 def train_settings(
-    options: TrainOptions, data: Path, images: Path, rows: int, device: Literal["cpu", "cuda"]
+    options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Literal["cpu", "cuda"]
 ) -> TrainSettings:
-    """The settings that the checkpoint keeps, for `rows` training rows."""
+    """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
     an_epoch = -(-rows // options.batch_size)
     return TrainSettings(
-        data=str(data),
+        data=data,
         images=str(images),
         steps=options.steps or an_epoch * (options.epochs or DEFAULT_EPOCHS),
         batch_size=options.batch_size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ class RunState:
         if run.is_file() and not resume:
             raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
 
-    def fit_key(self, model: AlignModel, regions: npt.NDArray[Any]) -> None:
+    def fit_key(self, model: AlignModel, regions: Callable[[], npt.NDArray[np.float32]]) -> None:
         """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
         count's arithmetic differs in the last digits, and the keys must not."""
         kept = self.folder / KEY
@@ -49,7 +50,7 @@ class RunState:
         }:
             model.key.load_state_dict(state)
         else:  # a new run, or one with other settings, which `begin` refuses
-            model.key.fit(torch.from_numpy(regions))
+            model.key.fit(torch.from_numpy(regions()))
 
     def begin(self, config: CheckpointConfig, model: AlignModel) -> None:
         """Record the settings and keys of the run, or compare the settings with the interrupted run's.
