@@ -27,7 +27,9 @@ from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.batches import Values
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from tinyalign_edge.train.encode import Encoded, encode_rows
-from tinyalign_edge.train.run import STATE, TrainOptions, train
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
+from tinyalign_edge.train.state import STATE
 from tinyalign_edge.train.values import encode_values
 
 COMMAND = "python -m tinyalign_edge.bench.memory_size"
@@ -119,10 +121,9 @@ def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:
             vision=str(shared("models", "mobilenet-v2-imagenet")),
             lm=str(shared("models", "caption-lm")),
             out=folder,
-            options=arm.options,
+            options=replace(arm.options, cache_features=out / "features"),
             resume=(folder / STATE).exists(),
             label=f"Training {arm.run}",
-            encode=eye,
         )
     checkpoint = load_checkpoint(folder)
     answerer = TorchAnswerer(checkpoint, encode=eye)
@@ -151,14 +152,15 @@ def _losses(answerer: TorchAnswerer, name: str) -> np.ndarray[Any, np.dtype[np.f
 
 def _exact_values(checkpoint: Checkpoint, eye: Eye) -> Values:
     """The bank's values before they were rounded."""
-    training = checkpoint.config.training
-    by_id = {row.id: row for row in read_rows(Path(training.data), Path(training.images))}
+    folder = shared("data", "caltech101")
+    by_id = {row.id: row for row in read_rows(folder / "train.json", folder)}
     assert checkpoint.bank is not None
     rows = [by_id[checkpoint.bank.entry(number).source] for number in checkpoint.bank.ids]
     limit = checkpoint.config.memory.value_tokens
     ids = [checkpoint.prompt.memory_ids(row.memory_turns, limit) for row in rows]
     seen = eye(checkpoint.vision.model, checkpoint.config.image, checkpoint.model, rows, device="cpu")
-    return replace(values := Values(ids, seen.pooled), latents=encode_values(checkpoint.model, values))
+    values = Values(ids, lambda entries: seen.pooled[list(entries)])
+    return replace(values, latents=encode_values(checkpoint.model, values))
 
 
 def _entry_bytes(checkpoint: Checkpoint, *, rounded: bool) -> float:

@@ -43,7 +43,7 @@ def demo(
 
 @app.command()
 def train(
-    data: DataFile,
+    data: Annotated[list[str], typer.Option(help="LLaVA conversations, .json or .jsonl; more than once; FILE:WEIGHT.")],
     images: ImagesFolder,
     vision: Annotated[str, typer.Option(help="Vision encoder: a folder in Hugging Face format, or a hub id.")],
     lm: Annotated[str, typer.Option(help="Language model: a folder in Hugging Face format, or a hub id.")],
@@ -65,10 +65,12 @@ def train(
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the split, the order and the weights.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and say how many.")] = False,
+    cache_features: Annotated[Path | None, typer.Option(help="Keep the encoder's features here between runs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
 ) -> None:
     """Train connector and memory between a frozen vision encoder and a frozen language model."""
-    from tinyalign_edge.train.run import TrainOptions
+    from tinyalign_edge.train.options import TrainOptions
     from tinyalign_edge.train.run import train as run
 
     options = TrainOptions(
@@ -89,6 +91,8 @@ def train(
         image_size=image_size,
         device=_one_of("--device", device, "auto", "cpu", "cuda"),
         seed=seed,
+        skip_bad=skip_bad,
+        cache_features=cache_features,
     )
     run(data=data, images=images, vision=vision, lm=lm, out=out, options=options, resume=resume)
     print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")

@@ -97,7 +97,7 @@ class AlignModel(nn.Module):
 
     def inputs_embeds(self, input_ids: Tensor, visual_mask: Tensor, visual: Tensor, memory_mask: Tensor,
                       memory: MemoryInputs | None) -> Tensor:  # fmt: skip
-        """Embeddings (B, S, D) with visual tokens (B, N, D) and memory tokens put where the masks say."""
+        """Embeddings (B, S, D) with visual tokens (V, D) and memory tokens put where the masks say, in their order."""
         embeds: Tensor = self.language.get_input_embeddings()(input_ids)
         embeds = embeds.masked_scatter(visual_mask[..., None], visual.to(embeds.dtype))
         if self.memory_connector is not None and memory is not None and memory["rank"].numel():

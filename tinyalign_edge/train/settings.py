@@ -70,10 +70,19 @@ class MemorySettings:
 
 
 @dataclass(frozen=True)
+class DataRef:
+    """What a run was trained on: a file (with its hash) or hub data set, and how often an epoch goes through it."""
+
+    path: str
+    sha256: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """The training run."""
 
-    data: str
+    data: tuple[DataRef, ...]
     images: str
     steps: int
     batch_size: int = 32

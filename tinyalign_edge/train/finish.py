@@ -1,0 +1,59 @@
+"""What a finished run leaves: the bank with its final values, samples for the exporter, the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.data import Row
+from tinyalign_edge.memory import Record, write_bank
+from tinyalign_edge.train.batches import Values
+from tinyalign_edge.train.checkpoint import MEMORY, SAMPLES, save_checkpoint
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.samples import write_samples
+from tinyalign_edge.train.settings import CheckpointConfig
+from tinyalign_edge.train.towers import LanguageTower
+from tinyalign_edge.train.values import encode_values, value_fingerprint
+
+CALIBRATION = 64
+
+
+def write_checkpoint(
+    out: Path,
+    config: CheckpointConfig,
+    model: AlignModel,
+    language: LanguageTower,
+    *,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    keys: npt.NDArray[np.float32],
+    values: Values | None,
+) -> CheckpointConfig:
+    """Write the checkpoint; its bank holds `rows` with their `keys` (E, key_dim) and `values`.
+
+    Returns:
+        `config` as it is written: with the fingerprint that covers the trained value encoder, too.
+    """
+    model.eval().cpu()
+    fingerprint = value_fingerprint(config.memory.fingerprint, model)
+    config = replace(config, memory=replace(config.memory, fingerprint=fingerprint))
+    shutil.rmtree(out / MEMORY, ignore_errors=True)
+    if values is not None:
+        latents = encode_values(model, values) if config.memory.bank_kind == "latents" else None
+        write_bank(
+            out / MEMORY,
+            keys,
+            [Record(first.answer, first.question, row.id) for row in rows for first in row.memory_turns[:1]],
+            fingerprint=config.memory.fingerprint,
+            vocab_size=language.model.config.vocab_size,
+            token_ids=None if latents is not None else values.token_ids,
+            latents=latents,
+        )
+    write_samples(out / SAMPLES, held_out, rows[:CALIBRATION])
+    save_checkpoint(out, config, model, language.tokenizer_json)
+    return config
