@@ -39,13 +39,13 @@ class _Eye(nn.Module):
         super().__init__()
         self.config: Any = vision.config
         self.vision = vision
-        self.pooling = nn.Buffer(model.pooling)
+        self.pool = model.pool
         self.connector = model.connector
         self.key = model.key
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         grid = patch_features(self.vision, pixel_values)
-        visual = self.connector(self.pooling @ grid.flatten(1, 2))
+        visual = self.connector(self.pool(grid))
         return {"visual_tokens": visual, "key": self.key(self.key.regions(grid))}
 
 

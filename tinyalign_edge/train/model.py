@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
-from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, ValueEncoder, pooling_matrix
+from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
@@ -33,25 +33,27 @@ class MemoryInputs(TypedDict):
 
 
 class AlignModel(nn.Module):
-    """A language model, never trained here, and the parts that are."""
+    """A language model, frozen or not, and the parts that always train."""
 
-    pooling: Tensor
-    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean over answer tokens
+    accepts_loss_kwargs = True  # for the Trainer: it gives `forward` the answer tokens of a whole step
 
     def __init__(self, language: Any, connector: ConnectorSettings, memory: MemorySettings) -> None:
         super().__init__()
         embeddings = language.get_input_embeddings().weight.detach()
         self.language = language
         self.memory_settings = memory
-        self.register_buffer(
-            "pooling", pooling_matrix(connector.grid_height, connector.grid_width, connector.visual_tokens)
-        )
+        self.pool = Patches(connector)
         self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
         self.key = KeyProjection(connector, memory.key_grid, memory.key_dim)
         self.memory_connector = MemoryConnector(memory, embeddings) if memory.kind != "none" else None
-        self.value_encoder = (
-            ValueEncoder(memory, connector.feature_dim, embeddings) if memory.kind == "latents" else None
-        )
+        self.value_encoder = ValueEncoder(memory, connector.input_dim, embeddings) if memory.kind == "latents" else None
+
+    def train(self, mode: bool = True) -> AlignModel:
+        """A language model that does not train has no dropout either."""
+        super().train(mode)
+        if not any(weight.requires_grad for weight in self.language.parameters()):
+            self.language.eval()
+        return self
 
     def own_state(self) -> dict[str, Tensor]:
         """The state of everything but the language model: what a checkpoint keeps."""
@@ -62,10 +64,14 @@ class AlignModel(nn.Module):
         language = {name: value for name, value in self.state_dict().items() if name.startswith("language.")}
         self.load_state_dict({**language, **state}, strict=True)
 
-    def pool(self, grid: Tensor) -> Tensor:
-        """Patch features (B, H, W, C) to pooled features (B, N, C)."""
-        out: Tensor = self.pooling @ grid.flatten(1, 2)
-        return out
+    def trained_state(self) -> dict[str, Tensor]:
+        """What an interrupted run needs: `own_state` and the weights of the language model that train."""
+        tuned = {
+            name: weight.detach()
+            for name, weight in self.named_parameters()
+            if weight.requires_grad and name.startswith("language.")
+        }
+        return self.own_state() | tuned
 
     def values(self, memory: MemoryInputs) -> Tensor:
         """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
@@ -114,9 +120,10 @@ class AlignModel(nn.Module):
             self.logits(embeds, position_ids, block, wanted), labels[wanted], reduction="none"
         )
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Mean loss over the answer tokens of a batch, as the Trainer wants it."""
-        return {"loss": self.answer_losses(**batch).mean()}
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
+        """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""
+        losses = self.answer_losses(**batch)
+        return {"loss": losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch}
 
 
 def body_name(language: Any) -> str:
