@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,7 @@ def test_a_hub_id_needs_the_package_that_reads_it(world: Path) -> None:
 def test_held_out_pictures_are_in_no_training_row(world: Path, tmp_path: Path) -> None:
     rows = rows_of(world)
     names = [row["image"] for row in rows]
-    pairs = [
-        {**rows[0], "id": f"pair{i}", "image": [a, b]} for i, (a, b) in enumerate(zip(names, names[1:], strict=False))
-    ]
+    pairs = [{**rows[0], "id": f"pair{i}", "image": [a, b]} for i, (a, b) in enumerate(pairwise(names))]
     corpus = open_corpus([Source(str(write(tmp_path / "a.json", rows + pairs)))], world)
     training, held_out = split(corpus, held_out=256, fraction=1.0, seed=0)
     held = set(held_out.used())
@@ -175,14 +174,14 @@ def test_features_from_the_cache_train_the_same_weights(
     again = weights(train_tiny(world, towers, tmp_path / "again", memory="latents", cache_features=cache))
     assert not encoded
     assert all(torch.equal(fresh[name], first[name]) and torch.equal(fresh[name], again[name]) for name in fresh)
-    for damage in (kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b""):
+    for number, damage in enumerate((kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b"")):
         shard.write_bytes(damage)
         encoded.clear()
         mended = weights(
             train_tiny(
                 world,
                 towers,
-                tmp_path / f"{len(damage)}{len(encoded)}{damage[-1:]!r}",
+                tmp_path / f"mended{number}",
                 memory="latents",
                 cache_features=cache,
                 steps=4,

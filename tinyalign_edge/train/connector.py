@@ -21,13 +21,35 @@ def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
     return pooled.reshape(height * width, tokens).T.contiguous()
 
 
+class Patches(nn.Module):
+    """Patch features (B, H, W, C) to what the connector reads: (B, N, input_dim), as `ConnectorSettings.kind` says."""
+
+    matrix: Tensor
+
+    def __init__(self, settings: ConnectorSettings) -> None:
+        super().__init__()
+        self.kind, self.block = settings.kind, settings.block
+        if self.kind == "pooled":
+            pooling = pooling_matrix(settings.grid_height, settings.grid_width, settings.visual_tokens)
+            self.register_buffer("matrix", pooling, persistent=False)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        if self.kind == "pooled":
+            out: Tensor = self.matrix @ grid.flatten(1, 2)
+            return out
+        batch, height, width, channels = grid.shape
+        side = self.block
+        blocks = grid.reshape(batch, height // side, side, width // side, side, channels).transpose(2, 3)
+        return blocks.reshape(batch, -1, side * side * channels)
+
+
 class Connector(nn.Module):
-    """Pooled patch features (B, N, C) to visual tokens (B, N, D): LayerNorm and a two-layer GELU MLP."""
+    """Features (..., input_dim) of `Patches` to visual tokens (..., D): LayerNorm and a two-layer GELU MLP."""
 
     def __init__(self, settings: ConnectorSettings, embedding_rms: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(settings.feature_dim)
-        self.up = nn.Linear(settings.feature_dim, settings.width)
+        self.norm = nn.LayerNorm(settings.input_dim)
+        self.up = nn.Linear(settings.input_dim, settings.width)
         self.down = nn.Linear(settings.width, settings.width)
         with torch.no_grad():  # begin at the scale of the language model's own embeddings
             self.down.weight.mul_(embedding_rms / 0.3)

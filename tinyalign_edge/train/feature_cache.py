@@ -58,7 +58,8 @@ class FeatureCache:
 
     def known(self, record: np.dtype[np.void]) -> Known:
         """Open every whole shard; others are deleted, so that their pictures are encoded again."""
-        blocks, places = [], {}
+        blocks: list[npt.NDArray[np.void]] = []
+        places: dict[bytes, tuple[int, int]] = {}
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if not _whole(path, record):
                 path.unlink(missing_ok=True)

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from transformers import AutoTokenizer
 
 from tinyalign_edge.data import Row
 from tinyalign_edge.memory import Record, write_bank
 from tinyalign_edge.train.batches import Values
-from tinyalign_edge.train.checkpoint import MEMORY, SAMPLES, save_checkpoint
+from tinyalign_edge.train.checkpoint import CURVES, LANGUAGE_FOLDER, MEMORY, METRICS, SAMPLES, save_checkpoint
+from tinyalign_edge.train.curves import draw_curves
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.pretrained import load_pretrained, tower_ref
 from tinyalign_edge.train.samples import write_samples
-from tinyalign_edge.train.settings import CheckpointConfig
-from tinyalign_edge.train.towers import LanguageTower
+from tinyalign_edge.train.settings import CheckpointConfig, TowerRef
+from tinyalign_edge.train.towers import LANGUAGE, LanguageTower
 from tinyalign_edge.train.values import encode_values, value_fingerprint
 
 CALIBRATION = 64
@@ -34,12 +37,12 @@ def write_checkpoint(
     keys: npt.NDArray[np.float32],
     values: Values | None,
 ) -> CheckpointConfig:
-    """Write the checkpoint; its bank holds `rows` with their `keys` (E, key_dim) and `values`.
-
-    Returns:
-        `config` as it is written: with the fingerprint that covers the trained value encoder, too.
-    """
+    """Write the checkpoint, whose bank holds `rows` with their `keys` (E, key_dim) and `values`; returns what its
+    `config.json` says."""
     model.eval().cpu()
+    if config.training.stage == "instruct":
+        config = replace(config, language=save_language(out / LANGUAGE_FOLDER, language))
+    draw_curves(out / METRICS, out / CURVES)
     fingerprint = value_fingerprint(config.memory.fingerprint, model)
     config = replace(config, memory=replace(config.memory, fingerprint=fingerprint))
     shutil.rmtree(out / MEMORY, ignore_errors=True)
@@ -57,3 +60,11 @@ def write_checkpoint(
     write_samples(out / SAMPLES, held_out, rows[:CALIBRATION])
     save_checkpoint(out, config, model, language.tokenizer_json)
     return config
+
+
+def save_language(folder: Path, language: LanguageTower) -> TowerRef:
+    """Write a trained language model with its tokenizer; returns what it is now, under its old licence."""
+    shutil.rmtree(folder, ignore_errors=True)
+    language.model.save_pretrained(folder, safe_serialization=True)
+    load_pretrained(AutoTokenizer, language.ref.path, LANGUAGE, use_fast=True).save_pretrained(folder)
+    return replace(tower_ref(str(folder), language.model.config), path=LANGUAGE_FOLDER, licence=language.ref.licence)

@@ -70,5 +70,5 @@ def fused_keys(model: AlignModel, pooled: npt.NDArray[np.floating[Any]], texts: 
         for start in range(0, len(texts), BATCH):
             ids, mask = pad_texts(texts[start : start + BATCH])
             features = torch.from_numpy(np.asarray(pooled[start : start + BATCH], np.float32))
-            made.append(model.fused_key(features, embeddings(ids), mask).numpy())
+            made.append(model.fused_key(features, embeddings(ids).float(), mask).numpy())
     return np.concatenate(made)

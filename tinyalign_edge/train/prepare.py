@@ -25,7 +25,9 @@ from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import retrieve
-from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
+from tinyalign_edge.train.processes import Processes
+from tinyalign_edge.train.settings import MemorySettings
+from tinyalign_edge.train.start import Start
 from tinyalign_edge.train.towers import LanguageTower, VisionTower
 
 FITTED = 2**16  # pictures that the key's projection is taken from, where there are more
@@ -44,31 +46,30 @@ class Seen:
 def see(
     training: Corpus,
     held_out: Corpus,
-    vision: VisionTower,
-    model: AlignModel,
-    connector: ConnectorSettings,
-    memory: MemorySettings,
+    start: Start,
     *,
     device: str,
     cache: Path | None,
     skip_bad: bool,
+    processes: Processes,
 ) -> Seen:
     """Encode every picture once, or find its features in the cache.
 
     Raises:
         InputError: a picture cannot be read (unless bad rows may be skipped), or features do not fit.
     """
+    vision, connector, memory = start.vision, start.connector, start.memory
     paths = [training.path(i) for i in range(len(training.names))]
     wanted = list(dict.fromkeys([*training.used(), *held_out.used()]))
     channels = connector.feature_dim * memory.key_grid**2
-    record = record_type((connector.visual_tokens, connector.feature_dim), channels)
+    record = record_type((connector.visual_tokens, connector.input_dim), channels)
     places = {path: i for i, path in enumerate(paths)}
 
     def where(path: Path) -> str:
         corpus = training if places[path] in set(training.used()) else held_out
         return corpus.where(places[path])
 
-    encode = PictureEncoder(vision.model, vision.image, model, device=device, where=where)
+    encode = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
     about = {
         "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
         "key_grid": memory.key_grid, "record": str(record),
@@ -80,6 +81,8 @@ def see(
         lambda pictures: encode([paths[i] for i in pictures]),
         cache=None if cache is None else FeatureCache(cache, about),
         skip_bad=skip_bad,
+        share=(processes.rank, processes.count),
+        wait=processes.wait,
     )
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)

@@ -21,6 +21,7 @@ from tinyalign_edge.train.settings import CheckpointConfig
 STATE = "state"
 RUN = "run.json"
 KEY = "key.safetensors"
+FREE = ("training.micro_batch", "training.device")  # settings that may change when a run is resumed
 
 
 class RunState:
@@ -64,6 +65,7 @@ class RunState:
                 for part in now
                 for key in (now[part] if isinstance(now[part], dict) else {})
                 if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
+                and f"{part}.{key}" not in FREE
             )
             if changed:
                 raise InputError(
