@@ -16,7 +16,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.towers import train_tiny  # noqa: E402
 from tinyalign_edge.data import Picture, Row, Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
-from tinyalign_edge.memory import Bank  # noqa: E402
+from tinyalign_edge.memory import Bank, Record, write_bank  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.batches import Example  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
@@ -199,6 +199,20 @@ def test_a_fused_key_depends_on_the_question(world: Path, towers: Path, tmp_path
     asked = side.prepare([replace(row, turns=(Turn(text, "red"),)) for text in ("What colour?", "How many?")])
     assert not np.allclose(asked.keys[0], asked.keys[1], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(asked.keys, axis=1), 1, rtol=1e-5)
+
+
+def test_an_entry_of_default_size_takes_at_most_a_kilobyte(tmp_path: Path) -> None:
+    settings, released_bytes = MemorySettings(), 22_528
+    keys = np.random.default_rng(0).normal(size=(50, settings.key_dim)).astype(np.float32)
+    values: dict[str, Any] = {
+        "token_ids": [[1] * settings.value_tokens] * 50,
+        "latents": np.ones((50, settings.latents, settings.latent_dim), np.float32),
+    }
+    for kind, value in values.items():
+        write_bank(tmp_path / kind, keys, [Record("a")] * 50, fingerprint="f", vocab_size=9, **{kind: value})
+        entry_bytes = Bank(tmp_path / kind).stats().entry_bytes
+        assert entry_bytes <= 1024
+        assert entry_bytes <= released_bytes / 20
 
 
 def test_sizes_of_keys_and_values_are_options(world: Path, towers: Path, tmp_path: Path) -> None:
