@@ -25,7 +25,8 @@ from tinyalign_edge.export.sensitivity import Feed, decoder_feed, relative_error
 from tinyalign_edge.export.smooth import Factors, smoothing_factors
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.model import EncodedImage, Model
+from tinyalign_edge.runtime.model import Model
+from tinyalign_edge.runtime.sight import EncodedImage
 
 SAMPLES = 16
 MAX_ANSWER_TOKENS = 16  # of a sample: their distributions over the vocabulary are kept

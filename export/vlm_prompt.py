@@ -9,7 +9,7 @@ from typing import Any
 from tinyalign_edge.bundle import PictureInTemplate, PromptConfig
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
-from tinyalign_edge.prompt import Prompt, chat_messages
+from tinyalign_edge.prompt import Prompt, Said, chat_messages
 from tinyalign_edge.train.pretrained import adds_bos
 
 REMEDY = "write one that puts the picture's token into the user's message and give it with --chat-template FILE"
@@ -79,7 +79,7 @@ def processor_ids(config: PromptConfig, tokenizer: Any, question: str, visual_to
     if picture is None:
         raise InputError("the prompt of a whole model says where the picture stands")
     text = tokenizer.apply_chat_template(
-        chat_messages(question, None, picture),
+        chat_messages([Said(question)], picture),
         chat_template=config.chat_template,
         tokenize=False,
         add_generation_prompt=True,

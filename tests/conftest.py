@@ -72,6 +72,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
     return {kind: folder / kind for kind in checkpoints}
 
 
+@pytest.fixture(scope="session")
+def fp32_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """The bundle with a memory of tokens, in float32, whose answers do not depend on how tokens come in passes."""
+    from tinyalign_edge.export.run import ExportOptions, export
+
+    folder = tmp_path_factory.mktemp("fp32") / "bundle"
+    export(checkpoints["tokens"], folder, ExportOptions(precision="fp32"))
+    return folder
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A copy of the stored bundle, free to be changed."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tinyalign_edge as ta
-from tests.conftest import STORED_BUNDLE
+from tests.conftest import ROOT, STORED_BUNDLE
 from tinyalign_edge.runtime.probe import run_probe
 from tinyalign_edge.runtime.verify import verify
 
@@ -63,7 +64,8 @@ def test_the_pieces_of_a_stream_make_up_the_answer(model: ta.Model) -> None:
 
 def test_an_answer_tells_its_stages_tokens_and_memories(model: ta.Model) -> None:
     answer = model.ask(PICTURE, QUESTION, max_new_tokens=3)
-    assert set(answer.timings_ms) == {"encode", "retrieve", "first_token", "per_token", "total"}
+    read = {"decode_image", "preprocess", "encode", "retrieve", "prefill"}
+    assert set(answer.timings_ms) == {*read, "first_token", "per_token", "total"}
     assert (answer.tokens, answer.finish_reason) == (3, "length")
     assert len(answer.memories) == model.manifest.memory.k
     assert all(-1 <= memory.similarity <= 1 for memory in answer.memories)
@@ -211,3 +213,14 @@ def test_incomplete_characters_can_be_streamed(model: ta.Model) -> None:
     pieces = [decode.step(tokenizer, token) for token in [tokenizer.token_to_id("Ġ"), *[lone_byte] * 30]]
     text = "".join(piece or "" for piece in [*pieces, decode.step(tokenizer, tokenizer.token_to_id("a"))])
     assert text.strip("\ufffd ") == "a"
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that holds a bundle and two pictures."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (example,) = re.findall(r"## In an app\n\n```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "BUNDLE").symlink_to(STORED_BUNDLE)
+    for name in ("photo.jpg", "other.jpg"):
+        Image.open(PICTURE).convert("RGB").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})

@@ -24,7 +24,7 @@ from tinyalign_edge.errors import BundleError, GateError, InputError, Unsupporte
 from tinyalign_edge.export import vlm, vlm_samples
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.image import open_image, preprocess
-from tinyalign_edge.prompt import Prompt, load_tokenizer
+from tinyalign_edge.prompt import Prompt, Said, chat_messages, load_tokenizer
 from tinyalign_edge.runtime.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,6 +92,34 @@ def test_the_bundle_reads_the_ids_and_pixels_that_the_processor_gives(
             assert given == expected["input_ids"][0].tolist()
         pixels = expected["pixel_values"].numpy().reshape(1, 3, manifest.image.height, manifest.image.width)
         np.testing.assert_array_equal(preprocess(picture, manifest.image), pixels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_reads_the_ids_that_the_processor_gives(
+    vlms: Path, fp32: dict[str, Path], world: Path, kind: str
+) -> None:
+    processor = load_processor(vlms / kind, kind)
+    manifest = open_bundle(fp32[kind])
+    prompt = Prompt(manifest.prompt, load_tokenizer(fp32[kind] / manifest.tokenizer_file))
+    marker = prompt.tokenizer.token_to_id("<image>")
+    turns = [Said("What is red?", "a circle"), Said("And now?", None, 2)]
+    messages = chat_messages(turns, manifest.prompt.picture)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    starts = text.startswith(processor.tokenizer.bos_token)
+    options = {"add_special_tokens": not starts, "return_token_type_ids": False}
+    expected = processor(images=[pictures(world)[:3]], text=[text], **options)["input_ids"][0]
+    picture = [marker] * manifest.vision.visual_tokens
+    first, *rest = prompt.conversation(turns)
+    assert [*first, *(token for part in rest for token in (*picture, *part))] == list(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_about_several_pictures_is_answered(fp32: dict[str, Path], world: Path, kind: str) -> None:
+    with ta.load(fp32[kind], threads=1) as model:
+        talk, (one, two, three) = model.chat(), pictures(world)[:3]
+        assert talk.ask(QUESTIONS[0], one).text == model.ask(one, QUESTIONS[0]).text
+        talk.ask("And what is the same in both?", [two, three])
+        assert [len(exchange.images) for exchange in talk.exchanges] in ([1, 2], [2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

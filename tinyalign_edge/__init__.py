@@ -39,21 +39,15 @@ if TYPE_CHECKING:
     )
     from tinyalign_edge.memory import Bank as Bank
     from tinyalign_edge.memory import Entry as Entry
-    from tinyalign_edge.runtime.model import (
-        Answer as Answer,
-    )
-    from tinyalign_edge.runtime.model import (
-        AnswerStream as AnswerStream,
-    )
-    from tinyalign_edge.runtime.model import (
-        EncodedImage as EncodedImage,
-    )
-    from tinyalign_edge.runtime.model import (
-        Model as Model,
-    )
-    from tinyalign_edge.runtime.model import (
-        load as load,
-    )
+    from tinyalign_edge.runtime.answer import Answer as Answer
+    from tinyalign_edge.runtime.answer import AnswerStream as AnswerStream
+    from tinyalign_edge.runtime.answer import AsyncAnswerStream as AsyncAnswerStream
+    from tinyalign_edge.runtime.conversation import Conversation as Conversation
+    from tinyalign_edge.runtime.model import Model as Model
+    from tinyalign_edge.runtime.model import load as load
+    from tinyalign_edge.runtime.options import Generation as Generation
+    from tinyalign_edge.runtime.sessions import Threads as Threads
+    from tinyalign_edge.runtime.sight import EncodedImage as EncodedImage
 
 __version__ = "0.1.0"
 
@@ -69,7 +63,12 @@ _HOMES = {
         "UnsupportedError",
     ),
     "tinyalign_edge.memory": ("Bank", "Entry"),
-    "tinyalign_edge.runtime.model": ("Answer", "AnswerStream", "EncodedImage", "Model", "load"),
+    "tinyalign_edge.runtime.answer": ("Answer", "AnswerStream", "AsyncAnswerStream"),
+    "tinyalign_edge.runtime.conversation": ("Conversation",),
+    "tinyalign_edge.runtime.model": ("Model", "load"),
+    "tinyalign_edge.runtime.options": ("Generation",),
+    "tinyalign_edge.runtime.sessions": ("Threads",),
+    "tinyalign_edge.runtime.sight": ("EncodedImage",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

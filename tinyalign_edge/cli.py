@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyalign_edge import cli_memory
+from tinyalign_edge import cli_chat, cli_memory
 from tinyalign_edge.cli_memory import Json, MemoryDir
 from tinyalign_edge.errors import DegradedWarning, InputError, MissingExtraError, TinyAlignError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_memory.app, name="memory")
+app.command("chat")(cli_chat.chat)
 
 INTERRUPTED = 130
 

@@ -28,11 +28,25 @@ CONVNEXT_UNCROPPED = 384  # from this side on, its processor does not crop
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def open_image(image: ImageLike) -> Image.Image:
+def read_picture(image: ImageLike) -> bytes | npt.NDArray[np.uint8]:
+    """What identifies a picture: the bytes of its file, or upright RGB pixels (height, width, 3) uint8.
+
+    Raises:
+        InputError: missing, over 64 MiB, or a PIL picture that cannot be decoded.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, Image.Image):
+        return np.asarray(open_image(image))
+    return _file_bytes(image)
+
+
+def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
     """Decode to an upright RGB picture: EXIF orientation applied, first frame of animations, alpha dropped.
 
     Args:
         image: a path, the bytes of a file, a PIL picture, or an array (height, width, 3) uint8.
+        name: what messages call it; None: the path, where there is one.
 
     Raises:
         InputError: missing, truncated, not a picture, or over 64 MiB or 50 megapixels.
@@ -41,14 +55,11 @@ def open_image(image: ImageLike) -> Image.Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise InputError(f"image array: need (height, width, 3) uint8, got {image.shape} {image.dtype}")
         return Image.fromarray(image)
-    name = "image" if isinstance(image, bytes | Image.Image) else str(image)
+    name = name or ("image" if isinstance(image, bytes | Image.Image) else str(image))
     try:
         if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
-        data = image if isinstance(image, bytes) else _read_bytes(Path(image))
-        if len(data) > MAX_FILE_BYTES:
-            raise InputError(f"{name}: {len(data)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(_file_bytes(image)), formats=FORMATS) as opened:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
@@ -58,7 +69,12 @@ def open_image(image: ImageLike) -> Image.Image:
         raise InputError(f"{name}: truncated or damaged picture ({error})") from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _file_bytes(image: str | Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        if len(image) > MAX_FILE_BYTES:
+            raise InputError(f"image: {len(image)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
+        return image
+    path = Path(image)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_FILE_BYTES} allowed")

@@ -7,13 +7,17 @@ read them better there, and everything before `after` is the same for every ques
 
 A vision-language model that was trained as a whole has the picture where its own chat template puts it
 (`PromptConfig.picture`); there `before` and `after` are the parts of the rendered template around it.
+
+In a conversation of several turns, pictures of the first one stand where that of a single question does; a picture
+that comes later stands at the beginning of the user's message that it comes with.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +37,18 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }} Answer:"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+
+
+LATER_PICTURE = "\ufffc"  # stands for a picture of a later turn while a template is rendered
+
+
+@dataclass(frozen=True)
+class Said:
+    """One turn of a conversation: so many pictures, a question and, once it is given, its answer."""
+
+    question: str
+    answer: str | None = None
+    pictures: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,16 +83,32 @@ class Prompt:
         Raises:
             InputError: the question is empty.
         """
+        before, after = self.conversation([Said(question)])
+        return PromptIds(before, after)
+
+    def conversation(self, turns: Sequence[Said]) -> list[tuple[int, ...]]:
+        """Token ids of turns of which the last awaits its answer: before, between and after all their pictures.
+
+        Raises:
+            InputError: a question is empty.
+        """
+        text, pictures = self._render(turns), sum(turn.pictures for turn in turns)
         if self.config.picture:
-            return self._around_picture(self._render(question), self.config.picture)
-        after, bos = self._render(question), self.config.bos_token
-        starts = bool(bos) and after.startswith(bos)
-        before = bos if starts or self.config.prepend_bos else ""
-        return PromptIds(self._encode(before), self._encode(after.removeprefix(bos) if starts else after))
+            return self._around_pictures(text, self.config.picture, pictures)
+        bos, first = self.config.bos_token, turns[0].pictures
+        starts = bool(bos) and text.startswith(bos)
+        before = self._encode(bos if starts or self.config.prepend_bos else "")
+        parts = [self._encode(part) for part in (text.removeprefix(bos) if starts else text).split(LATER_PICTURE)]
+        parts = [before, *[()] * (first - 1), *parts] if first else [before + parts[0], *parts[1:]]
+        if len(parts) != pictures + 1:
+            raise BundleError(
+                f"chat template: writes {len(parts) - 1} of {pictures} pictures; use one that writes each message once"
+            )
+        return parts
 
     def answer(self, question: str, answer: str) -> tuple[int, ...]:
         """Token ids of the answer as they follow `question(question).after`, closed by the end-of-answer token."""
-        prompt, full = self._render(question), self._render(question, answer)
+        prompt, full = self._render([Said(question)]), self._render([Said(question, answer)])
         if not full.startswith(prompt):
             raise BundleError("chat template: the answer does not follow the generation prompt; use another template")
         ids = self._encode(full[len(prompt) :])
@@ -100,6 +132,10 @@ class Prompt:
                 kept += question + answer
         return kept
 
+    def closed(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, with the token that ends an answer."""
+        return (*self._encode(text), self.config.eos_token_ids[0])
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, as `stream` gives it piece by piece."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
@@ -108,51 +144,65 @@ class Prompt:
         """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""
         return DecodeStream(skip_special_tokens=True)
 
-    def _around_picture(self, text: str, picture: PictureInTemplate) -> PromptIds:
-        """The ids of a rendered template before and after its picture; one text, since neighbours share tokens."""
+    def _around_pictures(self, text: str, picture: PictureInTemplate, pictures: int) -> list[tuple[int, ...]]:
+        """The ids of a rendered template around its pictures; one text, since neighbours share tokens."""
         bos = self.config.bos_token
         ids = self._encode(text.replace(picture.marker, picture.before + picture.marker + picture.after))
-        if ids.count(self._marker_id) != 1:
+        places = [place for place, token in enumerate(ids) if token == self._marker_id]
+        if len(places) != pictures:
             raise BundleError(
-                f"chat template: writes {picture.marker!r} {ids.count(self._marker_id)} times for one picture; "
-                "use a template that writes it once"
+                f"chat template: writes {picture.marker!r} {len(places)} times for "
+                f"{'one picture' if pictures == 1 else f'{pictures} pictures'}; "
+                "use a template that writes it once for each"
             )
-        at = ids.index(self._marker_id)
         starts = bool(bos) and text.startswith(bos)
         added = self._encode(bos) if self.config.prepend_bos and not starts else ()
-        return PromptIds(added + ids[:at], ids[at + 1 :])
+        first, *rest = (ids[a + 1 : b] for a, b in pairwise([-1, *places, len(ids)]))
+        return [added + first, *rest]
 
-    def _render(self, question: str, answer: str | None = None) -> str:
-        picture = self.config.picture
-        for marker in (IMAGE, picture.marker if picture else IMAGE):
-            question = question.replace(marker, " ")
-        question = question.strip()
-        if not question:
+    def _render(self, turns: Sequence[Said]) -> str:
+        turns = [replace(turn, question=self._clean(turn.question)) for turn in turns]
+        turns = [turn if turn.answer is None else replace(turn, answer=self._clean(turn.answer)) for turn in turns]
+        if not all(turn.question for turn in turns):
             raise InputError("question: it is empty; ask something")
-        messages = chat_messages(question, None if answer is None else answer.strip(), picture)
         try:
             return self._template.render(
-                messages=messages,
-                add_generation_prompt=answer is None,
+                messages=chat_messages(turns, self.config.picture),
+                add_generation_prompt=turns[-1].answer is None,
                 bos_token=self.config.bos_token,
                 eos_token=self.config.eos_token,
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"chat template: it fails on a question ({error})") from None
 
+    def _clean(self, text: str) -> str:
+        """A message without what would stand for a picture."""
+        picture = self.config.picture
+        for marker in (IMAGE, picture.marker if picture else LATER_PICTURE):
+            text = text.replace(marker, " ")
+        return text.strip()
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def chat_messages(question: str, answer: str | None, picture: PictureInTemplate | None) -> list[dict[str, Any]]:
-    """What a chat template is given: a user's message and, unless it is to be generated, the assistant's."""
-    contents: list[Any] = [question] if answer is None else [question, answer]
-    if picture and picture.content == "text":
-        contents[0] = f"{picture.marker}\n{question}"
-    elif picture:
-        contents = [[{"type": "text", "text": text}] for text in contents]
-        contents[0].insert(0, {"type": "image"})
-    return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=False)]
+def chat_messages(turns: Sequence[Said], picture: PictureInTemplate | None) -> list[dict[str, Any]]:
+    """What a chat template is given: the user's messages and the assistant's answers so far."""
+    messages = []
+    for i, turn in enumerate(turns):
+        question: Any = turn.question
+        answer: Any = turn.answer
+        if picture is None and i > 0:
+            question = LATER_PICTURE * turn.pictures + question
+        elif picture and picture.content == "text":
+            question = f"{picture.marker}\n" * turn.pictures + question
+        elif picture:
+            question = [*[{"type": "image"}] * turn.pictures, {"type": "text", "text": question}]
+            answer = [{"type": "text", "text": answer}]
+        messages.append({"role": "user", "content": question})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 class _GenerationBlock(Extension):

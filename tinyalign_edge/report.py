@@ -13,8 +13,8 @@ from rich.text import Text
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.memory import BankStats, Entry
+from tinyalign_edge.runtime.answer import Answer
 from tinyalign_edge.runtime.memory import open_bank
-from tinyalign_edge.runtime.model import Answer
 from tinyalign_edge.runtime.probe import ProbeResult
 from tinyalign_edge.runtime.verify import Verified
 

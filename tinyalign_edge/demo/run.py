@@ -23,8 +23,9 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, Scores, ci95, normalize, score
 from tinyalign_edge.progress import progress
 from tinyalign_edge.report import folder_bytes, megabytes, print_table
+from tinyalign_edge.runtime.answer import Answer
 from tinyalign_edge.runtime.answerer import BundleAnswerer
-from tinyalign_edge.runtime.model import Answer, Model, load
+from tinyalign_edge.runtime.model import Model, load
 
 REPORT = "report.json"
 MARKER = ".tinyalign-demo"  # says that the folder is ours

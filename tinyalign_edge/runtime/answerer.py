@@ -8,7 +8,8 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, partners
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.model import EncodedImage, Model
+from tinyalign_edge.runtime.model import Model
+from tinyalign_edge.runtime.sight import EncodedImage
 
 
 class BundleAnswerer:

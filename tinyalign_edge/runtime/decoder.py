@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tinyalign_edge.bundle import DecoderBlock
 from tinyalign_edge.errors import InputError
-from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
+from tinyalign_edge.runtime.sessions import ThreadsLike, check_shapes, onnxruntime_errors, open_session
 
 Floats = NDArray[np.float32]
 
@@ -56,6 +56,15 @@ class Cache:
             raise InputError(f"cannot truncate to {length} positions: the cache has {self.length}")
         self.length = length
 
+    def saved(self) -> NDArray[Any]:
+        """A copy of the positions filled, for `restore`."""
+        return self.buffer[..., : self.length, :].copy()
+
+    def restore(self, saved: NDArray[Any]) -> None:
+        """Hold what another cache of this model held when it was `saved`; there must be room for it."""
+        self.length = saved.shape[-2]
+        self.buffer[..., : self.length, :] = saved
+
     def stage(self, embeddings: Floats, num_logits: int) -> Floats:
         """Make `binding` ready to append `embeddings` (T, D); returns where the logits will be, (num_logits, V)."""
         tokens = len(embeddings)
@@ -85,7 +94,7 @@ class Decoder:
         BundleError: onnxruntime does not take a file, or the graph is not the one that `block` describes.
     """
 
-    def __init__(self, folder: Path, block: DecoderBlock, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, block: DecoderBlock, *, threads: ThreadsLike = None) -> None:
         self.block = block
         self._path = folder / block.file
         self._embed_path = folder / block.embed_file

@@ -18,7 +18,7 @@ from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
 from tinyalign_edge.runtime.values import ValueMaker
 
 if TYPE_CHECKING:
-    from tinyalign_edge.runtime.model import EncodedImage
+    from tinyalign_edge.runtime.sight import EncodedImage
 
 Float = npt.NDArray[np.float32]
 
@@ -65,6 +65,7 @@ class Memory:
         encode: Callable[[ImageLike | EncodedImage], EncodedImage],
     ) -> None:
         self.bank = bank
+        self.on_change: Callable[[], None] = lambda: None  # called after what was known may not be any more
         self._settings, self._values, self._encode = settings, values, encode
 
     def __len__(self) -> int:
@@ -128,11 +129,15 @@ class Memory:
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
-        return self.bank.forget(id=id, source=source, text=text)
+        try:
+            return self.bank.forget(id=id, source=source, text=text)
+        finally:
+            self.on_change()
 
     def refresh(self) -> None:
         """See what other processes have changed."""
         self.bank.refresh()
+        self.on_change()
 
     def stats(self) -> BankStats:
         """Counts and sizes."""

@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
 
-from tinyalign_edge.errors import BundleError
+from tinyalign_edge.errors import BundleError, InputError
 
 LOG_ERRORS = 3
+MAX_THREADS = 256
+PROCESSORS = r"\d+([,-]\d+)*"  # of one thread
 ort.disable_telemetry_events()  # what a device asks is nobody else's business
 
 
-def open_session(path: Path, *, threads: int | None = None, spinning: bool = True) -> ort.InferenceSession:
+@dataclass(frozen=True)
+class Threads:
+    """How onnxruntime uses the processor.
+
+    Attributes:
+        count: threads of one operator; None: one a physical core.
+        spinning: idle threads wait busily for the next operator: faster, at the price of power and of other work.
+        affinity: processors of all threads but the caller's own, as onnxruntime writes them: numbers from 1, a
+            semicolon between threads ("2;3;4"). Needs `count`, and names one thread fewer.
+    """
+
+    count: int | None = None
+    spinning: bool = True
+    affinity: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and not 1 <= self.count <= MAX_THREADS:
+            raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}")
+        if self.affinity is None:
+            return
+        others = (self.count or 1) - 1
+        if not others or not re.fullmatch(f"{PROCESSORS}(;{PROCESSORS}){{{others - 1}}}", self.affinity):
+            raise InputError(f"affinity {self.affinity!r}: name the processors of {others} threads")
+
+
+DEVICES = {  # a phone shares its fast cores and its battery with others; a board's are its own, but not its power
+    "phone": Threads(2, spinning=False),
+    "board": Threads(spinning=False),
+    "server": Threads(),
+}
+ThreadsLike = int | str | Threads | None
+
+
+def threads_of(given: ThreadsLike) -> Threads:
+    """Settings from a number of threads, one of `DEVICES`, or None for the server's.
+
+    Raises:
+        InputError: another word, or a number out of bounds.
+    """
+    if isinstance(given, Threads):
+        return given
+    if isinstance(given, str):
+        if given not in DEVICES:
+            raise InputError(f"threads {given!r}: not one of {', '.join(DEVICES)}; or give a number")
+        return DEVICES[given]
+    return Threads(given)
+
+
+def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSession:
     """Load an ONNX file for the CPU.
 
     Args:
         path: the model; its external data lie beside it.
-        threads: of one operator; None leaves the number to onnxruntime (one a physical core).
-        spinning: let idle threads wait busily for the next operator: faster, at the price of power.
+        threads: see `threads_of`.
 
     Raises:
         BundleError: onnxruntime does not take the file.
     """
+    settings = threads_of(threads)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = settings.count or 0
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = LOG_ERRORS
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
+    if settings.affinity:
+        options.add_session_config_entry("session.intra_op_thread_affinities", settings.affinity)
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
     with onnxruntime_errors(path):
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,186 @@
+"""From a prompt to an answer, whoever asks: a single question or a turn of a conversation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.bundle import Manifest
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.memory import Entry
+from tinyalign_edge.prompt import Prompt, Said
+from tinyalign_edge.runtime.answer import Answer, FinishReason, Pieces
+from tinyalign_edge.runtime.constraint import Constraints
+from tinyalign_edge.runtime.context import Context, Float, Prefix, Span, picture_span, text_span
+from tinyalign_edge.runtime.decode import Decoding
+from tinyalign_edge.runtime.decoder import Decoder
+from tinyalign_edge.runtime.drafts import Drafts, Pace
+from tinyalign_edge.runtime.lru import Lru
+from tinyalign_edge.runtime.options import Generation
+from tinyalign_edge.runtime.picker import Picker
+from tinyalign_edge.runtime.sight import EncodedImage
+from tinyalign_edge.runtime.text import Text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be answered.
+
+    Attributes:
+        turns: the last one awaits its answer.
+        images: of all turns, in order.
+        started: `time.perf_counter()` at the call.
+        timings_ms: of the stages before this one.
+    """
+
+    turns: Sequence[Said]
+    images: Sequence[EncodedImage]
+    started: float
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def memories(self) -> tuple[Entry, ...]:
+        """What the memory said of the pictures."""
+        return tuple(entry for image in self.images for entry in image.memories)
+
+
+class Answering:
+    """The language model of an open bundle with its prompt; keeps no state but the prefixes.
+
+    Args:
+        prompt: of the bundle.
+        decoder: of the bundle.
+        manifest: of the bundle.
+        cache_bytes: for the keys and values of what stands before a question.
+    """
+
+    def __init__(self, prompt: Prompt, decoder: Decoder, manifest: Manifest, *, cache_bytes: int) -> None:
+        self._prompt, self._decoder = prompt, decoder
+        self._ends = frozenset(manifest.prompt.eos_token_ids)
+        self._default_limit = manifest.generation.max_new_tokens
+        self._exact = manifest.decoder.precision != "int8"  # see `Decoding`
+        self._constraints = Constraints(prompt.tokenizer, manifest.decoder.vocab_size, manifest.prompt.eos_token_ids)
+        self.size = manifest.prompt.max_context_tokens
+        self._pace = Pace()
+        self.prefixes: Lru[Prefix] = Lru(cache_bytes)
+
+    def context(self) -> Context:
+        """Where a conversation is read; empty."""
+        return Context(self._decoder, self.prefixes)
+
+    def spans(self, turns: Sequence[Said], images: Sequence[EncodedImage]) -> list[Span]:
+        """What the language model reads of turns with the pictures that they count.
+
+        Raises:
+            InputError: a question is empty.
+        """
+        first, *rest = map(text_span, self._prompt.conversation(turns))
+        pictures = map(picture_span, images)
+        return [first, *(span for pair in zip(pictures, rest, strict=True) for span in pair)]
+
+    def limit(self, spans: Sequence[Span], options: Generation) -> int:
+        """How many tokens an answer may have.
+
+        Raises:
+            InputError: the prompt does not fit into the context.
+        """
+        room = self.size - sum(map(len, spans))
+        if room < 1:
+            raise InputError(
+                f"picture, memories and question take {self.size - room} tokens, the context has {self.size}; ask less"
+            )
+        return min(room, self.wanted(options))
+
+    def wanted(self, options: Generation) -> int:
+        """How many tokens an answer would have at most, were there room."""
+        return self._default_limit if options.max_new_tokens is None else options.max_new_tokens
+
+    def pieces(self, asked: Asked, options: Generation, context: Context, cancelled: threading.Event) -> Pieces:
+        """Read the prompt into `context` and answer it, piece by piece."""
+        spans = self.spans(asked.turns, asked.images)
+        limit = self.limit(spans, options)
+        timings = dict(asked.timings_ms)
+        before = time.perf_counter()
+        logits, read = context.read(spans, room=limit), len(context)
+        timings["prefill"] = _ms(before)
+        if options.choices:
+            answer = self._choose(asked, options.choices, logits, context)
+            yield answer.text
+            return replace(answer, timings_ms=timings | _ends(asked.started))
+        decoding = Decoding(
+            context,
+            logits,
+            Picker(options, (*options.processors, *self._constraints.of(options))),
+            ends=self._ends,
+            limit=limit,
+            drafts=self._drafts(asked, spans[-1]) if options.drafts else None,
+            exact=self._exact,
+        )
+        text, reason = Text(self._prompt, options.stop), None
+        deadline = np.inf if options.timeout_s is None else asked.started + options.timeout_s
+        try:
+            for token in decoding:
+                timings.setdefault("first_token", _ms(asked.started))
+                if piece := text.push(token):
+                    yield piece
+                if reason := _reason(text.stopped, cancelled.is_set(), time.perf_counter() > deadline):
+                    break
+            if piece := text.end():
+                yield piece
+        finally:
+            if not self._exact:
+                context.truncate(read)  # the next turn reads the answer in one pass, however it was decoded
+        timings.setdefault("first_token", _ms(asked.started))
+        timings["per_token"] = decoding.decoding_ms / max(1, len(decoding.ids) - 1 + decoding.ended)
+        timings["total"] = _ms(asked.started)
+        reason = reason or ("stop" if decoding.ended else "length")
+        return Answer(text.shown, len(decoding.ids), reason, asked.memories, timings, decoding.passes)
+
+    def _choose(self, asked: Asked, choices: Sequence[str], logits: Float, context: Context) -> Answer:
+        """The likeliest of `choices`, each read after the prompt and forgotten again."""
+        length, question = len(context), asked.turns[-1].question
+        found = []
+        for choice in choices:
+            ids = self._prompt.answer(question, choice)
+            rows = logits[None]
+            if len(ids) > 1:
+                if length + len(ids) > self.size:
+                    raise InputError(f"choice {choice!r:.80}: {len(ids)} tokens do not fit into the context")
+                rows = np.concatenate([rows, context.append(ids[:-1], len(ids) - 1)])
+                context.truncate(length)
+            found.append((float(-answer_nll(rows, ids).mean()), len(ids) - 1))
+        likelihoods = tuple(likelihood for likelihood, _ in found)
+        best = int(np.argmax(likelihoods))
+        text, tokens = choices[best].strip(), found[best][1]
+        return Answer(text, tokens, "stop", asked.memories, passes=len(choices), likelihoods=likelihoods)
+
+    def _drafts(self, asked: Asked, question: Span) -> Drafts:
+        texts = (text for entry in asked.memories for text in (entry.text, f" {entry.text}"))
+        ids: Any = question.names
+        return Drafts([self._prompt.closed(text) for text in texts], ids, self._pace)
+
+
+def answer_nll(logits: Float, ids: Sequence[int] | npt.NDArray[np.int64]) -> Float:
+    """Negative log-likelihood of each of `ids` (A,) under `logits` (A, V), in nats."""
+    peak = logits.max(axis=1, keepdims=True)
+    log_total = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
+    return np.asarray(log_total - logits[np.arange(len(ids)), np.asarray(ids)], np.float32)
+
+
+def _reason(stopped: bool, cancelled: bool, late: bool) -> FinishReason | None:
+    return "stop" if stopped else "cancelled" if cancelled else "timeout" if late else None
+
+
+def _ends(started: float) -> dict[str, float]:
+    """The stages of an answer that comes as a whole."""
+    return {"first_token": _ms(started), "per_token": 0.0, "total": _ms(started)}
+
+
+def _ms(started: float) -> float:
+    return (time.perf_counter() - started) * 1000

@@ -1,0 +1,156 @@
+"""What the language model has read: positions, with their keys and values, and the prefixes kept for later."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.runtime.decoder import Cache, Decoder
+from tinyalign_edge.runtime.lru import Lru
+from tinyalign_edge.runtime.sight import EncodedImage
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some positions of a prompt: token ids, or a picture with its memories.
+
+    Attributes:
+        names: what stands at each position; equal names mean equal embeddings.
+        image: None for token ids, which are their own names.
+    """
+
+    names: tuple[Hashable, ...]
+    image: EncodedImage | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def text_span(ids: Sequence[int]) -> Span:
+    """Token ids."""
+    return Span(tuple(ids))
+
+
+def picture_span(image: EncodedImage) -> Span:
+    """A picture."""
+    return Span(tuple((image.digest, i) for i in range(len(image.tokens))), image)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the first positions of a prompt, as `Cache.saved` gives them."""
+
+    saved: npt.NDArray[Any]
+    remembered: bool  # a memory is among them
+
+    @property
+    def nbytes(self) -> int:
+        return self.saved.nbytes
+
+
+class Context:
+    """One sequence of positions that grows, is cut and goes on; not for several threads at once.
+
+    Args:
+        decoder: the language model.
+        prefixes: where what stands before a question is kept for the next one.
+    """
+
+    def __init__(self, decoder: Decoder, prefixes: Lru[Prefix]) -> None:
+        self._decoder, self._prefixes = decoder, prefixes
+        self._cache: Cache | None = None
+        self._names: list[Hashable] = []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, spans: Sequence[Span], *, room: int) -> Float:
+        """Make `spans` the whole sequence, reading only what differs from what is there.
+
+        A prompt is read in two passes: up to the end of the last picture, then the rest. The first may come from
+        `prefixes`; since int8 activations are scaled a pass at a time, a prefix must be read alone to give the
+        same keys and values each time.
+
+        Args:
+            spans: not empty together.
+            room: positions that may be appended afterwards.
+
+        Returns:
+            (V,) float32: what follows the last position.
+        """
+        names = [name for span in spans for name in span.names]
+        pictures = [i for i, span in enumerate(spans) if span.image is not None]
+        head = sum(map(len, spans[: pictures[-1] + 1])) if pictures else 0
+        head = min(head, len(names) - 1)
+        same = sum(1 for _ in takewhile(bool, map(operator.eq, self._names, names)))
+        same = min(same, len(names) - 1)
+        cache = self._reserve(len(names) + room)
+        self.truncate(same)
+        if same < head:
+            self._read_prefix(cache, spans, names[:head])
+        rows = self._embed(spans, len(self), len(names))
+        return self._forward(cache, rows, names[len(self) :], 1).squeeze(0)
+
+    def append(self, ids: Sequence[int], num_logits: int = 1) -> Float:
+        """Append token ids in one pass; returns what follows each of the last `num_logits`, (num_logits, V)."""
+        cache = self._reserve(len(self) + len(ids))
+        return self._forward(cache, self._decoder.embed(ids), ids, num_logits)
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on, if there are any."""
+        if self._cache is not None:
+            self._cache.truncate(min(length, self._cache.length))
+        del self._names[length:]
+
+    def clear(self) -> None:
+        """Forget all of it, and give the memory back."""
+        self._cache, self._names = None, []
+
+    def _read_prefix(self, cache: Cache, spans: Sequence[Span], names: list[Hashable]) -> None:
+        key = tuple(names)
+        if prefix := self._prefixes.get(key):
+            cache.restore(prefix.saved)
+            self._names = names
+            return
+        alone = not len(self)
+        self._forward(cache, self._embed(spans, len(self), len(names)), names[len(self) :], 1)
+        if alone:
+            remembered = any(span.image is not None and bool(span.image.memories) for span in spans)
+            self._prefixes.put(key, Prefix(cache.saved(), remembered))
+
+    def _forward(self, cache: Cache, rows: Float, names: Sequence[Hashable], num_logits: int) -> Float:
+        cache.truncate(len(self))  # a pass may have been interrupted after it wrote
+        logits = self._decoder.forward(cache, rows, num_logits)
+        self._names.extend(names)
+        return logits
+
+    def _embed(self, spans: Sequence[Span], start: int, end: int) -> Float:
+        """The embeddings (end - start, D) of a stretch of the prompt."""
+        parts, position = [], 0
+        for span in spans:
+            first, last = max(start - position, 0), min(end - position, len(span))
+            position += len(span)
+            if first < last:
+                ids: Any = span.names[first:last]
+                parts.append(self._decoder.embed(ids) if span.image is None else span.image.tokens[first:last])
+        return np.concatenate(parts)
+
+    def _reserve(self, positions: int) -> Cache:
+        """The cache, with room for so many positions in all."""
+        old = self._cache
+        if old is not None and old.capacity >= positions:
+            return old
+        doubled = min(2 * old.capacity, self._decoder.block.max_positions) if old else 0
+        self._cache = cache = self._decoder.new_cache(max(positions, doubled))
+        if old is not None:
+            old.truncate(len(self))
+            cache.restore(old.saved())
+        return cache
