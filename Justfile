@@ -58,6 +58,7 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.memory_size
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
+    {{ bin }}/python -m tinyalign_edge.bench.budget
 
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:

@@ -42,7 +42,7 @@ def read_segment(data: bytes, segment: dict, spec: dict) -> dict:
     entries = {}
     for i in range(n):
         value = values[i] * marks[i][:, None] if latents else values[marks[i] : marks[i + 1]]
-        entries[int(ids[i])] = keys[i] * scales[i], value, json.loads(records[starts[i] : starts[i + 1]])
+        entries[int(ids[i])] = keys[i] * scales[i], value, read_record(records[starts[i] : starts[i + 1]])
     return entries
 
 
@@ -57,9 +57,14 @@ def read_journal(data: bytes, journal: dict, spec: dict) -> dict:
         key, marks, value = (entry[a:b] for a, b in itertools.pairwise(ends))
         value = np.frombuffer(value, "i1" if latents else "<i4")
         value = value.reshape(items, -1) * np.frombuffer(marks, "<f4")[:, None] if latents else value
-        entries[number] = np.frombuffer(key, "i1") * np.float32(scale), value, json.loads(entry[ends[-1] :])
+        entries[number] = np.frombuffer(key, "i1") * np.float32(scale), value, read_record(entry[ends[-1] :])
     assert digest.hex() == journal["digest"]
     return entries
+
+
+def read_record(data: bytes) -> dict:
+    text, _, thumbnail = data.partition(b"\n")
+    return json.loads(text) | ({"thumbnail": thumbnail} if thumbnail else {})
 
 
 def search(entries: dict, query: np.ndarray, k: int) -> list[int]:

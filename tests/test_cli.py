@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import STORED_BUNDLE
 from tinyalign_edge import cli
@@ -250,3 +251,32 @@ def test_memory_commands_say_what_is_wrong(run, bundle: Path) -> None:  # type: 
     fails(run("memory", "forget", bundle, "--id", 1, "--text", "x"), 2, "give one of")
     fails(run("memory", "add", bundle, PICTURE, " "), 2, "text: it is empty")
     fails(run("memory", "add", bundle, bundle / "none.png", "x"), 2, "none.png")
+
+
+def test_memory_is_built_from_data(run, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
+    rows = [{"id": f"row {i}", "image": PICTURE.name, "conversations": asked} for i in range(30)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*rows, rows[0]])), "utf-8")
+    given = ("memory", "build", bundle, "--data", data, "--images", PICTURE.parent)
+    part = run(*given, "--out", tmp_path / "own", "--shard", "1/2", "--shard-rows", 20)
+    assert "shards: 1 of 2 are done" in part.out
+    built = run(*given, "--memory-dir", tmp_path / "own", "--shard", "2/2", "--shard-rows", 20, "--json").json
+    assert (built["complete"], built["entries"], built["duplicates"]) == (True, 30, 1)
+    own = run("memory", "search", bundle, PICTURE, "--memory-dir", tmp_path / "own", "--json").json["memories"]
+    assert [memory["text"] for memory in own] == ["a cat"] * 4
+    assert run(*given, "--out", tmp_path / "own", "--thumbnails").code == 0
+    shown = run(
+        "memory", "search", bundle, PICTURE, "--memory-dir", tmp_path / "own", "--sheet", tmp_path / "sheet.png"
+    )
+    assert shown.code == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 160, 172)
+        assert len(sheet.getcolors(1 << 20) or ()) > 50  # the pictures are on it
+    missing = run("memory", "search", bundle, PICTURE, "--sheet", tmp_path / "no" / "sheet.png")
+    fails(missing, 2, "sheet.png: cannot be written")
+    fitted = run(*given, "--budget-mb", 0.02, "--held-out", data)
+    assert "nats a token" in fitted.out
+    assert run("memory", "stats", bundle, "--json").json["entries"] == 1  # near-duplicates of one answer
+    fails(run(*given, "--held-out", data), 2, "--held-out: give --budget-mb too")
+    fails(run(*given, "--shard", "2"), 2, "--shard 2: must be I/N")

@@ -32,6 +32,7 @@ def add(
     image: Picture,
     text: Annotated[str, typer.Argument(help="What is to be known about the picture.")],
     source: Annotated[str | None, typer.Option(help="Where it comes from (default: the picture's path).")] = None,
+    thumbnail: Annotated[bool, typer.Option("--thumbnail", help="Keep a small picture, for people.")] = False,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +40,7 @@ def add(
     from tinyalign_edge.report import entry_json
 
     with _memory_of(bundle, memory_dir) as memory:
-        entry = memory.add(image, text, source=str(image) if source is None else source)
+        entry = memory.add(image, text, source=str(image) if source is None else source, thumbnail=thumbnail)
     shown = {name: value for name, value in entry_json(entry).items() if name != "similarity"}
     _show(as_json, shown, f"remembered as entry {entry.id}")
 
@@ -49,6 +50,7 @@ def search(
     bundle: Bundle,
     image: Picture,
     neighbours: Neighbours = None,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG to write: thumbnails and texts of what was found.")] = None,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:
@@ -57,6 +59,10 @@ def search(
 
     with _memory_of(bundle, memory_dir) as memory:
         found = memory.search(image, neighbours)
+    if sheet is not None:
+        from tinyalign_edge.sheet import write_sheet
+
+        write_sheet(found, sheet)
     if as_json:
         print(json.dumps({"memories": [entry_json(entry) for entry in found]}, ensure_ascii=False))
     else:
@@ -101,6 +107,49 @@ def merge(
     bank = open_bank(bundle, open_bundle(bundle), memory_dir)
     added = bank.merge(Bank(other))
     _show(as_json, {"added": len(added), "entries": len(bank)}, f"added: {len(added)}, entries now: {len(bank)}")
+
+
+@app.command()
+def build(
+    bundle: Bundle,
+    data: Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")],
+    images: Annotated[Path, typer.Option(help="The folder that the rows' image paths start from.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "--memory-dir", help="The memory's folder (default: the bundle's own).")
+    ] = None,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard, what an interruption costs at most.")] = 1024,
+    shard: Annotated[str | None, typer.Option(help="I/N: every N-th shard only; other calls make the rest.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
+    value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Keep small pictures, for people.")] = False,
+    budget_mb: Annotated[float | None, typer.Option(help="Megabytes the memory may take; it keeps what helps.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Conversations to measure the loss at that size on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the memory anew from data; it takes the old one's place when it is complete."""
+    from dataclasses import asdict
+
+    from tinyalign_edge.report import print_built
+    from tinyalign_edge.runtime.build import BuildOptions
+    from tinyalign_edge.runtime.build import build as run
+    from tinyalign_edge.runtime.launch import parse_part
+
+    if held_out is not None and budget_mb is None:
+        raise InputError("--held-out: give --budget-mb too, or measure with 'tinyalign-edge eval'")
+    options = BuildOptions(
+        shard_rows=shard_rows,
+        skip_bad=skip_bad,
+        value_tokens=value_tokens,
+        thumbnails=thumbnails,
+        part=parse_part(shard) if shard else None,
+        budget_bytes=None if budget_mb is None else int(budget_mb * 1e6),
+        held_out=held_out,
+    )
+    built = run(bundle, data=data, images=images, out=out, options=options)
+    if as_json:
+        print(json.dumps(asdict(built)))
+    else:
+        print_built(built)
 
 
 @app.command()

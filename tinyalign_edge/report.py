@@ -14,6 +14,7 @@ from tinyalign_edge.bundle import MEMORY_DIR, Manifest
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.memory import BankStats, Entry
 from tinyalign_edge.runtime.answer import Answer
+from tinyalign_edge.runtime.build import Built
 from tinyalign_edge.runtime.memory import open_bank
 from tinyalign_edge.runtime.probe import ProbeResult
 from tinyalign_edge.runtime.verify import Verified
@@ -54,11 +55,33 @@ def print_bank(stats: BankStats) -> None:
             ("entries", f"{stats.entries} of {stats.kind}, keys of {stats.key_dim}"),
             ("key and value", f"{stats.entry_bytes:.0f} bytes an entry"),
             ("texts", megabytes(stats.record_bytes)),
+            ("thumbnails", megabytes(stats.thumbnail_bytes)),
             ("files", f"{megabytes(stats.total_bytes)} in {stats.segments} segments"),
             ("journal", f"{stats.journal_entries} entries"),
             ("generation", f"{stats.generation}"),
         ]
     )
+
+
+def print_built(built: Built) -> None:
+    """What `memory build` shows."""
+    if not built.complete:
+        print(f"shards: {built.shards_done} of {built.shards} are done; who finishes the last one joins them")
+        return
+    rows = [
+        ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
+        ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
+        ("files", megabytes(built.bytes)),
+    ]
+    rows += [("held back", f"{built.held_back} rows, to measure the loss on")] if built.held_back else []
+    rows += [
+        (
+            f"{megabytes(p.budget_bytes)}",
+            f"{p.entries} entries, {megabytes(p.bytes)}, {p.nll_per_token:.4f} nats a token",
+        )
+        for p in built.points
+    ]
+    print_table(rows)
 
 
 def print_table(rows: Iterable[tuple[str, str]], title: str = "") -> None:

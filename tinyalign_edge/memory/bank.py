@@ -16,7 +16,7 @@ from tinyalign_edge.folders import cause
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.merge import check_alike, new_entries
-from tinyalign_edge.memory.record import Record, decode_record
+from tinyalign_edge.memory.record import Record, decode_record, thumbnail_bytes
 from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
 from tinyalign_edge.memory.table import Array, Row, Table
@@ -36,6 +36,7 @@ class Entry:
     time: str  # UTC in ISO 8601, empty for entries that came with the training data
     similarity: float
     value: npt.NDArray[np.int32] | Float
+    thumbnail: bytes = b""  # JPEG, decoded by `open_thumbnail`; empty where there is none
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class BankStats:
     segments: int
     journal_entries: int
     entry_bytes: float
-    record_bytes: int
+    record_bytes: int  # without thumbnails
+    thumbnail_bytes: int
     total_bytes: int
 
 
@@ -109,6 +111,7 @@ class Bank:
         columns = ("keys", "key_scales", "values", "value_scales", "value_offsets")
         entry_bytes = sum(getattr(table, name).nbytes for table in tables for name in columns)
         journal_bytes = manifest.journal.bytes if manifest.journal else 0
+        thumbnails = sum(thumbnail_bytes(table.record(row)) for table in tables for row in range(len(table)))
         return BankStats(
             entries=manifest.count,
             kind=manifest.spec.kind,
@@ -117,7 +120,8 @@ class Bank:
             segments=len(manifest.segments),
             journal_entries=len(snapshot.journal),
             entry_bytes=entry_bytes / max(1, manifest.count),
-            record_bytes=sum(table.records.nbytes for table in tables),
+            record_bytes=sum(table.records.nbytes for table in tables) - thumbnails,
+            thumbnail_bytes=thumbnails,
             total_bytes=sum(segment.bytes for segment in manifest.segments) + journal_bytes,
         )
 

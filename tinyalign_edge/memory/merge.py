@@ -35,12 +35,12 @@ def new_entries(snapshot: Snapshot, other: Snapshot) -> list[Table]:
 
     Entries are the same if key, value, text, question and source are; the time does not count.
     """
-    seen = {_content(table, row) for table in snapshot.tables for row in range(len(table))}
+    seen = {content_digest(table, row) for table in snapshot.tables for row in range(len(table))}
     next_id, found = snapshot.manifest.next_id, list[Table]()
     for table in other.tables:
         keep = np.zeros(len(table), np.bool_)
         for row in range(len(table)):
-            content = _content(table, row)
+            content = content_digest(table, row)
             keep[row] = content not in seen
             seen.add(content)
         if keep.any():
@@ -50,7 +50,8 @@ def new_entries(snapshot: Snapshot, other: Snapshot) -> list[Table]:
     return found
 
 
-def _content(table: Table, row: int) -> bytes:
+def content_digest(table: Table, row: int) -> bytes:
+    """SHA-256 of what an entry holds, but for its id and time."""
     record = decode_record(table.record(row), f"entry {table.ids[row]}")
     texts = [record.text, record.question, record.source]
     digest = hashlib.sha256(repr(texts).encode())

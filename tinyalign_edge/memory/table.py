@@ -61,6 +61,19 @@ class Table:
             return np.array(self.values[start:end], np.int32)
         return np.asarray(self.values[row].astype(np.float32) * self.value_scales[row][:, None], np.float32)
 
+    def part(self, start: int, stop: int) -> Table:
+        """The entries from `start` up to `stop`, as views."""
+        first, last = self.record_offsets[[start, stop]].tolist()
+        records, record_offsets = self.records[first:last], self.record_offsets[start : stop + 1] - np.uint64(first)
+        rows = slice(start, stop)
+        if len(self.value_offsets):
+            first, last = self.value_offsets[[start, stop]].tolist()
+            values, offsets = self.values[first:last], self.value_offsets[start : stop + 1] - np.uint64(first)
+            more = {"value_offsets": offsets}
+        else:
+            values, more = self.values[rows], {"value_scales": self.value_scales[rows]}
+        return Table(self.ids[rows], self.key_scales[rows], self.keys[rows], values, record_offsets, records, **more)
+
     def take(self, keep: npt.NDArray[np.bool_]) -> Table:
         """The entries for which `keep` (E,) is true."""
         records = _take_ragged(self.records, self.record_offsets, keep)

@@ -74,7 +74,7 @@ def write_bank(
         np.frombuffer(b"".join(encoded), np.uint8),
         **more,
     )
-    segments = (write_segment(folder / _segment_name(1, 0), table, spec),) if len(table) else ()
+    segments = (write_segment(folder / segment_name(1, 0), table, spec),) if len(table) else ()
     manifest = BankManifest(layout.SCHEMA_VERSION, 1, len(table), spec, segments, None, "")
     sync(folder)
     write_manifest(folder, manifest)
@@ -128,7 +128,7 @@ def sweep(folder: Path, manifest: BankManifest) -> None:
     """Remove what interrupted writers left: files that the manifest does not name, bytes that it does not count."""
     named = {segment.file for segment in manifest.segments}
     named |= {manifest.journal.file} if manifest.journal else set()
-    left = [path for path in folder.iterdir() if _is_ours(path.name) and path.name not in named]
+    left = [path for path in folder.iterdir() if is_ours(path.name) and path.name not in named]
     for path in left:
         path.unlink()
     if left:
@@ -154,7 +154,7 @@ def commit(
         parts.append((None, concat(before, last)))
     generation = manifest.generation + 1
     segments = tuple(
-        entry or write_segment(folder / _segment_name(generation, number), table, manifest.spec)
+        entry or write_segment(folder / segment_name(generation, number), table, manifest.spec)
         for number, (entry, table) in enumerate(parts)
     )
     sync(folder)
@@ -168,10 +168,18 @@ def _sealed(snapshot: Snapshot) -> list[Part]:
     return list(zip(snapshot.manifest.segments, snapshot.segments, strict=True))
 
 
-def _segment_name(generation: int, number: int) -> str:
+def segment_name(generation: int, number: int) -> str:
+    """The name of the `number`-th segment that a generation writes."""
     return f"segment-{generation}-{number}.bin"
 
 
-def _is_ours(name: str) -> bool:
-    patterns = (layout.SEGMENT_NAME, layout.JOURNAL_NAME)
-    return name == TEMPORARY or any(pattern.fullmatch(name) for pattern in patterns)
+def is_ours(name: str) -> bool:
+    """Whether it is the name of a file that a writer makes, but for manifest and lock."""
+    return name == TEMPORARY or generation_of(name) > 0
+
+
+def generation_of(name: str) -> int:
+    """The generation that wrote the segment or journal of this name; 0 for other names."""
+    if any(pattern.fullmatch(name) for pattern in (layout.SEGMENT_NAME, layout.JOURNAL_NAME)):
+        return int(name.split("-")[1].removesuffix(".bin"))
+    return 0

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest, MemoryBlock, inside
 from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import BundleError, InputError
-from tinyalign_edge.image import ImageLike
-from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank
+from tinyalign_edge.image import ImageLike, open_image
+from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank, make_thumbnail
 from tinyalign_edge.runtime.values import ValueMaker
 
 if TYPE_CHECKING:
@@ -106,7 +107,15 @@ class Memory:
         """
         return self.bank.entry(id)
 
-    def add(self, image: ImageLike | EncodedImage, text: str, *, source: str = "", time: str | None = None) -> Entry:
+    def add(
+        self,
+        image: ImageLike | EncodedImage,
+        text: str,
+        *,
+        source: str = "",
+        time: str | None = None,
+        thumbnail: bool = False,
+    ) -> Entry:
         """Remember a text with a picture. It is on the disk when this returns.
 
         Args:
@@ -114,6 +123,7 @@ class Memory:
             text: what is to be known about the picture; its first `value_tokens` tokens count.
             source: where it comes from, by which it can be forgotten.
             time: ISO 8601; None: now, in UTC.
+            thumbnail: keep a small JPEG of the picture, which must not be encoded then.
 
         Raises:
             InputError: not a picture, or the text is empty or too long.
@@ -124,7 +134,12 @@ class Memory:
             raise InputError("text: it is empty; say what is to be remembered")
         encoded = self._encode(image)
         value = self._values.make(encoded.features, [Turn("", text)])
-        record = Record(text, source=source, time=_now() if time is None else time)
+        record = Record(
+            text,
+            source=source,
+            time=_now() if time is None else time,
+            thumbnail=_thumbnail(image) if thumbnail else b"",
+        )
         return self.bank.entry(self.bank.add(_key(encoded), record, value=value))
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
@@ -148,6 +163,12 @@ def _key(image: EncodedImage) -> Float:
     if image.key is None:
         raise InputError("image: it was encoded by a bundle without a memory; encode it with this one")
     return image.key
+
+
+def _thumbnail(image: ImageLike | EncodedImage) -> bytes:
+    if not isinstance(image, str | Path | bytes | Image.Image | np.ndarray):
+        raise InputError("image: it is encoded, and a thumbnail is made of a picture; give the picture")
+    return make_thumbnail(open_image(image))
 
 
 def _now() -> str:

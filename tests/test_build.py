@@ -1,0 +1,313 @@
+"""Building a bank from data: streamed, in shards, interrupted, on several processes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.banks import contents, files, named_files
+from tests.conftest import ROOT, STORED_BUNDLE
+from tests.plain_reader import read_bank
+from tinyalign_edge.data import read_rows
+from tinyalign_edge.errors import InputError, TinyAlignError
+from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory import join as join_module
+from tinyalign_edge.memory import shards as shards_module
+from tinyalign_edge.runtime import build as build_module
+from tinyalign_edge.runtime.budget import OVERHEAD_BYTES
+from tinyalign_edge.runtime.build import BuildOptions, Built, build, work_folder
+from tinyalign_edge.runtime.launch import Part, parse_part
+from tinyalign_edge.runtime.memory import open_bank
+from tinyalign_edge.runtime.model import load
+
+
+def make_data(folder: Path, rows: int, *, pictures: int = 10, name: str = "data.json") -> Path:
+    """Conversations about a few pictures of noise; the last row repeats the first."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(pictures):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    made = [row(i % pictures, f"row-{i}", f"answer {i}") for i in range(rows - 1)]
+    path = folder / name
+    text = (
+        "\n".join(json.dumps(item) for item in [*made, made[0]]) if name.endswith("l") else json.dumps([*made, made[0]])
+    )
+    path.write_text(text, "utf-8")
+    return path
+
+
+def row(picture: int, name: str, answer: str) -> dict[str, Any]:
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": f"{picture}.png", "conversations": asked}
+
+
+def run(data: Path, out: Path, **options: Any) -> Built:
+    return build(STORED_BUNDLE, data=data, images=data.parent, out=out, options=BuildOptions(**options))
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """The bytes of a bank's files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_data(tmp_path / "data", 41)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_bank_is_built_from_json_and_json_lines(tmp_path: Path, name: str) -> None:
+    data = make_data(tmp_path / "data", 41, name=name)
+    built = run(data, tmp_path / "bank", shard_rows=7)
+    size = (tmp_path / "bank" / "segment-1-0.bin").stat().st_size
+    assert built == Built(True, 6, 6, 41, duplicates=1, entries=40, bytes=size)
+    bank = Bank(tmp_path / "bank")
+    rows = read_rows(data, data.parent)[:40]
+    with load(STORED_BUNDLE, memory_dir=tmp_path / "bank") as model:
+        assert model.memory is not None
+        for row, number in zip(rows, bank.ids, strict=True):
+            entry = bank.entry(number)
+            assert (entry.text, entry.question, entry.source, entry.time) == (row.turns[0].answer, "What?", row.id, "")
+            assert entry.value.tolist() == list(model.prompt.memory_ids(row.memory_turns, 24))
+        assert model.memory.search(rows[3].path, 1)[0].source == "row-3"
+    assert list(read_bank(bank.folder)) == list(bank.ids) == list(range(40))
+    assert not work_folder(STORED_BUNDLE, tmp_path / "bank").exists()
+
+
+def test_it_takes_the_place_of_the_old_bank_which_stays_readable(tmp_path: Path, data: Path) -> None:
+    bundle = Path(shutil.copytree(STORED_BUNDLE, tmp_path / "bundle"))
+    before = Bank(bundle / "memory")
+    old, next_id = contents(before), before.manifest.next_id
+    build(bundle, data=data, images=data.parent, options=BuildOptions())
+    assert contents(before) == old
+    with load(bundle) as model:
+        assert model.memory is not None
+        assert model.memory.bank.ids == tuple(range(next_id, next_id + 40))
+        assert files(bundle / "memory") == named_files(model.memory.bank)
+        model.memory.add(data.parent / "1.png", "taught")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("bundle")] == ["bundle"]
+
+
+def test_a_damaged_bank_is_mended_by_building_it_again(tmp_path: Path, data: Path) -> None:
+    run(data, tmp_path / "bank")
+    expected = contents(Bank(tmp_path / "bank"))
+    (tmp_path / "bank" / "manifest.json").write_text("{")
+    run(data, tmp_path / "bank")
+    assert contents(Bank(tmp_path / "bank")) == expected
+
+
+def test_the_size_of_shards_and_the_number_of_processes_change_no_byte(tmp_path: Path, data: Path) -> None:
+    run(data, tmp_path / "one")
+    for index in (2, 0, 1):
+        built = run(data, tmp_path / "three", shard_rows=5, part=Part(index, 3))
+        assert built.complete == (index == 1)
+        assert (tmp_path / "three").exists() == built.complete
+    assert run(data, tmp_path / "one more", shard_rows=5, part=Part(7, 20)).complete is False
+    assert stored(tmp_path / "three") == stored(tmp_path / "one")
+
+
+def test_a_killed_build_goes_on_without_repeating_finished_shards(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 200, pictures=200)
+    work = work_folder(STORED_BUNDLE, tmp_path / "bank")
+    command = [sys.executable, "-m", "tinyalign_edge", "memory", "build", str(STORED_BUNDLE), "--data", str(data)]
+    command += ["--images", str(data.parent), "--out", str(tmp_path / "bank"), "--shard-rows", "10"]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while len(list(work.glob("shard-*"))) < 3 and child.poll() is None:
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "bank").exists()
+    finished = {path: path.stat().st_ino for path in work.glob("shard-*")}
+    assert 3 <= len(finished) < 20
+    broken = min(finished)
+    (broken / "segment-1-0.bin").write_bytes(b"")
+    run(data, tmp_path / "bank", shard_rows=10, part=Part(1, 2))
+    kept = {path: path.stat().st_ino for path in finished if path != broken}
+    assert kept == {path: finished[path] for path in kept}
+    assert run(data, tmp_path / "bank", shard_rows=10).complete
+    run(data, tmp_path / "whole")
+    assert stored(tmp_path / "bank") == stored(tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_a_build_of_something_else_does_not_go_on_with_these_shards(tmp_path: Path, data: Path) -> None:
+    run(data, tmp_path / "bank", shard_rows=7, part=Part(0, 2))
+    with pytest.raises(InputError, match="unfinished build of another shard_rows, value_tokens; take the same"):
+        run(data, tmp_path / "bank", shard_rows=8, value_tokens=5)
+
+
+def test_what_is_in_memory_does_not_grow_with_the_number_of_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "BUCKET", 32)
+    monkeypatch.setattr(join_module, "BLOCK", 32)
+    silent = nullcontext(lambda *_: None)  # a bar keeps its last 1,000 steps
+    monkeypatch.setattr(build_module, "progress", lambda *_: silent)
+    write = shards_module.Shards.write
+    monkeypatch.setattr(shards_module.Shards, "write", lambda *given: (gc.collect(), write(*given)))  # no rubbish
+    peaks = []
+    for rows in (50, 200, 800):  # the first fills what others cache
+        data = make_data(tmp_path / str(rows), rows)
+        tracemalloc.start(1)
+        built = run(data, tmp_path / f"bank-{rows}", shard_rows=200)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 2 * (peaks[2] - peaks[1]) / 600 < built.bytes / built.entries, peaks
+
+
+def test_bad_rows_are_named_before_the_work_or_counted(tmp_path: Path, data: Path) -> None:
+    rows = json.loads(data.read_text("utf-8"))
+    rows[20]["image"] = "gone.png"
+    rows[30]["image"] = "cut.png"
+    rows.append("text")
+    (data.parent / "cut.png").write_bytes((data.parent / "0.png").read_bytes()[:99])
+    data.write_text(json.dumps(rows), "utf-8")
+    with pytest.raises(InputError, match=r"row 21 \(id row-20\): image .*gone\.png does not exist"):
+        run(data, tmp_path / "bank")
+    assert not work_folder(STORED_BUNDLE, tmp_path / "bank").exists()
+    rows[20]["image"] = "1.png"
+    data.write_text(json.dumps(rows[:-1]), "utf-8")
+    with pytest.raises(InputError, match=r"row 31 \(id row-30\): .*cut\.png: truncated or damaged"):
+        run(data, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+    data.write_text(json.dumps(rows), "utf-8")
+    shutil.rmtree(work_folder(STORED_BUNDLE, tmp_path / "bank"))
+    built = run(data, tmp_path / "bank", skip_bad=True, shard_rows=10)
+    assert (built.rows, built.skipped, built.duplicates, built.entries) == (42, 2, 1, 39)
+    data.write_text('["nothing", "usable"]', "utf-8")
+    with pytest.raises(InputError, match="no row can be used, 2 are bad"):
+        run(data, tmp_path / "bank", skip_bad=True)
+    assert len(Bank(tmp_path / "bank")) == 39
+
+
+def test_what_cannot_be_built_is_refused_before_any_work(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not a memory bank"):
+        run(data, tmp_path / "other")
+    with pytest.raises(InputError, match="--value-tokens 25: must be from 1 to 24"):
+        run(data, tmp_path / "bank", value_tokens=25)
+    with pytest.raises(InputError, match="--shard-rows 0"):
+        run(data, tmp_path / "bank", shard_rows=0)
+    for wrong in ("3/2", "0/2", "2", "x/y"):
+        with pytest.raises(InputError, match="must be I/N"):
+            parse_part(wrong)
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK '2' of WORLD_SIZE '1'"):
+        run(data, tmp_path / "bank")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "other"}
+
+
+def test_a_full_disk_leaves_the_old_bank_and_the_finished_shards(tmp_path: Path, data: Path) -> None:
+    import resource
+
+    run(make_data(tmp_path / "small", 5), tmp_path / "bank")
+    before = stored(tmp_path / "bank")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["segment-1-0.bin"]) + 2048, limits[1]))
+    try:
+        with pytest.raises(TinyAlignError, match="cannot be written"):
+            run(data, tmp_path / "bank", shard_rows=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stored(tmp_path / "bank") == before
+    assert run(data, tmp_path / "bank", shard_rows=5).entries == 40
+
+
+def test_fewer_tokens_an_entry_make_a_smaller_bank(tmp_path: Path, data: Path) -> None:
+    sizes = [run(data, tmp_path / f"bank-{tokens}", value_tokens=tokens).bytes for tokens in (24, 3)]
+    assert sizes[1] < sizes[0]
+    assert {len(entry[-1]) for entry in contents(Bank(tmp_path / "bank-3")).values()} == {3}
+
+
+def test_two_gloo_processes_make_the_bank_of_one(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("torch")
+    run(data, tmp_path / "one", shard_rows=5)
+    command = [sys.executable, "-m", "tests.build_child", str(STORED_BUNDLE), str(data), str(tmp_path / "two")]
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # as torchrun and `accelerate launch` set them
+    children = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=os.environ | launched | {"RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    assert stored(tmp_path / "two") == stored(tmp_path / "one")
+    shares = json.loads((tmp_path / "shares.json").read_text("utf-8"))
+    assert sorted(shares) == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+
+
+@pytest.mark.filterwarnings("ignore")  # training, for the bundles
+def test_the_bank_built_of_the_training_rows_is_the_bank_that_training_wrote(
+    tmp_path: Path, world: Path, bundles: dict[str, Path]
+) -> None:
+    build(bundles["tokens"], data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
+    built = {entry[2]: entry for entry in contents(Bank(tmp_path / "bank")).values()}
+    trained = open_bank(bundles["tokens"], load(bundles["tokens"]).manifest)
+    for entry in contents(trained).values():
+        assert built[entry[2]] == entry
+    keys = {name: key for (key, _, record) in read_bank(tmp_path / "bank").values() for name in [record["source"]]}
+    similarity = [float(keys[record["source"]] @ key) for key, _, record in read_bank(trained.folder).values()]
+    assert min(similarity) > 0.98
+
+
+@pytest.mark.filterwarnings("ignore")  # training, for the bundles
+def test_latents_are_built_as_training_wrote_them(tmp_path: Path, world: Path, bundles: dict[str, Path]) -> None:
+    build(bundles["latents"], data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
+    banks = Bank(tmp_path / "bank"), open_bank(bundles["latents"], load(bundles["latents"]).manifest)
+    built, trained = ({bank.entry(i).source: bank.entry(i).value.ravel() for i in bank.ids} for bank in banks)
+    for source, value in trained.items():
+        assert value @ built[source] >= 0.999 * np.linalg.norm(value) * np.linalg.norm(built[source])
+
+
+@pytest.mark.filterwarnings("ignore")  # training, for the bundles
+def test_a_bundle_without_a_memory_is_refused(tmp_path: Path, data: Path, bundles: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="--memory tokens"):
+        build(bundles["none"], data=data, images=data.parent, out=tmp_path / "bank", options=BuildOptions())
+
+
+def test_a_budget_is_kept_and_the_loss_around_it_is_told(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 300, pictures=60)
+    held_out = tmp_path / "data" / "held-out.json"
+    held_out.write_text(json.dumps([row(3, "a", "answer 3"), row(4, "b", "answer 4")]), "utf-8")
+    built = run(data, tmp_path / "bank", budget_bytes=24_000, held_out=held_out)
+    half, chosen, twice = built.points
+    assert [point.budget_bytes for point in built.points] == [12_000, 24_000, 48_000]
+    assert all(point.budget_bytes - OVERHEAD_BYTES - 300 < point.bytes <= point.budget_bytes for point in built.points)
+    assert half.entries < chosen.entries < twice.entries < 299
+    assert (built.entries, built.held_back) == (chosen.entries, 0) == (len(Bank(tmp_path / "bank")), 0)
+    with load(STORED_BUNDLE, memory_dir=tmp_path / "bank") as model:
+        losses = [model.answer_nll(model.encode(data.parent / f"{i}.png"), "What?", f"answer {i}") for i in (3, 4)]
+    assert chosen.nll_per_token == pytest.approx(float(np.concatenate(losses).mean()), rel=1e-5)
+    assert chosen.tokens == sum(map(len, losses))
+
+
+def test_without_held_out_questions_a_share_of_the_pictures_is_held_back(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 300, pictures=60)
+    built = run(data, tmp_path / "bank", budget_bytes=10**7)
+    kept = {int(source.split("-")[1]) % 60 for _, _, source, *_ in contents(Bank(tmp_path / "bank")).values()}
+    assert built.held_back > 0
+    assert len(kept) == 60 - len({i % 60 for i in range(299) if i % 60 not in kept})
+    assert 0 < 60 - len(kept) <= 12
+    with pytest.raises(InputError, match="must have room for an entry"):
+        run(data, tmp_path / "small", budget_bytes=5000)
+    with pytest.raises(InputError, match="too few rows to hold some back"):
+        run(make_data(tmp_path / "few", 2), tmp_path / "few-bank", budget_bytes=10**6)
+    assert not (tmp_path / "small").exists()

@@ -1,0 +1,89 @@
+"""Rows of conversations to entries of a bank, with the bundle's own graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.bundle import Manifest
+from tinyalign_edge.data import Row
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.image import open_image
+from tinyalign_edge.memory import Record, make_thumbnail
+from tinyalign_edge.memory.shards import Entries
+from tinyalign_edge.runtime.model import EncodedImage, Model
+
+
+@dataclass(frozen=True)
+class NewEntry:
+    """An entry as it will be stored, its numbers not quantised yet."""
+
+    key: npt.NDArray[np.float32]  # (key_dim,), unit length
+    record: Record
+    value: npt.NDArray[Any]  # "tokens": (T,) int32; "latents": (L, latent_dim) float32
+
+
+def check_can_build(bundle: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that cannot make entries.
+
+    Raises:
+        InputError: it has no memory.
+    """
+    if manifest.memory.kind == "none":
+        raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
+
+
+class EntryMaker:
+    """Makes the entry of a row. A picture that the row before had is not encoded again."""
+
+    def __init__(self, model: Model, *, value_tokens: int, thumbnails: bool) -> None:
+        self._model, self._value_tokens, self._thumbnails = model, value_tokens, thumbnails
+        self._last: tuple[Path, EncodedImage] | None = None
+
+    def entry(self, row: Row) -> NewEntry:
+        """What the bank keeps of `row`.
+
+        Raises:
+            InputError: its picture cannot be read; the message names the row.
+        """
+        image = self._encode(row)
+        assert image.key is not None
+        if not np.all(np.isfinite(image.key)) or not np.any(image.key):
+            raise InputError(f"{row.where}: the key of {row.path} is zero or not finite; look for a damaged encoder")
+        first = row.memory_turns[0]
+        thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
+        record = Record(first.answer, first.question, row.id, thumbnail=thumbnail)
+        return NewEntry(image.key, record, self._value(image, row))
+
+    def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
+        """What the model will read of the entry."""
+        made: npt.NDArray[Any] = self._model.values.make(image.features, row.memory_turns, limit=self._value_tokens)
+        return made
+
+    def _encode(self, row: Row) -> EncodedImage:
+        if self._last is None or self._last[0] != row.path:
+            try:
+                self._last = row.path, self._model.encode(row.path, memories=())
+            except InputError as error:
+                raise InputError(f"{row.where}: {error}") from None
+        return self._last[1]
+
+
+def side_by_side(entries: Sequence[NewEntry], manifest: Manifest) -> Entries:
+    """Entries as a shard is written from them."""
+    memory = manifest.memory
+    latents = None
+    if memory.kind == "latents":
+        shape = (len(entries), memory.latents, memory.latent_dim)
+        latents = np.array([entry.value for entry in entries], np.float32).reshape(shape)
+    return Entries(
+        keys=np.array([entry.key for entry in entries], np.float32).reshape(len(entries), memory.key_dim),
+        records=[entry.record for entry in entries],
+        token_ids=[entry.value.tolist() for entry in entries] if latents is None else None,
+        latents=latents,
+    )
