@@ -16,7 +16,8 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.image import open_image
 from tinyalign_edge.memory import Record, make_thumbnail
 from tinyalign_edge.memory.shards import Entries
-from tinyalign_edge.runtime.model import EncodedImage, Model
+from tinyalign_edge.runtime.model import Model
+from tinyalign_edge.runtime.sight import EncodedImage
 
 
 @dataclass(frozen=True)
