@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 
@@ -207,3 +209,28 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused(
     with pytest.raises(InputError, match=r"the features of 80 pictures take .* the disk has .* free"):
         train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "cache")
     assert not (tmp_path / "c").exists()
+
+
+def test_pictures_of_every_make_are_trained_on_and_bombs_are_not(world: Path, towers: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(world / "images", folder / "images")
+    Image.new("RGB", (1, 1), "red").save(folder / "pixel.png")
+    Image.new("CMYK", (40, 20), (9, 99, 9, 0)).save(folder / "cmyk.jpg")
+    Image.new("P", (9, 30), 3).save(folder / "palette.png")
+    Image.new("RGBA", (20, 20), (9, 9, 9, 9)).save(folder / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (30, 10), "blue").save(folder / "turned.jpg", exif=turned)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    odd = ["pixel.png", "cmyk.jpg", "palette.png", "clear.png", "turned.jpg", "moves.gif"]
+    rows = rows_of(world)
+    rows += [{**rows[0], "id": name, "image": name} for name in odd]
+    data = write(tmp_path / "a.json", rows)
+    checkpoint = load_checkpoint(train_tiny(folder, towers, tmp_path / "c", data=data, steps=1, fraction=1.0))
+    assert checkpoint.bank is not None
+    assert len(checkpoint.bank) == len(rows) - 8  # the held-out ones
+    bomb = write(tmp_path / "b.json", [*rows, {**rows[0], "id": "bomb", "image": "bomb.png"}])
+    with pytest.raises(InputError, match=r"id bomb.*more than the 50000000 allowed"):
+        train_tiny(folder, towers, tmp_path / "d", data=bomb)

@@ -134,8 +134,12 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers:
     half = cut / "state" / "checkpoint-399"  # as if the kill had come while this was being written
     half.mkdir()
     (half / "trained.safetensors").write_bytes((newest / "trained.safetensors").read_bytes()[:100])
-    for out, more in ((cut, ["--resume", "--micro-batch", "8"]), (tmp_path / "whole", [])):
-        subprocess.run([*command, "--out", str(out), *more], check=True, **quiet)
+    options = {"steps": 60, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
+    for out, resume in ((cut, True), (tmp_path / "whole", False)):
+        train(
+            data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"), out=out,
+            options=TrainOptions(**options), resume=resume,  # type: ignore[arg-type]
+        )  # fmt: skip
     assert metrics(cut) == metrics(tmp_path / "whole")
     expected, found = load_file(tmp_path / "whole" / "model.safetensors"), load_file(cut / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)

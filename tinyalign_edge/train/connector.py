@@ -28,7 +28,9 @@ class Patches(nn.Module):
 
     def __init__(self, settings: ConnectorSettings) -> None:
         super().__init__()
-        self.kind, self.block = settings.kind, settings.block
+        self.kind, side, height, width = settings.kind, settings.block, settings.grid_height, settings.grid_width
+        self.blocks = (-1, height // side, side, width // side, side, settings.feature_dim)
+        self.shape = (-1, settings.visual_tokens, settings.input_dim)
         if self.kind == "pooled":
             pooling = pooling_matrix(settings.grid_height, settings.grid_width, settings.visual_tokens)
             self.register_buffer("matrix", pooling, persistent=False)
@@ -37,10 +39,7 @@ class Patches(nn.Module):
         if self.kind == "pooled":
             out: Tensor = self.matrix @ grid.flatten(1, 2)
             return out
-        batch, height, width, channels = grid.shape
-        side = self.block
-        blocks = grid.reshape(batch, height // side, side, width // side, side, channels).transpose(2, 3)
-        return blocks.reshape(batch, -1, side * side * channels)
+        return grid.reshape(self.blocks).transpose(2, 3).reshape(self.shape)
 
 
 class Connector(nn.Module):

@@ -126,8 +126,8 @@ class AlignTrainer(Trainer):
 
     def take_tokens(self) -> int:
         """How many tokens were computed since this was last asked."""
-        count, self.tokens = int(self.tokens), 0
-        return count * self.args.world_size
+        count, self.tokens = int(self.tokens) * int(self.args.world_size), 0
+        return count
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
@@ -146,7 +146,7 @@ class AlignTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # then the first process says that the state is whole
 
     def _rotate_checkpoints(self, *args: Any, **options: Any) -> None:
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
         super()._rotate_checkpoints(*args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
