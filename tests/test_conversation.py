@@ -257,6 +257,22 @@ def test_what_is_forgotten_is_read_by_no_later_turn(bundle: Path, passes: list[i
         assert entry.id in [memory.id for memory in talk.ask(QUESTIONS[0], PICTURE, max_new_tokens=2).memories]
         model.memory.forget(id=entry.id)
         assert len(talk._context) == 0
+        assert entry.id not in [memory.id for one in talk.exchanges for memory in one.images[0].memories]
         passes.clear()
         assert entry.id not in [memory.id for memory in talk.ask(QUESTIONS[1], max_new_tokens=1).memories]
         assert passes[0] == 1 + len(model.encode(PICTURE).tokens)
+
+
+def test_what_is_forgotten_during_an_answer_is_gone_after_it(bundle: Path) -> None:
+    with ta.load(bundle, threads=1) as model:
+        assert model.memory is not None
+        entry = model.memory.add(PICTURE, "a large red cat.")
+        talk = model.chat()
+        stream = talk.stream(QUESTIONS[0], PICTURE)
+        pieces = iter(stream)
+        next(pieces)
+        model.memory.forget(id=entry.id)
+        assert len(talk._context) > 0
+        list(pieces)
+        assert len(talk._context) == len(model._answering.prefixes) == 0
+        assert entry.id not in [memory.id for memory in talk.exchanges[0].images[0].memories]

@@ -165,7 +165,7 @@ def test_bad_questions_are_refused_and_the_model_stays_usable(model: ta.Model) -
         model.ask(PICTURE, " <image> ")
     with pytest.raises(ta.InputError, match="the context has"):
         model.ask(PICTURE, "why " * 400)
-    with pytest.raises(ta.InputError, match="must be at least 1"):
+    with pytest.raises(ta.InputError, match="whole number of at least 1"):
         model.ask(PICTURE, QUESTION, max_new_tokens=0)
     assert model.ask(PICTURE, QUESTION).text == EXPECTED["answers"][QUESTION]
 

@@ -19,7 +19,7 @@ from tests.test_prefix import PICTURE, QUESTIONS, drawn
 from tinyalign_edge.runtime.picker import Picker
 
 Floats = npt.NDArray[np.float32]
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,18 @@ def model() -> ta.Model:
         ({"heat": 1}, "option 'heat': unknown; known: max_new_tokens, temperature"),
         ({"temperature": -1}, "temperature -1: must be 0 to 100"),
         ({"temperature": "hot"}, "wrong type"),
-        ({"top_k": 0}, "top_k 0: must be at least 1"),
+        ({"top_k": 0}, "top_k 0: must be a whole number of at least 1"),
+        ({"top_k": 2.5}, "top_k 2.5: must be a whole number"),
+        ({"processors": 3}, "wrong type"),
+        ({"stop": [1]}, "stop .*: must be at most 256 texts"),
         ({"top_p": 0}, "top_p 0: must be above 0"),
         ({"min_p": 2}, "min_p 2: must be 0 to 1"),
-        ({"seed": -1}, "seed -1: must be at least 0"),
+        ({"seed": -1}, "seed -1: must be a whole number of at least 0"),
         ({"repetition_penalty": 0}, "repetition_penalty 0: must be above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0: must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0: must be a whole number of at least 1"),
         ({"timeout_s": 0}, "timeout_s 0: must be above 0"),
         ({"stop": ["a", ""]}, "stop .*: must be at most"),
-        ({"choices": [" "]}, "choices .*: must be texts"),
+        ({"choices": [""]}, "choices .*: must be at most"),
         ({"choices": ["a"], "regex": "a"}, "give one of them"),
     ],
 )

@@ -119,7 +119,7 @@ class Answering:
             Picker(options, (*options.processors, *self._constraints.of(options))),
             ends=self._ends,
             limit=limit,
-            drafts=self._drafts(asked, spans[-1]) if options.drafts else None,
+            drafts=self._drafts(asked, spans[-1], options),
             exact=self._exact,
         )
         text, reason = Text(self._prompt, options.stop), None
@@ -160,7 +160,10 @@ class Answering:
         text, tokens = choices[best].strip(), found[best][1]
         return Answer(text, tokens, "stop", asked.memories, passes=len(choices), likelihoods=likelihoods)
 
-    def _drafts(self, asked: Asked, question: Span) -> Drafts:
+    def _drafts(self, asked: Asked, question: Span, options: Generation) -> Drafts | None:
+        repeatable = self._exact or options.temperature == 0 or options.seed is None
+        if not (options.drafts and repeatable):
+            return None
         texts = (text for entry in asked.memories for text in (entry.text, f" {entry.text}"))
         ids: Any = question.names
         return Drafts([self._prompt.closed(text) for text in texts], ids, self._pace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Conversation:
 
     def __init__(self, model: Model, context: Context) -> None:
         self._model, self._context = model, context
-        self._answering = threading.Lock()
+        self._busy = threading.Lock()
         self.exchanges: tuple[Exchange, ...] = ()
 
     def ask(self, question: str, images: Images = (), options: Generation | None = None, **changes: Any) -> Answer:
@@ -96,10 +96,10 @@ class Conversation:
             self._context.clear()
 
     def forget_read(self) -> None:
-        """Let go of what was read, if no answer is being given; the next question reads it again."""
-        if self._answering.acquire(blocking=False):
+        """Let go of what was read and of what the memory said before, if no answer is being given."""
+        with suppress(InputError), self._alone():
             self._context.clear()
-            self._answering.release()
+            self.exchanges = self._renewed(self.exchanges)
 
     def _pieces(
         self,
@@ -111,17 +111,16 @@ class Conversation:
         started = time.perf_counter()
         self._model.prompt.question(question)  # refuse an empty question before the work on the pictures
         encoded = tuple(image if isinstance(image, EncodedImage) else self._model.encode(image) for image in images)
-        with self._alone(), self._model.reading() as answering:
+        with self._model.reading() as answering, self._alone():
             exchanges = self._fitted(answering, [*self.exchanges, Exchange(question, encoded)], options)
             asked = Asked(_said(exchanges), _images(exchanges), started, _spent(encoded))
             answer = yield from answering.pieces(asked, options, self._context, cancelled)
             self.exchanges = (*exchanges[:-1], replace(exchanges[-1], answer=answer.text))
             return answer
 
-    def _fitted(self, answering: Answering, exchanges: list[Exchange], options: Generation) -> list[Exchange]:
+    def _fitted(self, answering: Answering, exchanges: Sequence[Exchange], options: Generation) -> list[Exchange]:
         """`exchanges` with what the memory says now, without the oldest that do not fit."""
-        renewed = self._model.renewed
-        exchanges = [replace(one, images=tuple(map(renewed, one.images))) for one in exchanges]
+        exchanges = list(self._renewed(exchanges))
         room = answering.size - answering.wanted(options)
         while len(exchanges) > 1 and sum(map(len, answering.spans(_said(exchanges), _images(exchanges)))) > room:
             oldest, following, *rest = exchanges
@@ -130,14 +129,17 @@ class Conversation:
             exchanges = [replace(following, images=images), *rest]
         return exchanges
 
+    def _renewed(self, exchanges: Sequence[Exchange]) -> tuple[Exchange, ...]:
+        return tuple(replace(one, images=tuple(map(self._model.renewed, one.images))) for one in exchanges)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._answering.acquire(blocking=False):  # to wait could be for ever: the same thread may hold it
+        if not self._busy.acquire(blocking=False):  # to wait could be for ever: the same thread may hold it
             raise InputError("conversation: an answer is being given; wait for its end, or leave its stream")
         try:
             yield
         finally:
-            self._answering.release()
+            self._busy.release()
 
 
 def _said(exchanges: Sequence[Exchange]) -> list[Said]:

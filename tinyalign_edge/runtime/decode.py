@@ -31,7 +31,8 @@ class Decoding:
         exact: the rows of a pass do not depend on each other. Where they do (int8 activations have one scale a pass), a
             draft changes logits a little, those of later tokens too. A token that is not `SURE` is then picked from
             what plain decoding computes: the tokens since the first draft are computed again one by one. So answers
-            are those of plain decoding unless a draft moves a difference of logits by more than `SURE`.
+            are those of plain decoding unless a draft moves a difference of logits by more than `SURE`. Drawn answers
+            keep to the distribution of the pass that they are drawn from.
 
     Attributes:
         ids: tokens so far, without one that ended the answer.

@@ -48,7 +48,8 @@ class Generation:
             text then cuts off.
         timeout_s: seconds from the call, after which the answer ends with what there is. A pass that has begun is
             finished first.
-        drafts: guess tokens from the memories and the question and verify several in one pass.
+        drafts: guess tokens from the memories and the question and verify several in one pass. No effect with a `seed`
+            on int8 bundles that draw: drafts change their logits a little, so the text would not be the same.
     """
 
     max_new_tokens: int | None = None
@@ -71,22 +72,30 @@ class Generation:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) or callable(value) else tuple(value))
         bounds = {
-            "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (_whole(self.max_new_tokens, 1), "a whole number of at least 1"),
             "temperature": (0 <= self.temperature <= 100, "0 to 100"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_k": (_whole(self.top_k, 1), "a whole number of at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "seed": (self.seed is None or self.seed >= 0, "at least 0"),
+            "seed": (_whole(self.seed, 0), "a whole number of at least 0"),
             "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
             "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0"),
-            "stop": (len(self.stop) <= MAX_TEXTS and all(self.stop), f"at most {MAX_TEXTS} texts, none empty"),
-            "choices": (len(self.choices) <= MAX_TEXTS and all(map(str.strip, self.choices)), "texts, none empty"),
+            "stop": (_texts(self.stop), f"at most {MAX_TEXTS} texts, none empty"),
+            "choices": (_texts(self.choices), f"at most {MAX_TEXTS} texts, none empty"),
         }
         for name, (good, wanted) in bounds.items():
             if not good:
                 raise InputError(f"{name} {getattr(self, name)!r}: must be {wanted}")
         if sum(map(bool, (self.choices, self.regex is not None, self.json_schema is not None))) > 1:
             raise InputError("choices, regex, json_schema: give one of them")
+
+
+def _whole(value: int | None, least: int) -> bool:
+    return value is None or (isinstance(value, int) and value >= least)
+
+
+def _texts(values: Sequence[str]) -> bool:
+    return len(values) <= MAX_TEXTS and all(isinstance(value, str) and value for value in values)
 
 
 def with_changes(options: Generation | None, changes: Mapping[str, Any]) -> Generation:
