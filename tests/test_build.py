@@ -12,6 +12,7 @@ import sys
 import time
 import tracemalloc
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from tests.banks import contents, files, named_files
 from tests.conftest import ROOT, STORED_BUNDLE
 from tests.plain_reader import read_bank
+from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import InputError, TinyAlignError
 from tinyalign_edge.memory import Bank
@@ -30,8 +32,8 @@ from tinyalign_edge.memory import shards as shards_module
 from tinyalign_edge.runtime import build as build_module
 from tinyalign_edge.runtime.budget import OVERHEAD_BYTES
 from tinyalign_edge.runtime.build import BuildOptions, Built, build, work_folder
+from tinyalign_edge.runtime.entries import check_can_build
 from tinyalign_edge.runtime.launch import Part, parse_part
-from tinyalign_edge.runtime.memory import open_bank
 from tinyalign_edge.runtime.model import load
 
 
@@ -254,33 +256,31 @@ def test_two_gloo_processes_make_the_bank_of_one(tmp_path: Path, data: Path) -> 
     assert sorted(shares) == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
 
 
-@pytest.mark.filterwarnings("ignore")  # training, for the bundles
-def test_the_bank_built_of_the_training_rows_is_the_bank_that_training_wrote(
-    tmp_path: Path, world: Path, bundles: dict[str, Path]
-) -> None:
-    build(bundles["tokens"], data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
-    built = {entry[2]: entry for entry in contents(Bank(tmp_path / "bank")).values()}
-    trained = open_bank(bundles["tokens"], load(bundles["tokens"]).manifest)
-    for entry in contents(trained).values():
-        assert built[entry[2]] == entry
-    keys = {name: key for (key, _, record) in read_bank(tmp_path / "bank").values() for name in [record["source"]]}
-    similarity = [float(keys[record["source"]] @ key) for key, _, record in read_bank(trained.folder).values()]
-    assert min(similarity) > 0.98
+def test_the_bank_built_of_the_training_rows_is_the_bank_that_training_wrote(tmp_path: Path, world: Path) -> None:
+    options = BuildOptions()
+    build(STORED_BUNDLE, data=world / "train.json", images=world, out=tmp_path / "bank", options=options)
+    trained, built = (read_bank(folder) for folder in (STORED_BUNDLE / "memory", tmp_path / "bank"))
+    by_source = {record["source"]: (key, value.tolist(), record) for key, value, record in built.values()}
+    assert len(trained) > 60
+    for key, value, record in trained.values():
+        own_key, *own = by_source[record["source"]]
+        assert own == [value.tolist(), record]
+        assert float(own_key @ key) > 0.98  # of the int8 graph, and of torch
 
 
 @pytest.mark.filterwarnings("ignore")  # training, for the bundles
 def test_latents_are_built_as_training_wrote_them(tmp_path: Path, world: Path, bundles: dict[str, Path]) -> None:
     build(bundles["latents"], data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
-    banks = Bank(tmp_path / "bank"), open_bank(bundles["latents"], load(bundles["latents"]).manifest)
+    banks = Bank(tmp_path / "bank"), Bank(bundles["latents"] / "memory")
     built, trained = ({bank.entry(i).source: bank.entry(i).value.ravel() for i in bank.ids} for bank in banks)
     for source, value in trained.items():
         assert value @ built[source] >= 0.999 * np.linalg.norm(value) * np.linalg.norm(built[source])
 
 
-@pytest.mark.filterwarnings("ignore")  # training, for the bundles
-def test_a_bundle_without_a_memory_is_refused(tmp_path: Path, data: Path, bundles: dict[str, Path]) -> None:
+def test_a_bundle_without_a_memory_is_refused() -> None:
+    manifest = open_bundle(STORED_BUNDLE)
     with pytest.raises(InputError, match="--memory tokens"):
-        build(bundles["none"], data=data, images=data.parent, out=tmp_path / "bank", options=BuildOptions())
+        check_can_build(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))
 
 
 def test_a_budget_is_kept_and_the_loss_around_it_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 CELL = 512
-BLOCK = 1 << 16  # keys in float32 at once
+BLOCK = 1 << 14  # keys in float32 at once
 DUPLICATE = 0.999  # similarity from which on two pictures are the same one, as in training
 
 Float = npt.NDArray[np.float32]
