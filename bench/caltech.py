@@ -23,7 +23,9 @@ from tinyalign_edge.export.card import CARD
 from tinyalign_edge.export.run import export
 from tinyalign_edge.report import folder_bytes
 from tinyalign_edge.train.checkpoint import is_checkpoint
-from tinyalign_edge.train.run import STATE, TrainOptions, train
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
+from tinyalign_edge.train.state import STATE
 
 COMMAND = "python -m tinyalign_edge.bench.caltech"
 

@@ -29,7 +29,8 @@ from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.demo.dataset import write_dataset
 from tinyalign_edge.demo.world import make_scenes
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.train.run import TrainOptions, train
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
 
 COMMAND = "python -m tinyalign_edge.bench.export_memory"
 ENCODER = "smoke-encoder"

@@ -27,7 +27,9 @@ from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.batches import Values
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from tinyalign_edge.train.encode import Encoded, encode_rows
-from tinyalign_edge.train.run import STATE, TrainOptions, train
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
+from tinyalign_edge.train.state import STATE
 from tinyalign_edge.train.values import encode_values
 
 COMMAND = "python -m tinyalign_edge.bench.memory_size"
@@ -119,10 +121,9 @@ def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:
             vision=str(shared("models", "mobilenet-v2-imagenet")),
             lm=str(shared("models", "caption-lm")),
             out=folder,
-            options=arm.options,
+            options=replace(arm.options, cache_features=out / "features"),
             resume=(folder / STATE).exists(),
             label=f"Training {arm.run}",
-            encode=eye,
         )
     checkpoint = load_checkpoint(folder)
     answerer = TorchAnswerer(checkpoint, encode=eye)
@@ -158,7 +159,8 @@ def _exact_values(checkpoint: Checkpoint, eye: Eye) -> Values:
     limit = checkpoint.config.memory.value_tokens
     ids = [checkpoint.prompt.memory_ids(row.memory_turns, limit) for row in rows]
     seen = eye(checkpoint.vision.model, checkpoint.config.image, checkpoint.model, rows, device="cpu")
-    return replace(values := Values(ids, seen.pooled), latents=encode_values(checkpoint.model, values))
+    values = Values(ids, lambda entries: seen.pooled[list(entries)])
+    return replace(values, latents=encode_values(checkpoint.model, values))
 
 
 def _entry_bytes(checkpoint: Checkpoint, *, rounded: bool) -> float:

@@ -33,7 +33,8 @@ from tinyalign_edge.memory import Bank, Record, write_bank
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.answer import Answer
 from tinyalign_edge.runtime.model import Model
-from tinyalign_edge.train.run import TrainOptions, train
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
 
 QUESTION = "What is in this picture?"
 WARM_UP = 3

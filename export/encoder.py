@@ -36,19 +36,19 @@ class _Eye(nn.Module):
     """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D), `key` (1, key_dim), and for a value encoder
     `features` (1, N, C)."""
 
-    def __init__(self, vision: nn.Module, model: AlignModel) -> None:
+    def __init__(self, vision: nn.Module, model: AlignModel, grid: tuple[int, int, int]) -> None:
         super().__init__()
         self.config: Any = vision.config
         self.vision = vision
-        self.pooling = nn.Buffer(model.pooling)
+        self.pool = model.pool
         self.connector = model.connector
         self.key = model.key
-        self.sizes = (len(model.pooling), model.connector.up.in_features)
+        self.sizes = tuple(model.pool(torch.zeros(1, *grid)).shape[1:])
         self.outputs = ("visual_tokens", "key", *(("features",) if model.value_encoder is not None else ()))
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         grid = patch_features(self.vision, pixel_values)
-        features = self.pooling @ grid.flatten(1, 2)
+        features = self.pool(grid)
         seen = {
             "visual_tokens": self.connector(features),
             "key": self.key(self.key.regions(grid)),
@@ -69,7 +69,7 @@ def trace_encoder(tower: VisionTower, model: AlignModel) -> onnx.ModelProto:
         UnsupportedError: an encoder that optimum does not know or cannot trace; the message lists those it does.
     """
     refuse_large(tower.model, f"vision encoder {tower.ref.path}")
-    eye = _Eye(tower.model, model).eval()
+    eye = _Eye(tower.model, model, tower.grid).eval()
     image = tower.image
     config = _config(eye, image.height, image.width)
     with tempfile.TemporaryDirectory() as folder, _quiet(), _fixed_positions(eye.vision, image.height, image.width):

@@ -268,7 +268,16 @@ def test_the_bank_built_of_the_training_rows_is_the_bank_that_training_wrote(tmp
         assert float(own_key @ key) > 0.98  # of the int8 graph, and of torch
 
 
-def test_a_bundle_that_makes_no_entries_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore")  # training, for the bundles
+def test_latents_are_built_as_training_wrote_them(tmp_path: Path, world: Path, bundles: dict[str, Path]) -> None:
+    build(bundles["latents"], data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
+    banks = Bank(tmp_path / "bank"), Bank(bundles["latents"] / "memory")
+    built, trained = ({bank.entry(i).source: bank.entry(i).value.ravel() for i in bank.ids} for bank in banks)
+    for source, value in trained.items():
+        assert value @ built[source] >= 0.999 * np.linalg.norm(value) * np.linalg.norm(built[source])
+
+
+def test_a_bundle_without_a_memory_is_refused() -> None:
     manifest = open_bundle(STORED_BUNDLE)
     with pytest.raises(InputError, match="--memory tokens"):
         check_can_build(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
-from tinyalign_edge.data import Row, Turn, read_rows  # noqa: E402
+from tinyalign_edge.data import Picture, Row, Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
 from tinyalign_edge.memory import Bank, Record, write_bank  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
@@ -36,7 +36,10 @@ def test_a_checkpoint_holds_config_weights_bank_and_metrics(checkpoints: dict[st
     for kind, folder in checkpoints.items():
         names = {path.name for path in folder.iterdir()}
         bank = set() if kind == "none" else {"memory"}
-        assert names == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "samples"} | bank
+        assert (
+            names - {"tensorboard"}
+            == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "samples", "curves.png"} | bank
+        )
         assert [point["step"] for point in metrics(folder)] == [0, 2, 4]
 
 
@@ -48,21 +51,22 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
 def test_an_interrupted_run_resumes_to_the_same_weights(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train import connector, loop
-    from tinyalign_edge.train.run import TrainOptions, train
+    from tinyalign_edge.train import connector, watcher
+    from tinyalign_edge.train.options import TrainOptions
+    from tinyalign_edge.train.run import train
 
     whole = train_tiny(world, towers, tmp_path / "whole", steps=6)
-    on_step_end = loop.Watcher.on_step_end
+    on_step_end = watcher.Watcher.on_step_end
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         on_step_end(self, args, state, control, **rest)
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Watcher, "on_step_end", interrupt)
+    monkeypatch.setattr(watcher.Watcher, "on_step_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(world, towers, tmp_path / "cut", steps=6)
-    monkeypatch.setattr(loop.Watcher, "on_step_end", on_step_end)
+    monkeypatch.setattr(watcher.Watcher, "on_step_end", on_step_end)
     with pytest.raises(InputError, match="--resume"):
         train_tiny(world, towers, tmp_path / "cut", steps=6)
     given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "cut", "resume": True}
@@ -126,7 +130,8 @@ def test_no_example_retrieves_itself_or_its_near_duplicate() -> None:
     keys = rng.normal(size=(60, 16)).astype(np.float32)
     keys[1] = keys[0] + 1e-4  # a near-duplicate picture
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    rows = [Row(str(i), f"{i // 2 if i > 50 else i}.png", Path(), (Turn("q", "a"),), None, "") for i in range(60)]
+    pictures = [Picture(f"{i // 2 if i > 50 else i}.png", Path()) for i in range(60)]
+    rows = [Row(str(i), (picture,), (Turn("q", "a"),), None, "") for i, picture in enumerate(pictures)]
     found = retrieve(rows, Keys(keys, keys, np.arange(60), keys[:3]), MemorySettings(k=4, floor=-1))
     for i, near in enumerate(found.training.rows):
         assert i not in near
@@ -142,7 +147,8 @@ def test_with_a_fused_key_near_duplicates_are_known_by_their_pictures() -> None:
     pictures[1] = pictures[0] + 1e-4
     for vectors in (entries, queries, pictures):
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = [Row(str(i), f"{i}.png", Path(), (Turn("q", "a"), Turn("p", "b")), None, "") for i in range(30)]
+    turns = (Turn("q", "a"), Turn("p", "b"))
+    rows = [Row(str(i), (Picture(f"{i}.png", Path()),), turns, None, "") for i in range(30)]
     own = np.repeat(np.arange(30), 2)
     found = retrieve(rows, Keys(entries, queries, own, queries[:3], pictures), MemorySettings(k=28, floor=-1))
     assert found.training.rows.shape == (60, 28)

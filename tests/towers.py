@@ -86,7 +86,8 @@ def train_tiny(
     **options: Any,
 ) -> Path:
     """Train for a few steps and return the checkpoint's folder."""
-    from tinyalign_edge.train.run import TrainOptions, train
+    from tinyalign_edge.train.options import TrainOptions
+    from tinyalign_edge.train.run import train
 
     chosen = {"steps": 4, "batch_size": 8, "visual_tokens": 4, "eval_every": 2, "device": "cpu", **options}
     train(

@@ -44,55 +44,69 @@ def demo(
 
 @app.command()
 def train(
-    data: DataFile,
-    images: ImagesFolder,
-    vision: Annotated[str, typer.Option(help="Vision encoder: a folder in Hugging Face format, or a hub id.")],
-    lm: Annotated[str, typer.Option(help="Language model: a folder in Hugging Face format, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-    memory: Annotated[str, typer.Option(help="What the memory keeps: tokens, latents, paper or none.")] = "tokens",
-    fraction: Annotated[float, typer.Option(help="Share of the pictures to train on; the bank holds it too.")] = 1.0,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Conversations, .json or .jsonl; repeatable; FILE:WEIGHT.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder that the rows' image paths start from.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Vision encoder: a folder, or a hub id.")] = None,
+    lm: Annotated[str | None, typer.Option(help="Language model: a folder, or a hub id.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A TOML file, or the name of one that ships.")] = None,
+    stage: Annotated[str, typer.Option(help="align: towers frozen; instruct: the LM trains too.")] = "align",
+    start: Annotated[Path | None, typer.Option("--from", help="The checkpoint that instruct goes on from.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the memory keeps: tokens (default), latents, paper or none.")
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the pictures to train on; the bank's too.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data (default 3).")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak; warmed up, then cosine.")] = 1e-3,
-    visual_tokens: Annotated[int, typer.Option(help="Tokens a picture is pooled to.")] = 16,
-    neighbours: Annotated[int, typer.Option("-k", "--neighbours", help="Memory entries read for a picture.")] = 4,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, of all processes (default 32).")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows a process computes at once; less memory.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; warmed up, then cosine (default 1e-3).")] = None,
+    lm_learning_rate: Annotated[float | None, typer.Option(help="Of the LM in instruct (default 2e-5).")] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of adapters in instruct; without: the whole LM.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16.")] = None,
+    connector: Annotated[str | None, typer.Option(help="pooled (default), pixel_shuffle or mlp.")] = None,
+    visual_tokens: Annotated[int | None, typer.Option(help="Tokens a picture becomes (pooled: 16).")] = None,
+    neighbours: Annotated[
+        int | None, typer.Option("-k", "--neighbours", help="Memory entries read (default 4).")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not the encoder's own size.")] = None,
     key: Annotated[str | None, typer.Option(help="picture, or fused: with the question (default with paper).")] = None,
-    key_grid: Annotated[int, typer.Option(help="Keys see N x N regions of a picture; 1: one mean.")] = 1,
+    key_grid: Annotated[int | None, typer.Option(help="Keys see N x N regions of a picture (default 1).")] = None,
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
-    value_tokens: Annotated[int, typer.Option(help="Tokens kept of an entry.")] = 24,
+    value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
     latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the split, the order and the weights.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and say how many.")] = False,
+    cache_features: Annotated[Path | None, typer.Option(help="Keep the encoder's features here between runs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
 ) -> None:
-    """Train connector and memory between a frozen vision encoder and a frozen language model."""
-    from tinyalign_edge.train.run import TrainOptions
-    from tinyalign_edge.train.run import train as run
+    """Train connector and memory between a frozen vision encoder and a language model, frozen or not."""
+    from tinyalign_edge.train.command import TrainCommand, run_command
 
-    options = TrainOptions(
-        memory=_one_of("--memory", memory, "tokens", "latents", "paper", "none"),
-        key=None if key is None else _one_of("--key", key, "picture", "fused"),
-        key_dim=key_dim,
-        value_tokens=value_tokens,
-        latents=latents,
-        latent_dim=latent_dim,
-        fraction=fraction,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        visual_tokens=visual_tokens,
-        k=neighbours,
-        key_grid=key_grid,
-        image_size=image_size,
-        device=_one_of("--device", device, "auto", "cpu", "cuda"),
-        seed=seed,
-    )
-    run(data=data, images=images, vision=vision, lm=lm, out=out, options=options, resume=resume)
-    print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")
+    given = {
+        "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
+        "key": key and _one_of("--key", key, "picture", "fused"),
+        "key_dim": key_dim, "value_tokens": value_tokens, "latents": latents, "latent_dim": latent_dim,
+        "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
+        "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
+        "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "bf16": bf16,
+        "visual_tokens": visual_tokens, "k": neighbours, "image_size": image_size, "key_grid": key_grid, "seed": seed,
+        "eval_every": eval_every, "skip_bad": skip_bad, "cache_features": cache_features,
+        "device": _one_of("--device", device, "auto", "cpu", "cuda"),
+    }  # fmt: skip
+    wanted = TrainCommand(
+        stage=_one_of("--stage", stage, "align", "instruct"),
+        options={name: value for name, value in given.items() if value is not None},
+        data=tuple(data or ()), images=images, vision=vision, lm=lm, start=start, out=out, resume=resume,
+        recipe=recipe,
+    )  # fmt: skip
+    if run_command(wanted):
+        print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")
 
 
 @app.command()

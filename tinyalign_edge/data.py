@@ -1,7 +1,8 @@
-"""LLaVA conversation files: JSON lists or JSON lines of `{"id", "image", "conversations", "caption"?}`."""
+"""Rows of LLaVA conversations: `{"id", "image", "conversations", "caption"?}`, `image` a file, several, or none."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +11,7 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.jsonrows import RowFile
 
 IMAGE = "<image>"
+MAX_PICTURES = 16  # a row
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,32 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture by its name, relative to the images folder (POSIX), and its place."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class Row:
-    """One picture and what is asked about it; `where` is file and row for messages."""
+    """Pictures, mostly one, and what is asked about them; `where` is file and row for messages."""
 
     id: str
-    image: str  # relative to the images folder, POSIX
-    path: Path
+    pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     caption: str | None
     where: str
+
+    @property
+    def image(self) -> str:
+        """The name of the first picture; empty where the row is text alone."""
+        return self.pictures[0].name if self.pictures else ""
+
+    @property
+    def path(self) -> Path:
+        """Where the first picture is; not for rows of text alone."""
+        return self.pictures[0].path
 
     @property
     def memory_turns(self) -> tuple[Turn, ...]:
@@ -39,7 +58,7 @@ class Row:
 
 
 def read_rows(data: Path, images: Path) -> list[Row]:
-    """Read a whole conversation file.
+    """Read a whole conversation file whose rows have one picture each.
 
     Raises:
         InputError: missing file, malformed JSON (with line and column), a bad row (with its number and id), or a
@@ -50,6 +69,9 @@ def read_rows(data: Path, images: Path) -> list[Row]:
     rows = [parse_row(file[number], f"{data} row {number + 1}", images) for number in range(len(file))]
     if not rows:
         raise InputError(f"{data}: holds no rows")
+    for row in rows:
+        if len(row.pictures) != 1:
+            raise InputError(f"{row.where}: key 'image' must name a file, and one only, found {len(row.pictures)}")
     return rows
 
 
@@ -63,35 +85,50 @@ def parse_row(item: Any, where: str, images: Path) -> Row:
     """A parsed object as a `Row`.
 
     Raises:
-        InputError: it is not a row, or its picture is missing or outside `images`; the message begins with `where`.
+        InputError: it is not a row, or a picture of it is missing or outside `images`; the message begins with `where`.
     """
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
     name = str(item.get("id", where))
     where = f"{where} (id {name})"
-    image = item.get("image")
-    if not isinstance(image, str) or not image:
-        raise InputError(f"{where}: key 'image' must name a file, found {image!r}")
+    pictures = tuple(_picture(image, where, images) for image in _images(item.get("image"), where))
+    caption = item.get("caption")
+    if caption is not None and not (isinstance(caption, str) and caption.strip()):
+        raise InputError(f"{where}: key 'caption' must be a text, found {caption!r:.80}")
+    caption = caption.strip() if caption else None
+    return Row(name, pictures, _turns(item.get("conversations"), where, bool(pictures)), caption, where)
+
+
+def _images(given: Any, where: str) -> Sequence[Any]:
+    if given is None:
+        return ()
+    listed = given if isinstance(given, list) else [given]
+    if len(listed) > MAX_PICTURES:
+        raise InputError(f"{where}: {len(listed)} pictures, a row may have {MAX_PICTURES}")
+    return listed
+
+
+def _picture(image: Any, where: str, images: Path) -> Picture:
+    if not isinstance(image, str) or not image or "\0" in image:
+        raise InputError(f"{where}: key 'image' must name a file, found {image!r:.80}")
     relative = PurePosixPath(image)
     if relative.is_absolute() or ".." in relative.parts:
         raise InputError(f"{where}: image {image!r} leaves the images folder; use a path inside it")
     path = images / relative
     if not path.is_file():
         raise InputError(f"{where}: image {path} does not exist")
-    caption = item.get("caption")
-    if caption is not None and not (isinstance(caption, str) and caption.strip()):
-        raise InputError(f"{where}: key 'caption' must be a text, found {caption!r}")
-    caption = caption.strip() if caption else None
-    return Row(name, image, path, _turns(item.get("conversations"), where), caption, where)
+    return Picture(image, path)
 
 
-def _turns(conversations: Any, where: str) -> tuple[Turn, ...]:
+def _turns(conversations: Any, where: str, pictures: bool) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations or len(conversations) % 2:
         raise InputError(f"{where}: 'conversations' must be human and gpt messages in pairs")
     turns = []
     for human, gpt in zip(conversations[::2], conversations[1::2], strict=True):
-        question = _message(human, "human", where).replace(IMAGE, " ").strip()
-        answer = _message(gpt, "gpt", where).strip()
+        question = _message(human, "human", where)
+        if IMAGE in question and not pictures:
+            raise InputError(f"{where}: key 'image' must name a file, since a question has {IMAGE}")
+        question, answer = question.replace(IMAGE, " ").strip(), _message(gpt, "gpt", where).strip()
         if not question or not answer:
             raise InputError(f"{where}: an empty question or answer")
         turns.append(Turn(question, answer))

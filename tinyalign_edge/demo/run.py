@@ -129,7 +129,8 @@ def _pretrain(label: str, run: Callable[..., None], folder: Path, seed: int) -> 
 
 
 def _train(paths: Paths, arm: str, memory: Any, seed: int) -> None:
-    from tinyalign_edge.train.run import TrainOptions, train
+    from tinyalign_edge.train.options import TrainOptions
+    from tinyalign_edge.train.run import train
 
     options = TrainOptions(
         memory=memory,

@@ -97,9 +97,9 @@ class Model:
         cache_bytes = int(cache_mb * 1e6)
         self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=cache_bytes // PICTURES)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
+        self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
         kept = cache_bytes - cache_bytes // PICTURES
         self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=kept)
-        self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
         self._recall: Any = None
         self._listing = threading.Lock()
         self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()

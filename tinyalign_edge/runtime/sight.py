@@ -54,7 +54,7 @@ class Seen:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.visual_tokens, self.key, self.features) if array is not None)
+        return sum(part.nbytes for part in (self.visual_tokens, self.key, self.features) if part is not None)
 
 
 class Sight:
@@ -74,9 +74,8 @@ class Sight:
             "visual_tokens": [self._vision.visual_tokens, manifest.decoder.width],
         }
         shapes |= {"key": [self._vision.key_dim]} if self._vision.key_dim else {}
-        shapes |= (
-            {"features": [self._vision.visual_tokens, self._vision.feature_dim]} if self._vision.feature_dim else {}
-        )
+        features = [self._vision.visual_tokens, self._vision.feature_dim]
+        shapes |= {"features": features} if self._vision.feature_dim else {}
         check_shapes(self._session, shapes, self._path)
 
     def see(self, image: ImageLike, timings_ms: dict[str, float]) -> Seen:

@@ -100,7 +100,7 @@ class TorchAnswerer:
         if ck.model.value_encoder is None:
             return None
         ids = ck.prompt.memory_ids([Turn("", text)], ck.config.memory.value_tokens)
-        values = Values([ids], np.asarray(example.features, np.float32)[None])
+        values = Values([ids], lambda _: np.asarray(example.features, np.float32)[None])
         return encode_values(ck.model, values).squeeze(0)
 
     def answers(self, examples: Sequence[Example], *, max_new_tokens: int = 32) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinyalign_edge.data import Row, Turn
-from tinyalign_edge.errors import InputError
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.model import IGNORED, PADDING, SHARED, MemoryInputs
 from tinyalign_edge.train.settings import MemorySettings
+
+_MOST_TOKENS_A_BYTE = 2  # of any tokenizer and template: a row is tokenized to be measured only beyond it
+_TEMPLATE = 512
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class TokenTurn:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its turns and retrieved neighbours, as ids and arrays."""
+    """A row: pictures with their turns and retrieved neighbours, as ids and arrays."""
 
     before: tuple[int, ...]
     turns: tuple[TokenTurn, ...]
-    features: npt.NDArray[np.floating[Any]]  # (N, C)
+    features: npt.NDArray[np.floating[Any]]  # (V, C): N of each of its pictures, mostly one
     neighbours: tuple[int, ...]  # rows of the bank, most similar first
     similarity: tuple[float, ...]
 
@@ -44,7 +46,7 @@ class Values:
     which the value encoder makes them while it is trained, or the finished latents."""
 
     token_ids: Sequence[tuple[int, ...]]
-    features: npt.NDArray[np.floating[Any]] | None = None  # (E, N, C)
+    features: Callable[[Sequence[int]], npt.NDArray[np.floating[Any]]] | None = None  # of entries: (E, N, C)
     latents: npt.NDArray[np.float32] | None = None  # (E, L, latent_dim)
 
 
@@ -56,46 +58,59 @@ def tokenize(turns: Sequence[Turn], prompt: Prompt) -> tuple[tuple[int, ...], tu
 
 
 class Rows(Dataset[Example]):
-    """Training rows with their neighbours; neighbour dropout depends on seed, epoch and row only."""
+    """Training rows with their neighbours, made when they are asked for.
+
+    Args:
+        rows: by number.
+        features: of a row's pictures, (V, C), given its number.
+        neighbours, similarity: of every row, (R, K); -1 where there is none.
+        epochs: which rows an epoch has, by its number; None: all of them once.
+        dropout: the share of rows that see fewer neighbours; which depends on seed, epoch and row only.
+    """
 
     def __init__(
         self,
         rows: Sequence[Row],
         prompt: Prompt,
-        features: npt.NDArray[np.floating[Any]],
+        features: Callable[[int], npt.NDArray[np.floating[Any]]],
         neighbours: npt.NDArray[np.int64],
         similarity: npt.NDArray[np.float32],
         *,
-        dropout: float,
-        seed: int,
-        max_tokens: int,
+        dropout: float = 0.0,
+        seed: int = 0,
+        epochs: Callable[[int], npt.NDArray[np.int64]] | None = None,
     ) -> None:
-        self.features, self.neighbours, self.similarity = features, neighbours, similarity
-        self.dropout, self.seed, self.epoch = dropout, seed, 0
-        self.tokens = [tokenize(row.turns, prompt) for row in rows]
-        for row, (before, turns) in zip(rows, self.tokens, strict=True):
-            longest = len(before) + max(len(t.question) + len(t.answer) for t in turns)
-            if longest > max_tokens:
-                raise InputError(
-                    f"{row.where}: {longest} text tokens, the context leaves {max_tokens}; shorten the row"
-                )
+        self.rows, self.prompt, self.features = rows, prompt, features
+        self.neighbours, self.similarity = neighbours, similarity
+        self.dropout, self.seed, self.epochs = dropout, seed, epochs
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""
         self.epoch = epoch
+        self.picked = np.arange(len(self.rows)) if self.epochs is None else self.epochs(epoch)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.picked)
 
-    def __getitem__(self, index: int) -> Example:
-        before, turns = self.tokens[index]
-        rows = [int(row) for row in self.neighbours[index] if row >= 0]
+    def __getitem__(self, position: int) -> Example:
+        index = int(self.picked[position])
+        before, turns = tokenize(self.rows[index].turns, self.prompt)
+        near = [int(row) for row in self.neighbours[index] if row >= 0]
         if self.dropout:
-            random = np.random.default_rng((self.seed, self.epoch, index))
+            random = np.random.default_rng((self.seed, self.epoch, position))
             if random.random() < self.dropout:
-                rows = rows[: random.integers(0, len(rows) + 1)]
-        similarity = tuple(float(s) for s in self.similarity[index, : len(rows)])
-        return Example(before, turns, self.features[index], tuple(rows), similarity)
+                near = near[: random.integers(0, len(near) + 1)]
+        similarity = tuple(float(s) for s in self.similarity[index, : len(near)])
+        return Example(before, turns, self.features(index), tuple(near), similarity)
+
+
+def longest_tokens(row: Row, prompt: Prompt, limit: int) -> int:
+    """The tokens of a row's longest turn with all that stands before it; 0 if its few bytes cannot make `limit`."""
+    if _MOST_TOKENS_A_BYTE * max(len(f"{t.question}{t.answer}".encode()) for t in row.turns) + _TEMPLATE < limit:
+        return 0
+    before, turns = tokenize(row.turns, prompt)
+    return len(before) + max(len(turn.question) + len(turn.answer) for turn in turns)
 
 
 class Collate:
@@ -113,7 +128,7 @@ class Collate:
             for name, value in fill.items()
         }
         slot = columns.pop("slot")
-        features = torch.from_numpy(np.stack([np.asarray(e.features, np.float32) for e in examples]))
+        features = torch.from_numpy(np.concatenate([np.asarray(e.features, np.float32) for e in examples]))  # (V, C)
         return {
             **columns,
             "visual_mask": slot == 1,
@@ -171,7 +186,7 @@ class Collate:
         else:
             assert self.values.features is not None
             memory["token_ids"], memory["token_mask"] = pad_texts([self.values.token_ids[row] for row in entries])
-            memory["features"] = torch.from_numpy(np.asarray(self.values.features[entries], np.float32))
+            memory["features"] = torch.from_numpy(np.asarray(self.values.features(entries), np.float32))
         return memory
 
     def _side_by_side(self, neighbours: Sequence[tuple[int, ...]]) -> MemoryInputs | None:

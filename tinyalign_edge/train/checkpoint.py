@@ -5,6 +5,8 @@ model.safetensors   connector, key projection, memory connector, value encoder
 tokenizer.json      the language model's
 memory/             the bank (not with `--memory none`)
 metrics.jsonl       one line an evaluation: step, held-out loss, training loss
+language/           the trained language model, adapters merged, in Hugging Face format (after stage "instruct")
+curves.png          losses against steps
 samples/            held-out and calibration pictures with their questions, for the exporter's gate
 """
 
@@ -29,6 +31,8 @@ TOKENIZER = "tokenizer.json"
 MEMORY = "memory"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
+CURVES = "curves.png"
+LANGUAGE_FOLDER = "language"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     config = read_versioned(CheckpointConfig, folder / CONFIG, newest=SCHEMA_VERSION)
     vision = load_vision(config.vision.path, image=config.image)
-    language = load_language(config.language.path)
+    own = config.language.path == LANGUAGE_FOLDER
+    language = load_language(str(folder / LANGUAGE_FOLDER) if own else config.language.path)
     _same_tower(config.vision, vision.ref)
     _same_tower(config.language, language.ref)
     model = AlignModel(language.model, config.connector, config.memory)

@@ -21,13 +21,34 @@ def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
     return pooled.reshape(height * width, tokens).T.contiguous()
 
 
+class Patches(nn.Module):
+    """Patch features (B, H, W, C) to what the connector reads: (B, N, input_dim), as `ConnectorSettings.kind` says."""
+
+    matrix: Tensor
+
+    def __init__(self, settings: ConnectorSettings) -> None:
+        super().__init__()
+        self.kind, side, height, width = settings.kind, settings.block, settings.grid_height, settings.grid_width
+        self.blocks = (-1, height // side, side, width // side, side, settings.feature_dim)
+        self.shape = (-1, settings.visual_tokens, settings.input_dim)
+        if self.kind == "pooled":
+            pooling = pooling_matrix(settings.grid_height, settings.grid_width, settings.visual_tokens)
+            self.register_buffer("matrix", pooling, persistent=False)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        if self.kind == "pooled":
+            out: Tensor = self.matrix @ grid.flatten(1, 2)
+            return out
+        return grid.reshape(self.blocks).transpose(2, 3).reshape(self.shape)
+
+
 class Connector(nn.Module):
-    """Pooled patch features (B, N, C) to visual tokens (B, N, D): LayerNorm and a two-layer GELU MLP."""
+    """Features (..., input_dim) of `Patches` to visual tokens (..., D): LayerNorm and a two-layer GELU MLP."""
 
     def __init__(self, settings: ConnectorSettings, embedding_rms: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(settings.feature_dim)
-        self.up = nn.Linear(settings.feature_dim, settings.width)
+        self.norm = nn.LayerNorm(settings.input_dim)
+        self.up = nn.Linear(settings.input_dim, settings.width)
         self.down = nn.Linear(settings.width, settings.width)
         with torch.no_grad():  # begin at the scale of the language model's own embeddings
             self.down.weight.mul_(embedding_rms / 0.3)

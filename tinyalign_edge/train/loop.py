@@ -1,28 +1,29 @@
-"""The training loop: transformers' Trainer over the trained parts, with held-out evaluation and a progress bar."""
+"""The training loop: transformers' Trainer over the parts that train, with states that a killed run goes on from."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Rows
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import TrainSettings
+from tinyalign_edge.train.watcher import Watcher
 
 STATE_WEIGHTS = "trained.safetensors"
-EVAL_BATCH = 64
+WHOLE = "whole"  # a file that says that all others beside it are written
+LANGUAGE_PREFIX = "language."
 
 
 def fit(
@@ -36,128 +37,152 @@ def fit(
     metrics: Path,
     resume: bool,
     label: str,
+    processes: Processes,
 ) -> None:
     """Train what is not frozen; keeps resumable state in `state` and appends evaluations to `metrics`.
 
     Raises:
-        TinyAlignError: the loss is no longer finite.
+        TinyAlignError: the loss is no longer finite, or there is not memory enough; the state can be resumed.
     """
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes.count),
+        average_tokens_across_devices=True,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_ratio=settings.warmup,
-        weight_decay=0.01,
+        weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
         seed=settings.seed,
         use_cpu=settings.device == "cpu",
+        bf16=settings.bf16,
         logging_steps=math.gcd(10, settings.eval_every),
-        save_steps=max(settings.eval_every, settings.steps // 10),
+        logging_nan_inf_filter=False,
+        save_steps=settings.eval_every * max(1, settings.steps // (10 * settings.eval_every)),
         save_total_limit=1,
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # a batch without memories leaves the memory connector out
         dataloader_pin_memory=settings.device != "cpu",
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would split a batch's memory at the wrong rows
     with ExitStack() as stack:
-        advance = stack.enter_context(progress(label, settings.steps))
-        watcher = Watcher(collate, held_out, settings.eval_every, metrics, advance)
+        advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
+        watcher = Watcher(collate, held_out, settings, metrics, advance)
         trainer = AlignTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
         )
+        trainer.lm_learning_rate = settings.lm_learning_rate
+        watcher.seen_tokens = trainer.take_tokens
         trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(str(state)) if resume and state.is_dir() else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-            trainer.train(resume_from_checkpoint=last)
+        stack.enter_context(_out_of_memory(settings))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        trainer.train(resume_from_checkpoint=last_whole(state) if resume else None)
 
 
 class AlignTrainer(Trainer):
-    """Saves and loads the trained parts only; the frozen language model is not written again and again."""
+    """Saves and loads what trains only; the frozen language model is not written again and again."""
+
+    lm_learning_rate = 0.0
+    tokens = 0
+
+    def create_optimizer(self) -> Any:
+        """AdamW with a learning rate of its own for the language model, and no decay of norms and biases."""
+        decaying = set(self.get_decay_parameter_names(self._own()))
+        kinds: dict[tuple[bool, bool], list[Any]] = {}
+        for name, weight in self._own().named_parameters():
+            if weight.requires_grad:
+                kinds.setdefault((name.startswith(LANGUAGE_PREFIX), name not in decaying), []).append(weight)
+        groups = [
+            {
+                "params": weights,
+                "weight_decay": 0.0 if plain else self.args.weight_decay,
+                "lr": self.lm_learning_rate if language else self.args.learning_rate,
+            }
+            for (language, plain), weights in sorted(kinds.items())
+        ]
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """The loss of a pass.
+
+        Raises:
+            TinyAlignError: it is not finite.
+        """
+        self.tokens = self.tokens + (inputs["block"] >= 0).sum()
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if not torch.isfinite(loss):
+            raise TinyAlignError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good state is kept: "
+                "train again with a lower --learning-rate"
+            )
+        return loss
+
+    def take_tokens(self) -> int:
+        """How many tokens were computed since this was last asked."""
+        count, self.tokens = int(self.tokens) * int(self.args.world_size), 0
+        return count
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self._own().own_state().items()}
+        state = {name: tensor.contiguous() for name, tensor in self._own().trained_state().items()}
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise TinyAlignError(
+                    f"weight {name!r} is no longer finite at step {self.state.global_step}; the last good state is "
+                    "kept: train again with a lower --learning-rate"
+                )
         save_file(state, folder / STATE_WEIGHTS)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # then the first process says that the state is whole
+
+    def _rotate_checkpoints(self, *args: Any, **options: Any) -> None:
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+        super()._rotate_checkpoints(*args, **options)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._own().load_own_state(load_file(Path(resume_from_checkpoint) / STATE_WEIGHTS))
+        state = load_file(Path(resume_from_checkpoint) / STATE_WEIGHTS)
+        own = self._own()
+        if other := state.keys() ^ own.trained_state().keys():
+            raise TinyAlignError(f"{resume_from_checkpoint}: weight {min(other)!r} is not of this run; train again")
+        own.load_state_dict(state, strict=False)
 
     def _own(self) -> AlignModel:
         model: AlignModel = self.accelerator.unwrap_model(self.model)
         return model
 
 
-class Watcher(TrainerCallback):
-    """Evaluates on the held-out examples, writes `metrics.jsonl`, moves the bar, stops at a loss that is not finite."""
-
-    def __init__(self, collate: Collate, held_out: Sequence[Example], every: int, metrics: Path, advance: Any) -> None:
-        self.collate, self.held_out, self.every = collate, held_out, every
-        self.metrics, self.advance = metrics, advance
-        self.loss = float("nan")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        """Count the steps a resumed run has behind it; forget later lines of the interrupted one."""
-        self.advance(state.global_step)
-        kept = []
-        if self.metrics.exists() and state.global_step:
-            lines = self.metrics.read_text("utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.metrics.write_text("".join(line + "\n" for line in kept), "utf-8")
-        if state.global_step == 0:
-            self._evaluate(0, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
-        self.advance(1, f"loss {self.loss:.3f}")
-
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
-        """Note the training loss; evaluate when it is time."""
-        if "loss" not in (logs or {}):
-            return
-        self.loss = float(logs["loss"])
-        if not math.isfinite(self.loss):
-            raise TinyAlignError(f"the loss is {self.loss} at step {state.global_step}; lower the learning rate")
-        if state.global_step % self.every == 0:
-            self._evaluate(state.global_step, model)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        """Evaluate at the last step, whatever the interval."""
-        if state.global_step % self.every:
-            self._evaluate(state.global_step, model)
-
-    def _evaluate(self, step: int, model: Any) -> None:
-        if not self.held_out:
-            return
-        point = {
-            "step": step,
-            "held_out_loss": round(held_out_loss(model, self.collate, self.held_out), 6),
-            "train_loss": round(self.loss, 6) if math.isfinite(self.loss) else None,
-        }
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
+def last_whole(state: Path) -> str | None:
+    """The newest state that was written to its end; None where there is none."""
+    whole = [path.parent for path in state.glob(f"checkpoint-*/{WHOLE}")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
 
 
-def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example]) -> float:
-    """Mean negative log-likelihood an answer token, in nats, over all examples."""
-    training = model.training
-    device = next(model.parameters()).device
-    model.eval()
-    losses = []
-    with torch.inference_mode():
-        for start in range(0, len(examples), EVAL_BATCH):
-            batch = to_device(collate(examples[start : start + EVAL_BATCH]), device)
-            losses.append(model.answer_losses(**batch))
-    model.train(training)
-    return float(torch.cat(losses).mean())
+@contextmanager
+def _out_of_memory(settings: TrainSettings) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own error of a GPU is a RuntimeError
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        smaller = max(1, settings.micro_batch // 2)
+        other = "" if settings.bf16 else ", --bf16"
+        raise TinyAlignError(
+            f"out of memory with {settings.micro_batch} rows at once; --resume --micro-batch {smaller} gives the same "
+            f"results in less (in a new run: fewer --visual-tokens or --neighbours{other})"
+        ) from None
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested batch."""
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def _silent(*_: Any) -> None:
+    pass

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
-from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, ValueEncoder, pooling_matrix
+from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
@@ -34,19 +34,16 @@ class MemoryInputs(TypedDict):
 
 
 class AlignModel(nn.Module):
-    """A language model, never trained here, and the parts that are."""
+    """A language model, frozen or not, and the parts that always train."""
 
-    pooling: Tensor
-    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean over answer tokens
+    accepts_loss_kwargs = True  # for the Trainer: it gives `forward` the answer tokens of a whole step
 
     def __init__(self, language: Any, connector: ConnectorSettings, memory: MemorySettings) -> None:
         super().__init__()
         embeddings = language.get_input_embeddings().weight.detach()
         self.language = language
         self.memory_settings = memory
-        self.register_buffer(
-            "pooling", pooling_matrix(connector.grid_height, connector.grid_width, connector.visual_tokens)
-        )
+        self.pool = Patches(connector)
         self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
         regions_dim = connector.feature_dim * memory.key_grid**2
         self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim, regions_dim))
@@ -55,11 +52,18 @@ class AlignModel(nn.Module):
         self.value_encoder: ValueEncoder | RandomPerceiver | None = None
         if memory.kind == "paper":
             self.memory_connector = SideBySideConnector(memory, connector.width)
-            self.value_encoder = RandomPerceiver(memory, connector.feature_dim, connector.width)
+            self.value_encoder = RandomPerceiver(memory, connector.input_dim, connector.width)
         elif memory.kind != "none":
             self.memory_connector = MemoryConnector(memory, embeddings)
             if memory.kind == "latents":
-                self.value_encoder = ValueEncoder(memory, connector.feature_dim, embeddings)
+                self.value_encoder = ValueEncoder(memory, connector.input_dim, embeddings)
+
+    def train(self, mode: bool = True) -> AlignModel:
+        """A language model that does not train has no dropout either."""
+        super().train(mode)
+        if not any(weight.requires_grad for weight in self.language.parameters()):
+            self.language.eval()
+        return self
 
     def own_state(self) -> dict[str, Tensor]:
         """The state of everything but the language model: what a checkpoint keeps."""
@@ -74,10 +78,14 @@ class AlignModel(nn.Module):
         language = {name: value for name, value in self.state_dict().items() if name.startswith("language.")}
         self.load_state_dict({**language, **state}, strict=True)
 
-    def pool(self, grid: Tensor) -> Tensor:
-        """Patch features (B, H, W, C) to pooled features (B, N, C)."""
-        out: Tensor = self.pooling @ grid.flatten(1, 2)
-        return out
+    def trained_state(self) -> dict[str, Tensor]:
+        """What an interrupted run needs: `own_state` and the weights of the language model that train."""
+        tuned = {
+            name: weight.detach()
+            for name, weight in self.named_parameters()
+            if weight.requires_grad and name.startswith("language.")
+        }
+        return self.own_state() | tuned
 
     def values(self, memory: MemoryInputs) -> Tensor:
         """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
@@ -97,7 +105,7 @@ class AlignModel(nn.Module):
 
     def inputs_embeds(self, input_ids: Tensor, visual_mask: Tensor, visual: Tensor, memory_mask: Tensor,
                       memory: MemoryInputs | None) -> Tensor:  # fmt: skip
-        """Embeddings (B, S, D) with visual tokens (B, N, D) and memory tokens put where the masks say."""
+        """Embeddings (B, S, D) with visual tokens (V, D) and memory tokens put where the masks say, in their order."""
         embeds: Tensor = self.language.get_input_embeddings()(input_ids)
         embeds = embeds.masked_scatter(visual_mask[..., None], visual.to(embeds.dtype))
         if self.memory_connector is not None and memory is not None and memory["rank"].numel():
@@ -132,9 +140,10 @@ class AlignModel(nn.Module):
             self.logits(embeds, position_ids, block, wanted), labels[wanted], reduction="none"
         )
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Mean loss over the answer tokens of a batch, as the Trainer wants it."""
-        return {"loss": self.answer_losses(**batch).mean()}
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
+        """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""
+        losses = self.answer_losses(**batch)
+        return {"loss": losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch}
 
 
 def body_name(language: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ from tinyalign_edge.config import MemoryKind
 
 TrainedMemory = Literal["none", "tokens", "latents", "paper"]
 KeyKind = Literal["picture", "fused"]
+Stage = Literal["align", "instruct"]
+ConnectorKind = Literal["pooled", "pixel_shuffle", "mlp"]
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -27,13 +30,30 @@ class TowerRef:
 
 @dataclass(frozen=True)
 class ConnectorSettings:
-    """Sizes of the visual path: the encoder's grid (H, W, C) is pooled to `visual_tokens` vectors of LM width."""
+    """Sizes of the visual path: the encoder's grid (H, W, C) becomes `visual_tokens` vectors of LM width.
+
+    Attributes:
+        kind: "pooled" averages patches; "pixel_shuffle" puts square blocks of them side by side in one vector;
+            "mlp" takes every patch.
+    """
 
     grid_height: int
     grid_width: int
     feature_dim: int
     visual_tokens: int
     width: int
+    kind: ConnectorKind = "pooled"
+
+    @property
+    def block(self) -> int:
+        """Patches a side that one vector of "pixel_shuffle" holds."""
+        patches = self.grid_height * self.grid_width
+        return math.isqrt(patches // self.visual_tokens) if self.kind == "pixel_shuffle" else 1
+
+    @property
+    def input_dim(self) -> int:
+        """Channels of what the connector reads."""
+        return self.feature_dim * self.block**2
 
 
 @dataclass(frozen=True)
@@ -70,15 +90,32 @@ class MemorySettings:
 
 
 @dataclass(frozen=True)
+class DataRef:
+    """What a run was trained on: a file (with its hash) or hub data set, and how often an epoch goes through it."""
+
+    path: str
+    sha256: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """The training run."""
 
-    data: str
+    data: tuple[DataRef, ...]
     images: str
     steps: int
     batch_size: int = 32
+    micro_batch: int = 32  # rows that one process computes at once
     learning_rate: float = 1e-3
     warmup: float = 0.05
+    weight_decay: float = 0.01
+    bf16: bool = False
+    stage: Stage = "align"
+    started_from: str = ""  # the checkpoint that an instruct run went on from
+    lm_learning_rate: float = 0.0
+    lora_rank: int = 0  # 0: the language model's own weights are trained
+    lora_alpha: int = 0
     fraction: float = 1.0
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"

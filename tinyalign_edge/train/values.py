@@ -31,6 +31,7 @@ def encode_values(model: AlignModel, values: Values) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
         for start in range(0, len(values.token_ids), BATCH):
             ids, mask = pad_texts(values.token_ids[start : start + BATCH])
-            features = torch.from_numpy(np.asarray(values.features[start : start + BATCH], np.float32))
+            entries = range(start, start + len(ids))
+            features = torch.from_numpy(np.asarray(values.features(entries), np.float32))
             made.append(model.latents(features, ids, mask).numpy())
     return np.concatenate(made)

@@ -1,0 +1,236 @@
+"""What a run is trained on: several files, weights, rows of every shape, bad rows, and features kept on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.data import read_rows  # noqa: E402
+from tinyalign_edge.errors import InputError, MissingExtraError  # noqa: E402
+from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
+from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
+from tinyalign_edge.train.corpus import Source, open_corpus, parse_source, split  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def rows_of(world: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((world / "train.json").read_text("utf-8"))
+    return rows
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows, indent=1)
+    path.write_text(text, "utf-8")
+    return path
+
+
+def weights(checkpoint: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    loaded: dict[str, Any] = load_file(checkpoint / "model.safetensors")
+    return loaded
+
+
+def test_rows_are_read_from_several_files_by_number(world: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    files = [write(tmp_path / "a.json", rows[:30]), write(tmp_path / "b.jsonl", rows[30:])]
+    corpus = open_corpus([Source(str(file)) for file in files], world)
+    whole = read_rows(world / "train.json", world)
+    assert [row.id for row in corpus] == [row.id for row in whole]
+    assert corpus[-1].turns == whole[-1].turns
+    assert corpus[30].where == f"{files[1]} row 1 (id {whole[30].id})"
+
+
+def test_an_epoch_goes_through_each_file_as_often_as_its_weight_says(world: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    files = [write(tmp_path / "a.json", rows[:20]), write(tmp_path / "b.json", rows[20:40])]
+    corpus = open_corpus([Source(str(files[0]), 2.0), Source(str(files[1]), 0.5)], world)
+    first, second = corpus.epoch(0, seed=1), corpus.epoch(1, seed=1)
+    assert np.bincount(first, minlength=40)[:20].tolist() == [2] * 20
+    assert sorted(np.bincount(first, minlength=40)[20:]) == [0] * 10 + [1] * 10
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, corpus.epoch(0, seed=1))
+
+
+def test_a_weight_stands_after_a_colon(tmp_path: Path) -> None:
+    assert parse_source("a.json:0.5") == Source("a.json", 0.5)
+    assert parse_source("C:a.json") == Source("C:a.json")
+    (tmp_path / "a:2").touch()
+    assert parse_source(str(tmp_path / "a:2")) == Source(str(tmp_path / "a:2"))
+    for bad in ("a.json:0", "a.json:-1", "a.json:nan", "a.json:1e9"):
+        with pytest.raises(InputError, match="weight must be above 0"):
+            parse_source(bad)
+
+
+def test_a_bad_row_stops_the_run_or_is_counted(world: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = rows_of(world)
+    file = write(tmp_path / "a.jsonl", [rows[0], {"id": "x", "image": "gone.png"}, rows[1], 7])
+    with pytest.raises(InputError, match=r"a\.jsonl row 2 \(id x\)"):
+        open_corpus([Source(str(file))], world)
+    assert len(open_corpus([Source(str(file))], world, skip_bad=True)) == 2
+    assert "note: 2 bad rows skipped" in capsys.readouterr().err
+    with pytest.raises(InputError, match="all 2 rows are bad; the first"):
+        open_corpus([Source(str(write(tmp_path / "b.json", [7, 8])))], world, skip_bad=True)
+
+
+def test_a_hub_id_needs_the_package_that_reads_it(world: Path) -> None:
+    if not pytest.importorskip("importlib").util.find_spec("datasets"):
+        with pytest.raises(MissingExtraError, match="pip install datasets"):
+            open_corpus([Source("org/name")], world)
+
+
+def test_held_out_pictures_are_in_no_training_row(world: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    names = [row["image"] for row in rows]
+    pairs = [{**rows[0], "id": f"pair{i}", "image": [a, b]} for i, (a, b) in enumerate(pairwise(names))]
+    corpus = open_corpus([Source(str(write(tmp_path / "a.json", rows + pairs)))], world)
+    training, held_out = split(corpus, held_out=256, fraction=1.0, seed=0)
+    held = set(held_out.used())
+    assert len(held) == 8
+    assert all(len(pictures) == 1 for pictures in held_out.pictures)
+    assert not held & set(training.used())
+
+
+def test_rows_of_text_alone_and_of_several_pictures_are_trained_on(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    text = [{**row, "id": f"text{i}"} for i, row in enumerate(rows[:6])]
+    for row in text:
+        del row["image"]
+        row["conversations"] = [{**m, "value": m["value"].replace("<image>", "")} for m in row["conversations"]]
+    pairs = [{**rows[i], "id": f"pair{i}", "image": [rows[i]["image"], rows[i + 1]["image"]]} for i in range(6)]
+    for memory in ("tokens", "latents"):
+        out = train_tiny(
+            world, towers, tmp_path / memory, data=write(tmp_path / "a.json", rows + text + pairs), memory=memory
+        )
+        checkpoint = load_checkpoint(out)
+        assert checkpoint.bank is not None
+        sources = {checkpoint.bank.entry(number).source for number in checkpoint.bank.ids}
+        assert any(source.startswith("pair") for source in sources)  # found by their first picture
+        assert not any(source.startswith("text") for source in sources)  # nothing to find them by
+        assert np.isfinite(
+            np.concatenate(
+                TorchAnswerer(checkpoint).losses(
+                    TorchAnswerer(checkpoint).prepare(read_rows(world / "test.json", world)[:4]).examples
+                )
+            )
+        ).all()
+
+
+def test_a_row_longer_than_the_context_stops_the_run_or_is_counted(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    rows[5] = {
+        **rows[5],
+        "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a b " * 300}],
+    }
+    data = write(tmp_path / "a.json", rows)
+    with pytest.raises(InputError, match=r"row 6 .*text tokens, the context leaves"):
+        train_tiny(world, towers, tmp_path / "c", data=data)
+    assert not (tmp_path / "c").exists()
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", data=data, skip_bad=True, steps=1))
+    assert checkpoint.bank is not None
+    assert len(checkpoint.bank) in (71, 72)  # one less, unless it was held out
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_or_is_counted(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    (world / "cut.png").write_bytes((world / rows[0]["image"]).read_bytes()[:60])
+    data = write(tmp_path / "a.json", [*rows, {**rows[0], "id": "cut", "image": "cut.png"}])
+    with pytest.raises(InputError, match=r"row 81 \(id cut\).*cut\.png"):
+        train_tiny(world, towers, tmp_path / "c", data=data)
+    for cache in (None, tmp_path / "cache"):
+        train_tiny(
+            world, towers, tmp_path / f"c{cache is None}", data=data, skip_bad=True, steps=1, cache_features=cache
+        )
+
+
+def test_features_from_the_cache_train_the_same_weights(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import prepare
+
+    fresh = weights(train_tiny(world, towers, tmp_path / "fresh", memory="latents"))
+    cache = tmp_path / "cache"
+    first = weights(train_tiny(world, towers, tmp_path / "first", memory="latents", cache_features=cache))
+    (shard,) = cache.rglob("*.features")
+    kept = shard.read_bytes()
+    encoded: list[int] = []
+    encoder = prepare.PictureEncoder
+
+    class Counting(encoder):  # type: ignore[misc,valid-type]
+        def __call__(self, paths: Any) -> Any:
+            encoded.extend(paths)
+            return super().__call__(paths)
+
+    monkeypatch.setattr(prepare, "PictureEncoder", Counting)
+    again = weights(train_tiny(world, towers, tmp_path / "again", memory="latents", cache_features=cache))
+    assert not encoded
+    assert all(torch.equal(fresh[name], first[name]) and torch.equal(fresh[name], again[name]) for name in fresh)
+    for number, damage in enumerate((kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b"")):
+        shard.write_bytes(damage)
+        encoded.clear()
+        mended = weights(
+            train_tiny(
+                world,
+                towers,
+                tmp_path / f"mended{number}",
+                memory="latents",
+                cache_features=cache,
+                steps=4,
+            )
+        )
+        assert len(encoded) == 80
+        assert all(torch.equal(fresh[name], mended[name]) for name in fresh)
+        assert shard.read_bytes() == kept
+
+
+def test_other_preprocessing_has_its_own_cache(world: Path, towers: Path, tmp_path: Path) -> None:
+    for name, changes in (("a", {}), ("b", {"image_size": 48}), ("c", {"visual_tokens": 2})):
+        train_tiny(world, towers, tmp_path / name, steps=1, cache_features=tmp_path / "cache", **changes)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import feature_cache
+
+    monkeypatch.setattr(feature_cache, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(InputError, match=r"the features of 80 pictures take .* the disk has .* free"):
+        train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "cache")
+    assert not (tmp_path / "c").exists()
+
+
+def test_pictures_of_every_make_are_trained_on_and_bombs_are_not(world: Path, towers: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(world / "images", folder / "images")
+    Image.new("RGB", (1, 1), "red").save(folder / "pixel.png")
+    Image.new("CMYK", (40, 20), (9, 99, 9, 0)).save(folder / "cmyk.jpg")
+    Image.new("P", (9, 30), 3).save(folder / "palette.png")
+    Image.new("RGBA", (20, 20), (9, 9, 9, 9)).save(folder / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (30, 10), "blue").save(folder / "turned.jpg", exif=turned)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    odd = ["pixel.png", "cmyk.jpg", "palette.png", "clear.png", "turned.jpg", "moves.gif"]
+    rows = rows_of(world)
+    rows += [{**rows[0], "id": name, "image": name} for name in odd]
+    data = write(tmp_path / "a.json", rows)
+    checkpoint = load_checkpoint(train_tiny(folder, towers, tmp_path / "c", data=data, steps=1, fraction=1.0))
+    assert checkpoint.bank is not None
+    assert len(checkpoint.bank) == len(rows) - 8  # the held-out ones
+    bomb = write(tmp_path / "b.json", [*rows, {**rows[0], "id": "bomb", "image": "bomb.png"}])
+    with pytest.raises(InputError, match=r"id bomb.*more than the 50000000 allowed"):
+        train_tiny(folder, towers, tmp_path / "d", data=bomb)

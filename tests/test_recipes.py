@@ -1,0 +1,128 @@
+"""Recipes, and how the command line is put before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import (  # noqa: E402
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tests.towers import save_lm  # noqa: E402
+from tinyalign_edge.errors import InputError  # noqa: E402
+from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
+from tinyalign_edge.train.command import TrainCommand, run_command  # noqa: E402
+from tinyalign_edge.train.recipe import SHIPPED, load_recipe  # noqa: E402
+from tinyalign_edge.train.settings import Stage  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PATCH = 2
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWERS = {  # of each recipe: kind of encoder, patches a side, kind of language model
+    "siglip-base-smollm2-135m": ("siglip", 14, "llama"),
+    "siglip-so400m-qwen2.5-0.5b": ("siglip", 27, "qwen2"),
+    "clip-large-tinyllama": ("clip", 24, "llama"),
+    "tinyalign-siglip-so400m-phi-2": ("siglip", 27, "phi"),
+}
+
+
+def save_encoder(folder: Path, kind: str, patches: int) -> None:
+    """A random encoder with as many patches as the recipe's."""
+    side = patches * PATCH
+    size = {"height": side, "width": side}
+    if kind == "clip":
+        CLIPVisionModel(CLIPVisionConfig(**SMALL, image_size=side, patch_size=PATCH)).save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size).save_pretrained(folder)
+    else:
+        config = SiglipVisionConfig(**SMALL, image_size=side, patch_size=PATCH)
+        config.vision_use_head = False
+        SiglipVisionModel(config).save_pretrained(folder)
+        SiglipImageProcessor(size=size).save_pretrained(folder)
+
+
+def command(world: Path, out: Path, recipe: str, stage: Stage, **given: Any) -> TrainCommand:
+    options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "device": "cpu", **given.pop("options", {})}
+    paths: dict[str, Any] = {
+        "data": (str(world / "train.json"),),
+        "images": world,
+        "vision": None,
+        "lm": None,
+        "start": None,
+    }
+    return TrainCommand(stage, options, out=out, resume=False, recipe=recipe, **(paths | given))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.toml")))
+def test_each_recipe_runs_both_stages_on_tiny_towers_of_its_kinds(name: str, world: Path, tmp_path: Path) -> None:
+    encoder, patches, lm = TOWERS[name]
+    save_encoder(tmp_path / "vision", encoder, patches)
+    save_lm(tmp_path / "lm", lm, steps=0, max_position_embeddings=2048)
+    towers = {"vision": str(tmp_path / "vision"), "lm": str(tmp_path / "lm")}
+    run_command(command(world, tmp_path / "align", name, "align", **towers))
+    first = load_checkpoint(tmp_path / "align").config
+    recipe = load_recipe(name)
+    assert first.connector.kind == recipe.align.options["connector"]
+    assert first.connector.visual_tokens == recipe.align.options.get("visual_tokens", patches**2)
+    assert (first.training.bf16, first.training.warmup, first.training.steps) == (True, 0.03, 2)
+    if recipe.instruct.options.get("lora_rank"):
+        pytest.importorskip("peft")
+    run_command(command(world, tmp_path / "instruct", name, "instruct", start=tmp_path / "align"))
+    second = load_checkpoint(tmp_path / "instruct").config
+    assert second.training.lm_learning_rate == recipe.instruct.options["lm_learning_rate"]
+    assert second.language.sha256 != first.language.sha256
+
+
+def write(path: Path, more: str) -> str:
+    path.write_text(
+        f'description = "d"\n[towers]\nvision = "v"\nlm = "l"\n[align]\nepochs = 2\n{more}\n[instruct]\n', "utf-8"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("batchsize = 3", r"r\.toml\.align: unknown key 'batchsize'; known: data, images, memory"),
+        ("device = 'cpu'", "unknown key 'device'"),
+        ("batch_size = '3'", r"r\.toml\.align\.batch_size: expected int, found str '3'"),
+        ("[align.more]\na = 1", "unknown key 'more'"),
+        ("connector = 'qformer'", "'qformer' is not one of 'pooled'"),
+        ("= 3", "not valid TOML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(more: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path / "r.toml", more))
+
+
+def test_an_unknown_recipe_lists_those_that_ship() -> None:
+    with pytest.raises(InputError, match=r"--recipe none: no such file.*clip-large-tinyllama, siglip-base"):
+        load_recipe("none")
+
+
+def test_the_command_line_goes_before_the_recipe(world: Path, towers: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.toml", "batch_size = 16\nlearning_rate = 0.5\nmemory = 'none'\nvisual_tokens = 4")
+    given = {"vision": str(towers / "vit"), "lm": str(towers / "lm"), "options": {"learning_rate": 1e-4}}
+    run_command(command(world, tmp_path / "c", recipe, "align", **given))
+    training = load_checkpoint(tmp_path / "c").config.training
+    assert (training.steps, training.batch_size, training.learning_rate) == (2, 4, 1e-4)
+
+
+def test_what_stage_one_made_is_not_chosen_in_stage_two(
+    world: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "r.toml", "")
+    wanted = command(world, tmp_path / "c", recipe, "instruct", start=checkpoints["none"], options={"k": 3})
+    with pytest.raises(InputError, match="k 3: belongs to stage align"):
+        run_command(wanted)

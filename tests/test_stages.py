@@ -1,0 +1,207 @@
+"""The second stage, steps divided into passes, bf16, a killed run, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.data import read_rows  # noqa: E402
+from tinyalign_edge.errors import InputError, TinyAlignError  # noqa: E402
+from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
+from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
+from tinyalign_edge.train.options import TrainOptions  # noqa: E402
+from tinyalign_edge.train.run import train  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def metrics(checkpoint: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def instruct(world: Path, start: Path, out: Path, **options: Any) -> Path:
+    chosen = {"steps": 6, "batch_size": 8, "eval_every": 2, "device": "cpu", "lm_learning_rate": 1e-3, **options}
+    train(
+        data=world / "train.json", images=world, start=start, out=out,
+        options=TrainOptions(stage="instruct", **chosen),
+    )  # fmt: skip
+    return out
+
+
+def losses(checkpoint: Path, world: Path) -> Any:
+    side = TorchAnswerer(load_checkpoint(checkpoint))
+    return np.concatenate(side.losses(side.prepare(read_rows(world / "test.json", world)[:8]).examples))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_second_stage_trains_the_language_model_and_its_export_is_proved(
+    rank: int, world: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    from tinyalign_edge.export.run import export
+
+    if rank:
+        pytest.importorskip("peft")
+    first = checkpoints["tokens"]
+    tuned = instruct(world, first, tmp_path / "tuned", lora_rank=rank)
+    points = metrics(tuned)
+    assert points[-1]["held_out_loss"] < points[0]["held_out_loss"]
+    assert points[0]["held_out_loss"] == pytest.approx(metrics(first)[-1]["held_out_loss"], abs=1e-3)
+    before, after = load_checkpoint(first), load_checkpoint(tuned)
+    assert after.config.language.sha256 != before.config.language.sha256
+    assert after.config.vision == before.config.vision
+    assert after.config.memory.fingerprint == before.config.memory.fingerprint
+    assert after.language.model.state_dict().keys() == before.language.model.state_dict().keys()  # nothing of peft
+    manifest = export(tuned, tmp_path / "bundle")
+    assert manifest.gate is not None
+    assert manifest.gate.passed
+    again = instruct(world, tuned, tmp_path / "again", steps=1)  # and on from there
+    assert load_checkpoint(again).config.training.started_from == str(tuned)
+
+
+def test_a_tuned_language_model_that_changed_is_refused(
+    world: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned = instruct(world, checkpoints["none"], tmp_path / "tuned", steps=1)
+    other = instruct(world, checkpoints["none"], tmp_path / "other", steps=2)
+    (other / "language" / "model.safetensors").replace(tuned / "language" / "model.safetensors")
+    with pytest.raises(TinyAlignError, match="its weights changed since training"):
+        load_checkpoint(tuned)
+
+
+def test_each_stage_says_what_it_begins_with(world: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "c"}
+    with pytest.raises(InputError, match="--from"):
+        train(options=TrainOptions(stage="instruct"), **given)
+    with pytest.raises(InputError, match="leave them out"):
+        train(options=TrainOptions(stage="instruct"), vision="v", lm="l", start=checkpoints["none"], **given)
+    with pytest.raises(InputError, match="--vision and --lm"):
+        train(options=TrainOptions(), **given)
+    with pytest.raises(InputError, match="--lora 4"):
+        train(options=TrainOptions(lora_rank=4), **given)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_step_in_several_passes_is_the_same_step(world: Path, towers: Path, tmp_path: Path) -> None:
+    """Answers differ in length, so passes weigh by their tokens."""
+    whole = load_file(train_tiny(world, towers, tmp_path / "whole") / "model.safetensors")
+    parts = load_file(train_tiny(world, towers, tmp_path / "parts", micro_batch=2) / "model.safetensors")
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=2e-3, atol=2e-5)
+    with pytest.raises(InputError, match="--batch-size 8: must be a multiple"):
+        train_tiny(world, towers, tmp_path / "odd", micro_batch=3)
+
+
+def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> None:
+    first = train_tiny(world, towers, tmp_path / "c", memory="latents", bf16=True)
+    exact = train_tiny(world, towers, tmp_path / "d", memory="latents")
+    assert metrics(first)[-1]["held_out_loss"] == pytest.approx(metrics(exact)[-1]["held_out_loss"], rel=0.02)
+    assert metrics(first) != metrics(exact)
+    tuned = instruct(world, first, tmp_path / "tuned", bf16=True)
+    assert metrics(tuned)[-1]["held_out_loss"] < metrics(tuned)[0]["held_out_loss"]
+    assert np.isfinite(losses(tuned, world)).all()
+
+
+def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
+        "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--steps", "60", "--batch-size", "8",
+        "--visual-tokens", "4", "--eval-every", "5", "--device", "cpu",
+    ]  # fmt: skip
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([*command, "--out", str(cut)], **quiet)
+    saved = cut / "state" / "checkpoint-20" / "whole"
+    while process.poll() is None and not saved.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    newest = max((cut / "state").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    half = cut / "state" / "checkpoint-399"  # as if the kill had come while this was being written
+    half.mkdir()
+    (half / "trained.safetensors").write_bytes((newest / "trained.safetensors").read_bytes()[:100])
+    options = {"steps": 60, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
+    for out, resume in ((cut, True), (tmp_path / "whole", False)):
+        train(
+            data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"), out=out,
+            options=TrainOptions(**options), resume=resume,  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert metrics(cut) == metrics(tmp_path / "whole")
+    expected, found = load_file(tmp_path / "whole" / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path) -> None:
+    one = train_tiny(world, towers, tmp_path / "one", memory="latents")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    port = 20000 + os.getpid() % 20000
+    subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+            "--module", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
+            "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--out", str(tmp_path / "two"),
+            "--steps", "4", "--batch-size", "8", "--visual-tokens", "4", "--eval-every", "2", "--device", "cpu",
+            "--memory", "latents",
+        ],
+        check=True, capture_output=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4]
+    for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
+    np.testing.assert_allclose(losses(tmp_path / "two", world), losses(one, world), rtol=0.02, atol=0.02)
+    assert not (tmp_path / "two" / "state").exists()
+
+
+def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from tinyalign_edge.train.model import AlignModel
+
+    answer_losses = AlignModel.answer_losses
+
+    def hungry(self: Any, **batch: Any) -> Any:
+        if self.training and len(batch["labels"]) > 4:
+            torch.empty(1 << 50)
+        return answer_losses(self, **batch)
+
+    monkeypatch.setattr(AlignModel, "answer_losses", hungry)
+    with pytest.raises(TinyAlignError, match="out of memory with 8 rows at once; --resume --micro-batch 4"):
+        train_tiny(world, towers, tmp_path / "c")
+    train(
+        data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"),
+        out=tmp_path / "c", resume=True,
+        options=TrainOptions(steps=4, batch_size=8, visual_tokens=4, eval_every=2, device="cpu", micro_batch=4),
+    )  # fmt: skip
+    assert len(metrics(tmp_path / "c")) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train.batches import Collate
+
+    pack, calls = Collate.__call__, []
+
+    def poisoned(self: Any, examples: Any) -> Any:
+        calls.append(len(examples))
+        if calls.count(8) > 3:
+            examples = [replace(e, features=np.full_like(e.features, np.nan)) for e in examples]
+        return pack(self, examples)
+
+    monkeypatch.setattr(Collate, "__call__", poisoned)
+    with pytest.raises(TinyAlignError, match=r"the loss is nan at step [34]; the last good state is kept"):
+        train_tiny(world, towers, tmp_path / "c", steps=8)
+    assert list((tmp_path / "c" / "state").glob("checkpoint-2/whole"))

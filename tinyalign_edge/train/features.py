@@ -1,0 +1,158 @@
+"""What the frozen encoder sees in every picture: pooled features for training, region features for the keys.
+
+They are kept in memory, or in a cache on disk (`feature_cache`) from which they are mapped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.progress import progress
+from tinyalign_edge.train.encode import BATCH
+from tinyalign_edge.train.feature_cache import FeatureCache, content_digest
+
+Floats = npt.NDArray[np.floating[Any]]
+Records = npt.NDArray[np.void]  # of `record_type`
+
+SHARE_OF_MEMORY = 0.6  # that features may take
+
+
+def record_type(pooled: tuple[int, int], regions: int) -> np.dtype[np.void]:
+    """One picture's features: `pooled` (N, C) float16 (the connector's LayerNorm makes the rounding harmless),
+    `regions` (key_grid**2 * C,) float32, and the SHA-256 of the picture's file where they come from a cache."""
+    return np.dtype([("digest", "u1", 32), ("regions", "<f4", regions), ("pooled", "<f2", pooled)])
+
+
+@dataclass(frozen=True)
+class Features:
+    """Records of pictures, in blocks.
+
+    Attributes:
+        blocks: in memory, or mapped from files.
+        places: of every picture, its block and its record in it: (P, 2); (-1, -1) for a picture that is not there.
+    """
+
+    blocks: Sequence[Records]
+    places: npt.NDArray[np.int64]
+    record: np.dtype[np.void]
+
+    def __contains__(self, picture: int) -> bool:
+        return bool(self.places[picture, 0] >= 0)
+
+    def pooled(self, pictures: Sequence[int]) -> Floats:
+        """(P, N, C) float16 of the pictures with these numbers; (0, N, C) of none."""
+        return self._take("pooled", pictures)
+
+    def regions(self, pictures: Sequence[int]) -> npt.NDArray[np.float32]:
+        """(P, key_grid**2 * C) of the pictures with these numbers."""
+        return self._take("regions", pictures)
+
+    def _take(self, name: str, pictures: Sequence[int]) -> npt.NDArray[Any]:
+        kind = self.record[name]
+        out = np.empty((len(pictures), *kind.shape), kind.base)
+        for i, picture in enumerate(pictures):
+            block, record = self.places[picture]
+            out[i] = self.blocks[block][name][record]
+        return out
+
+
+Encoder = Callable[[Sequence[int]], tuple[Floats, npt.NDArray[np.float32]]]
+
+
+def find_features(
+    paths: Sequence[Path],
+    wanted: Sequence[int],
+    record: np.dtype[np.void],
+    encode: Encoder,
+    *,
+    cache: FeatureCache | None,
+    skip_bad: bool = False,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> Features:
+    """The features of the pictures with the numbers `wanted`; those that the cache lacks are encoded.
+
+    Args:
+        paths: of all pictures, by number.
+        encode: up to `BATCH` pictures, by number, to their pooled and region features.
+        skip_bad: leave out pictures that cannot be read, instead of raising.
+        share: number of this process and how many there are: each encodes a part, and they meet in the cache.
+        wait: until all processes have come so far.
+
+    Raises:
+        InputError: a picture cannot be read, or the features do not fit into memory or on the disk.
+    """
+    places = np.full((len(paths), 2), -1, np.int64)
+    if cache is None:
+        _check_memory(len(wanted) * record.itemsize, len(wanted))
+        block = np.zeros(len(wanted), record)
+        good = _encode(block, wanted, encode, skip_bad)
+        places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
+        return Features([block], places, record)
+    digests = _digests(paths, wanted)
+    known = cache.known(record)
+    first = {digest: i for i, digest in reversed(digests.items())}  # pictures with the same content share a record
+    missing = [i for digest, i in first.items() if digest not in known.places]
+    cache.check_room(len(missing) * record.itemsize, len(missing))
+    wait()
+    for part in cache.parts(missing[share[0] :: share[1]], record):
+        block = np.zeros(len(part), record)
+        block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
+        good = _encode(block, part, encode, skip_bad)
+        cache.write(block[good])
+    wait()
+    known = cache.known(record) if missing else known
+    for i, digest in digests.items():
+        places[i] = known.places.get(digest, (-1, -1))
+    return Features(known.blocks, places, record)
+
+
+def _digests(paths: Sequence[Path], wanted: Sequence[int]) -> dict[int, bytes]:
+    digests = {}
+    with progress("Reading pictures", len(wanted)) as advance:
+        for i in wanted:
+            digests[i] = content_digest(paths[i])
+            advance()
+    return digests
+
+
+def _encode(block: Records, pictures: Sequence[int], encode: Encoder, skip_bad: bool) -> npt.NDArray[np.bool_]:
+    """Fill the records of `pictures`; true for those that could be read."""
+    good = np.ones(len(pictures), np.bool_)
+    with progress("Encoding pictures", len(pictures)) as advance:
+        for start in range(0, len(pictures), BATCH):
+            part = range(start, min(start + BATCH, len(pictures)))
+            try:
+                _fill(block, part, pictures, encode)
+            except InputError:
+                if not skip_bad:
+                    raise
+                for i in part:
+                    try:
+                        _fill(block, range(i, i + 1), pictures, encode)
+                    except InputError:
+                        good[i] = False
+            advance(len(part))
+    return good
+
+
+def _fill(block: Records, part: range, pictures: Sequence[int], encode: Encoder) -> None:
+    place = slice(part.start, part.stop)
+    block["pooled"][place], block["regions"][place] = encode(pictures[place])
+
+
+def _check_memory(needed: int, pictures: int) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > SHARE_OF_MEMORY * memory:
+        raise InputError(
+            f"the features of {pictures} pictures take {needed / 1e9:.1f} GB, this machine has {memory / 1e9:.1f} GB "
+            "of memory; give --cache-features DIR or fewer --visual-tokens"
+        )

@@ -1,0 +1,206 @@
+"""What a caller of `train` may choose, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
+from tinyalign_edge.train.settings import (
+    ConnectorKind,
+    ConnectorSettings,
+    DataRef,
+    KeyKind,
+    MemorySettings,
+    Stage,
+    TrainedMemory,
+    TrainSettings,
+)
+
+Device = Literal["cpu", "cuda"]
+
+DEFAULT_EPOCHS = 3
+POOLED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a caller of `train` may choose; the rest follows from data and towers.
+
+    Attributes:
+        stage: "instruct": the language model trains too, beginning at an aligned checkpoint.
+        memory: what the entries carry; "paper": as TinyAlign's released code has it, key included.
+        key: None: "fused" with the memory "paper", else "picture".
+        key_dim: of a picture's key; None: 128. A fused key has the language model's width.
+        value_tokens: the most token ids kept of an entry.
+        latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
+    """
+
+    stage: Stage = "align"
+    memory: TrainedMemory = "tokens"
+    key: KeyKind | None = None
+    key_dim: int | None = None
+    value_tokens: int = 24
+    latents: int | None = None
+    latent_dim: int | None = None
+    fraction: float = 1.0
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 32  # rows a step, of all processes together
+    micro_batch: int | None = None  # rows that a process computes at once; None: its share of a step
+    learning_rate: float = 1e-3
+    lm_learning_rate: float = 2e-5  # of the language model, in stage "instruct"
+    lora_rank: int = 0  # 0: all of the language model's weights are trained
+    lora_alpha: int | None = None  # None: twice the rank
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.01
+    bf16: bool = False
+    connector: ConnectorKind = "pooled"
+    visual_tokens: int | None = None  # None: as `connector_settings` says
+    k: int = 4
+    key_grid: int = 1
+    image_size: int | None = None  # pixels a side; None: what the encoder's image processor says
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    eval_every: int = 50
+    skip_bad: bool = False  # count and leave out bad rows instead of stopping at the first
+    cache_features: Path | None = None  # where features are kept between runs; None: in memory
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse values that no run can have.
+
+    Raises:
+        InputError: names the option and its value.
+    """
+    if not 0 < options.fraction <= 1:
+        raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
+    sizes = ("epochs", "steps", "batch_size", "micro_batch", "visual_tokens", "k", "key_grid", "key_dim",
+             "value_tokens", "latents", "latent_dim", "image_size")  # fmt: skip
+    for name in sizes:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            option = "neighbours" if name == "k" else name.replace("_", "-")
+            raise InputError(f"--{option} {value}: must be at least 1")
+    if options.latent_dim and options.latent_dim % HEADS:
+        raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
+    if options.key == "fused" and options.memory == "none":
+        raise InputError("--key fused: there is no key with --memory none; leave it out")
+    for rate in ("learning_rate", "lm_learning_rate"):
+        if not 0 < getattr(options, rate) < 10:
+            raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
+    for share in ("warmup", "weight_decay"):
+        if not 0 <= getattr(options, share) < 1:
+            raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
+    if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
+        raise InputError(f"--lora {options.lora_rank}: the rank of the adapters of --stage instruct, at least 1")
+    if not 0 <= options.seed < 1 << 32:
+        raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
+    if options.epochs and options.steps:
+        raise InputError("--epochs and --steps: give one of them")
+
+
+def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> MemorySettings:
+    """How the memory is made and read, before its floor is known.
+
+    Raises:
+        InputError: a size that the key cannot have.
+    """
+    paper = options.memory == "paper"
+    settings = MemorySettings(
+        kind=options.memory,
+        key=options.key or ("fused" if paper else "picture"),
+        k=options.k,
+        key_grid=options.key_grid,
+        value_tokens=options.value_tokens,
+    )
+    if settings.key == "fused" and options.key_dim:
+        raise InputError(
+            f"--key-dim {options.key_dim}: a fused key has the width {connector.width}, as the LM; leave it out"
+        )
+    widest = connector.feature_dim * options.key_grid**2
+    return replace(
+        settings,
+        key_dim=connector.width if settings.key == "fused" else min(options.key_dim or settings.key_dim, widest),
+        latents=options.latents or (LATENTS if paper else settings.latents),
+        latent_dim=options.latent_dim or (LATENT_DIM if paper else settings.latent_dim),
+    )
+
+
+def find_device(wanted: str) -> Device:
+    """The device that "auto" stands for, or the one wanted if it is there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def connector_settings(options: TrainOptions, grid: tuple[int, int, int], width: int) -> ConnectorSettings:
+    """How an encoder's grid (H, W, C) becomes visual tokens.
+
+    Without `visual_tokens` "pooled" gives `POOLED_TOKENS`, or all patches where there are fewer, "mlp" one a patch and
+    "pixel_shuffle" the smallest blocks that divide the grid.
+
+    Raises:
+        InputError: a number of tokens that the connector cannot give; the message lists those it can.
+    """
+    height, wide, channels = grid
+    wanted, patches = options.visual_tokens, height * wide
+    if options.connector == "pooled":
+        tokens = min(wanted or POOLED_TOKENS, patches)
+        return ConnectorSettings(height, wide, channels, tokens, width)
+    sides = [1] if options.connector == "mlp" else [s for s in range(2, height + 1) if not height % s and not wide % s]
+    possible = [patches // side**2 for side in sides]
+    if not possible or (wanted and wanted not in possible):
+        given = f"--visual-tokens {wanted}" if wanted else f"--connector {options.connector}"
+        can = ", ".join(map(str, possible)) or "no number of tokens; use another --connector"
+        raise InputError(f"{given}: from {height} x {wide} patches --connector {options.connector} gives {can}")
+    return ConnectorSettings(height, wide, channels, wanted or possible[0], width, options.connector)
+
+
+def rows_at_once(options: TrainOptions, processes: int) -> int:
+    """The rows that each process computes at once.
+
+    Raises:
+        InputError: the rows of a step cannot be divided among processes and passes.
+    """
+    share = options.batch_size // processes
+    at_once = options.micro_batch or share
+    if options.batch_size % processes or not share or share % at_once:
+        raise InputError(
+            f"--batch-size {options.batch_size}: must be a multiple of {processes} process(es) times --micro-batch "
+            f"{at_once}"
+        )
+    return at_once
+
+
+def train_settings(
+    options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Device, *, processes: int,
+    start: Path | None,
+) -> TrainSettings:  # fmt: skip
+    """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
+    an_epoch = -(-rows // options.batch_size)
+    tuned = options.stage == "instruct"
+    return TrainSettings(
+        data=data,
+        images=str(images),
+        steps=options.steps or an_epoch * (options.epochs or DEFAULT_EPOCHS),
+        batch_size=options.batch_size,
+        micro_batch=rows_at_once(options, processes),
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        stage=options.stage,
+        started_from=str(start.resolve()) if start else "",
+        lm_learning_rate=options.lm_learning_rate if tuned else 0.0,
+        lora_rank=options.lora_rank,
+        lora_alpha=(options.lora_alpha or 2 * options.lora_rank) if options.lora_rank else 0,
+        fraction=options.fraction,
+        seed=options.seed,
+        device=device,
+        eval_every=options.eval_every,
+    )

@@ -1,0 +1,232 @@
+"""Before training: what the encoder sees, the keys, who is a neighbour of whom, and the rows as the loop reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.config import to_json
+from tinyalign_edge.data import Row
+from tinyalign_edge.memory import Neighbours
+from tinyalign_edge.progress import progress
+from tinyalign_edge.prompt import Prompt
+from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
+from tinyalign_edge.train.corpus import Corpus, drop_bad
+from tinyalign_edge.train.encode import PictureEncoder
+from tinyalign_edge.train.feature_cache import FeatureCache
+from tinyalign_edge.train.features import Features, find_features, record_type
+from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
+from tinyalign_edge.train.keys import picture_keys as keys_of_regions
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.neighbours import retrieve
+from tinyalign_edge.train.processes import Processes
+from tinyalign_edge.train.settings import MemorySettings
+from tinyalign_edge.train.start import Start
+from tinyalign_edge.train.towers import LanguageTower, VisionTower
+
+FITTED = 2**16  # pictures that the key's projection is taken from, where there are more
+KEYS_AT_ONCE = 2**12
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The rows whose pictures could be read, and the features of these."""
+
+    training: Corpus
+    held_out: Corpus
+    features: Features
+
+
+def see(
+    training: Corpus,
+    held_out: Corpus,
+    start: Start,
+    *,
+    device: str,
+    cache: Path | None,
+    skip_bad: bool,
+    processes: Processes,
+) -> Seen:
+    """Encode every picture once, or find its features in the cache.
+
+    Raises:
+        InputError: a picture cannot be read (unless bad rows may be skipped), or features do not fit.
+    """
+    vision, connector, memory = start.vision, start.connector, start.memory
+    paths = [training.path(i) for i in range(len(training.names))]
+    wanted = list(dict.fromkeys([*training.used(), *held_out.used()]))
+    channels = connector.feature_dim * memory.key_grid**2
+    record = record_type((connector.visual_tokens, connector.input_dim), channels)
+    places = {path: i for i, path in enumerate(paths)}
+
+    def where(path: Path) -> str:
+        corpus = training if places[path] in set(training.used()) else held_out
+        return corpus.where(places[path])
+
+    encode = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
+    about = {
+        "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
+        "key_grid": memory.key_grid, "record": str(record),
+    }  # fmt: skip
+    features = find_features(
+        paths,
+        wanted,
+        record,
+        lambda pictures: encode([paths[i] for i in pictures]),
+        cache=None if cache is None else FeatureCache(cache, about),
+        skip_bad=skip_bad,
+        share=(processes.rank, processes.count),
+        wait=processes.wait,
+    )
+    parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
+    return Seen(parts[0], parts[1], features)
+
+
+def without_long(corpus: Corpus, prompt: Prompt, max_tokens: int, *, skip_bad: bool) -> Corpus:
+    """The rows that fit into the context with all that stands before them.
+
+    Raises:
+        InputError: one does not, and bad rows may not be skipped.
+    """
+    long = {}
+    for i, row in enumerate(corpus):
+        left = max_tokens
+        if (tokens := longest_tokens(row, prompt, left)) > left:
+            long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}; shorten the row"
+    return drop_bad(corpus, long, skip_bad=skip_bad)
+
+
+def region_sample(seen: Seen) -> npt.NDArray[np.float32]:
+    """Region features that the key's projection is taken from."""
+    pictures = [pictures[0] for pictures in seen.training.pictures if pictures]
+    if len(pictures) > FITTED:
+        drawn = np.random.default_rng(0).permutation(len(pictures))[:FITTED]
+        pictures = [pictures[i] for i in sorted(drawn)]
+    return seen.features.regions(pictures)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The entries of the bank to be: rows with a picture, their numbers among the training rows, and their keys."""
+
+    rows: Corpus
+    numbers: npt.NDArray[np.int64]  # (E,)
+    keys: npt.NDArray[np.float32]  # (E, key_dim)
+
+    def values(self, seen: Seen, prompt: Prompt, memory: MemorySettings) -> Values | None:
+        """What the entries carry."""
+        if memory.kind == "none":
+            return None
+        ids = []
+        with progress("Reading texts", len(self.rows)) as advance:
+            for row in self.rows:
+                ids.append(prompt.memory_ids(row.memory_turns, memory.value_tokens))
+                advance()
+        first = [pictures[0] for pictures in self.rows.pictures]
+        return Values(ids, lambda entries: seen.features.pooled([first[i] for i in entries]))
+
+
+def make_bank(seen: Seen, model: AlignModel, prompt: Prompt) -> Bank:
+    """The training rows that have a picture; the first is what an entry is found by."""
+    numbers = np.array([i for i, pictures in enumerate(seen.training.pictures) if pictures], np.int64)
+    rows = seen.training.select(numbers)
+    limit = model.memory_settings.value_tokens
+    keys = make_keys(seen, model, rows, lambda row: prompt.memory_ids(row.memory_turns, limit))
+    return Bank(rows, numbers, keys)
+
+
+def make_keys(seen: Seen, model: AlignModel, rows: Corpus, text: Callable[[Row], tuple[int, ...]]) -> Float:
+    """Keys (R, key_dim) of the first pictures of rows that have one; with a fused key, of the text of each, too."""
+    if model.fused_key is None:
+        return picture_keys(seen, model, rows)
+    keys = np.empty((len(rows), model.memory_settings.key_dim), np.float32)
+    for start in range(0, len(rows), KEYS_AT_ONCE):
+        pooled = seen.features.pooled([pictures[0] for pictures in rows.pictures[start : start + KEYS_AT_ONCE]])
+        texts = [text(rows[start + i]) for i in range(len(pooled))]
+        keys[start : start + len(pooled)] = fused_keys(model, pooled, texts)
+    return keys
+
+
+def picture_keys(seen: Seen, model: AlignModel, rows: Corpus) -> Float:
+    """Keys (R, P) of the first pictures of rows that have one."""
+    keys = np.empty((len(rows), model.key.axes.shape[0]), np.float32)
+    for start in range(0, len(rows), KEYS_AT_ONCE):
+        pictures = [pictures[0] for pictures in rows.pictures[start : start + KEYS_AT_ONCE]]
+        keys[start : start + len(pictures)] = keys_of_regions(model, seen.features.regions(pictures))
+    return keys
+
+
+def examples(
+    seen: Seen, bank: Bank, model: AlignModel, prompt: Prompt, memory: MemorySettings, seed: int
+) -> tuple[Rows, list[Example], float]:
+    """Training rows, held-out examples and the similarity floor of the memory.
+
+    A fused key is searched for with a question, so every question is then an example of its own.
+    """
+    asked, held_out_asked, numbers = seen.training, seen.held_out, bank.numbers
+    own = np.arange(len(bank.keys))
+    queries, pictures = bank.keys, None
+    if memory.key == "fused":
+        held_out_asked, _ = seen.held_out.questions()
+        asked, of = seen.training.questions()
+        numbers = np.flatnonzero(np.isin(of, bank.numbers))
+        own = np.searchsorted(bank.numbers, of[numbers])
+        queries = make_keys(
+            seen, model, asked.select(numbers), lambda row: query_text(row, prompt, memory.value_tokens)
+        )
+        pictures = picture_keys(seen, model, bank.rows)
+    held_out_keys = make_keys(seen, model, held_out_asked, lambda row: query_text(row, prompt, memory.value_tokens))
+    found = retrieve(bank.rows, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
+    near = _spread(found.training, numbers, len(asked))
+    training = Rows(
+        asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
+        dropout=memory.dropout, seed=seed, epochs=lambda number: asked.epoch(number, seed),
+    )  # fmt: skip
+    held_out = Rows(
+        held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity
+    )
+    return training, [held_out[i] for i in range(len(held_out))], found.floor
+
+
+def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel) -> str:
+    """What the keys depend on: the encoder's weights, the preprocessing, the projection; of fused ones the texts'
+    embeddings, too."""
+    digest = hashlib.sha256(bytes.fromhex(vision.ref.sha256))
+    digest.update(json.dumps(to_json(vision.image), sort_keys=True).encode())
+    digest.update(model.key.mean.numpy().tobytes() + model.key.axes.numpy().tobytes())
+    if model.fused_key is not None:
+        digest.update(bytes.fromhex(language.ref.sha256))
+        digest.update(b"".join(weight.numpy().tobytes() for weight in model.fused_key.state_dict().values()))
+    return digest.hexdigest()
+
+
+def _without_lost(corpus: Corpus, features: Features) -> Corpus:
+    lost = {
+        i: f"{corpus[i].where}: image {corpus.path(picture)} cannot be read"
+        for i, pictures in enumerate(corpus.pictures)
+        for picture in pictures
+        if picture not in features
+    }
+    return drop_bad(corpus, lost, skip_bad=True)
+
+
+def _features_of(seen: Seen, corpus: Corpus) -> Callable[[int], npt.NDArray[np.floating]]:
+    def features(row: int) -> npt.NDArray[np.floating]:
+        pooled = seen.features.pooled(corpus.pictures[row])  # (pictures, N, C)
+        return pooled.reshape(-1, pooled.shape[-1])
+
+    return features
+
+
+def _spread(near: Neighbours, numbers: Sequence[int] | npt.NDArray[np.int64], count: int) -> Neighbours:
+    """Neighbours of the rows `numbers` among `count` rows; the others have none."""
+    rows = np.full((count, near.rows.shape[1]), -1, np.int64)
+    similarity = np.full(rows.shape, -1.0, np.float32)
+    rows[numbers], similarity[numbers] = near.rows, near.similarity
+    return Neighbours(rows, similarity)

@@ -1,0 +1,38 @@
+"""This process among those of `accelerate launch`; alone where there was none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+class Processes:
+    """`rank` of `count` processes."""
+
+    def __init__(self, device: str) -> None:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._state = PartialState(cpu=device == "cpu") if several else None
+        self.rank: int = self._state.process_index if self._state else 0
+        self.count: int = self._state.num_processes if self._state else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come so far."""
+        if self._state:
+            self._state.wait_for_everyone()
+
+    def of_first(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        return broadcast_object_list([value])[0] if self._state else value
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, before any `Processes` is made."""
+    return int(os.environ.get("RANK", "0")) == 0

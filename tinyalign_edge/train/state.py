@@ -1,0 +1,81 @@
+"""The folder `state/` of a run that is not finished: its settings and keys, so that it can go on as it was begun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinyalign_edge.config import read_json, to_json, write_json
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.train.checkpoint import is_checkpoint
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.settings import CheckpointConfig
+
+STATE = "state"
+RUN = "run.json"
+KEY = "key.safetensors"
+FREE = ("training.micro_batch", "training.device")  # settings that may change when a run is resumed
+
+
+class RunState:
+    """The state of the run that writes its checkpoint to `out`.
+
+    Raises:
+        InputError: `out` holds something else, or an interrupted run that is not to be resumed.
+    """
+
+    def __init__(self, out: Path, *, resume: bool) -> None:
+        self.out, self.folder, self.resume = out, out / STATE, resume
+        run = self.folder / RUN
+        if is_checkpoint(out):
+            raise InputError(f"{out}: holds a finished checkpoint; choose another --out")
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.is_file())):
+            raise InputError(f"{out}: exists and is not an interrupted run; choose another --out")
+        if run.is_file() and not resume:
+            raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
+
+    def fit_key(self, model: AlignModel, regions: Callable[[], npt.NDArray[np.float32]]) -> None:
+        """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
+        count's arithmetic differs in the last digits, and the keys must not."""
+        kept = self.folder / KEY
+        state = load_file(kept) if self.resume and kept.is_file() else {}
+        if {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in model.key_state().items()}:
+            model.load_own_state({**model.own_state(), **state})
+        else:  # a new run, or one with other settings, which `begin` refuses
+            model.key.fit(torch.from_numpy(regions()))
+
+    def begin(self, config: CheckpointConfig, model: AlignModel) -> None:
+        """Record the settings and keys of the run, or compare the settings with the interrupted run's.
+
+        Raises:
+            InputError: they differ; the message names those that do.
+        """
+        run = self.folder / RUN
+        if self.resume and run.is_file():
+            before, now = read_json(run), to_json(config)
+            changed = sorted(
+                f"{part}.{key}"
+                for part in now
+                for key in (now[part] if isinstance(now[part], dict) else {})
+                if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
+                and f"{part}.{key}" not in FREE
+            )
+            if changed:
+                raise InputError(
+                    f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
+                )
+            return
+        run.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.key_state(), self.folder / KEY)
+        write_json(run, config)
+
+    def clear(self) -> None:
+        """Remove the state of a run that is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""What is seen of a run while it goes: the bar, `metrics.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tinyalign_edge.train.batches import Collate, Example
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.settings import TrainSettings
+
+EVAL_BATCH = 64
+BOARD = "tensorboard"
+
+
+class Watcher(TrainerCallback):
+    """Evaluates on the held-out examples, writes `metrics.jsonl`, moves the bar; in the first process only.
+
+    TensorBoard's files are written beside `metrics`, where that package is installed.
+    """
+
+    def __init__(
+        self, collate: Collate, held_out: Sequence[Example], settings: TrainSettings, metrics: Path, advance: Any
+    ) -> None:
+        self.collate, self.held_out, self.settings = collate, held_out, settings
+        self.metrics, self.advance = metrics, advance
+        self.loss, self.note = float("nan"), ""
+        self.seen_tokens: Callable[[], int] = lambda: 0
+        self.since = time.monotonic()
+        self.board: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Count the steps a resumed run has behind it; forget later lines of the interrupted one."""
+        if not state.is_world_process_zero:
+            return
+        self.advance(state.global_step)
+        kept = _points(self.metrics, state.global_step) if state.global_step else []
+        self.metrics.write_text("".join(line + "\n" for line in kept), "utf-8")
+        self.board = _board(self.metrics.parent / BOARD, state.global_step)
+        self.since = time.monotonic()
+        if state.global_step == 0:
+            self._evaluate(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        self.advance(1, f"loss {self.loss:.3f}{self.note}")
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
+        """Note the training loss and the speed; evaluate when it is time."""
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        self.loss = float(logs["loss"])
+        now = time.monotonic()
+        speed = self.seen_tokens() / max(now - self.since, 1e-9)
+        self.note = f", {speed:,.0f} tokens/s"
+        self._show(state.global_step, train_loss=self.loss, tokens_per_second=speed, **_figures(logs))
+        if state.global_step % self.settings.eval_every == 0:
+            self._evaluate(state.global_step, model)
+        self.since = time.monotonic()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Evaluate at the last step, whatever the interval."""
+        if state.is_world_process_zero and state.global_step % self.settings.eval_every:
+            self._evaluate(state.global_step, model)
+        if self.board:
+            self.board.close()
+
+    def _evaluate(self, step: int, model: Any) -> None:
+        loss = None
+        if self.held_out:
+            loss = round(held_out_loss(model, self.collate, self.held_out, bf16=self.settings.bf16), 6)
+            self._show(step, held_out_loss=loss)
+        point = {
+            "step": step,
+            "held_out_loss": loss,
+            "train_loss": round(self.loss, 6) if math.isfinite(self.loss) else None,
+        }
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+    def _show(self, step: int, **figures: float) -> None:
+        if self.board:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
+
+
+def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example], *, bf16: bool = False) -> float:
+    """Mean negative log-likelihood an answer token, in nats, over all examples."""
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    losses = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for start in range(0, len(examples), EVAL_BATCH):
+            batch = to_device(collate(examples[start : start + EVAL_BATCH]), device)
+            losses.append(model.answer_losses(**batch))
+    model.train(training)
+    return float(torch.cat(losses).mean())
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a nested batch."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _figures(logs: dict[str, Any]) -> dict[str, float]:
+    return {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
+
+
+def _points(metrics: Path, last: int) -> list[str]:
+    """The lines up to a step; a line that a kill cut short is left out."""
+    kept = []
+    for line in metrics.read_text("utf-8").splitlines() if metrics.exists() else ():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's files, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step)
