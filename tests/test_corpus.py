@@ -232,5 +232,5 @@ def test_pictures_of_every_make_are_trained_on_and_bombs_are_not(world: Path, to
     assert checkpoint.bank is not None
     assert len(checkpoint.bank) == len(rows) - 8  # the held-out ones
     bomb = write(tmp_path / "b.json", [*rows, {**rows[0], "id": "bomb", "image": "bomb.png"}])
-    with pytest.raises(InputError, match=r"id bomb.*more than the 50000000 allowed"):
+    with pytest.raises(InputError, match=r"\(id bomb\): .*bomb\.png: .* pixels.* allowed"):
         train_tiny(folder, towers, tmp_path / "d", data=bomb)
