@@ -56,6 +56,7 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
+    {{ bin }}/python -m tinyalign_edge.bench.train_step
 
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:

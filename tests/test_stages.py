@@ -119,13 +119,13 @@ def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> N
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
-        "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--steps", "60", "--batch-size", "8",
+        "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--steps", "30", "--batch-size", "8",
         "--visual-tokens", "4", "--eval-every", "5", "--device", "cpu",
     ]  # fmt: skip
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cut = tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], **quiet)
-    saved = cut / "state" / "checkpoint-20" / "whole"
+    saved = cut / "state" / "checkpoint-10" / "whole"
     while process.poll() is None and not saved.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -134,7 +134,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers:
     half = cut / "state" / "checkpoint-399"  # as if the kill had come while this was being written
     half.mkdir()
     (half / "trained.safetensors").write_bytes((newest / "trained.safetensors").read_bytes()[:100])
-    options = {"steps": 60, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
+    options = {"steps": 30, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
     for out, resume in ((cut, True), (tmp_path / "whole", False)):
         train(
             data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"), out=out,
