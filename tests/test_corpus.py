@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,10 @@ def test_a_bad_row_stops_the_run_or_is_counted(world: Path, tmp_path: Path, caps
         open_corpus([Source(str(write(tmp_path / "b.json", [7, 8])))], world, skip_bad=True)
 
 
+@pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
 def test_a_hub_id_needs_the_package_that_reads_it(world: Path) -> None:
-    if not pytest.importorskip("importlib").util.find_spec("datasets"):
-        with pytest.raises(MissingExtraError, match="pip install datasets"):
-            open_corpus([Source("org/name")], world)
+    with pytest.raises(MissingExtraError, match="pip install datasets"):
+        open_corpus([Source("org/name")], world)
 
 
 def test_held_out_pictures_are_in_no_training_row(world: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
-from tinyalign_edge.errors import InputError, TinyAlignError  # noqa: E402
+from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
@@ -71,6 +72,13 @@ def test_the_second_stage_trains_the_language_model_and_its_export_is_proved(
     assert manifest.gate.passed
     again = instruct(world, tuned, tmp_path / "again", steps=1)  # and on from there
     assert load_checkpoint(again).config.training.started_from == str(tuned)
+
+
+@pytest.mark.skipif(find_spec("peft") is not None, reason="peft is installed")
+def test_adapters_need_the_package_that_makes_them(world: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match=r"tinyalign-edge\[lora\]"):
+        instruct(world, checkpoints["none"], tmp_path / "c", lora_rank=4)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_tuned_language_model_that_changed_is_refused(
