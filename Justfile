@@ -59,6 +59,7 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
     {{ bin }}/python -m tinyalign_edge.bench.budget
+    {{ bin }}/python -m tinyalign_edge.bench.train_step
 
 # What the memory finds, and how fast, beside FAISS, on an idle machine (writes bench/results/recall.json)
 recall *ARGS:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.jsonrows import MAX_ROW_BYTES, RowFile
 
 ASKED = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
 
@@ -78,3 +79,39 @@ def test_missing_files_and_empty_files_are_named(images: Path) -> None:
         read_rows(images / "none.json", images / "none")
     with pytest.raises(InputError, match="holds no rows"):
         read_rows(write(images), images)
+
+
+def test_brackets_quotes_and_escapes_in_texts_do_not_divide_rows(tmp_path: Path) -> None:
+    rows = ["[{", 'a "quoted" \\ ]', {"k": ["}", {"deep": "\u00e9\n"}]}, [], 7, None, "é" * 3000]
+    for indent in (None, 2):
+        for ascii_only in (True, False):
+            path = tmp_path / "rows.json"
+            path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), "utf-8")
+            file = RowFile(path)
+            assert [file[i] for i in range(len(file))] == rows
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(b"\r\n".join(json.dumps(row).encode() for row in rows) + b"\r\n\r\n")
+    file = RowFile(lines)
+    assert [file[i] for i in range(len(file))] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}', r"rows\.json:1:10: not valid JSON \(The list is not closed"),
+        ('[{"a": 1}]\n\n x', r"rows\.json:3:2: not valid JSON \(Extra data"),
+        ('[\n"abc]', r"rows\.json:2:1: not valid JSON \(Unterminated string"),
+        ("[1,]", r"rows\.json:1:4: not valid JSON"),
+        ('[1, {"a" 2}]', r"rows\.json:1:10: not valid JSON"),
+        ('{"a": 1}', "found an object; JSON lines must end in .jsonl"),
+        ("rows", r"rows\.json:1:1: not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, r"rows\.json row 1: cannot be read as JSON"),
+        ('["' + "a" * MAX_ROW_BYTES + '"]', r"rows\.json row 1: 1048578 bytes, a row may have 1048576"),
+    ],
+)
+def test_a_list_that_is_not_one_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(InputError, match=message):
+        file = RowFile(path)
+        [file[i] for i in range(len(file))]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
-from tinyalign_edge.errors import InputError, TinyAlignError  # noqa: E402
+from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
@@ -73,6 +74,13 @@ def test_the_second_stage_trains_the_language_model_and_its_export_is_proved(
     assert load_checkpoint(again).config.training.started_from == str(tuned)
 
 
+@pytest.mark.skipif(find_spec("peft") is not None, reason="peft is installed")
+def test_adapters_need_the_package_that_makes_them(world: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match=r"tinyalign-edge\[lora\]"):
+        instruct(world, checkpoints["none"], tmp_path / "c", lora_rank=4)
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_tuned_language_model_that_changed_is_refused(
     world: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -119,13 +127,13 @@ def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> N
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
-        "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--steps", "60", "--batch-size", "8",
+        "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--steps", "30", "--batch-size", "8",
         "--visual-tokens", "4", "--eval-every", "5", "--device", "cpu",
     ]  # fmt: skip
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cut = tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], **quiet)
-    saved = cut / "state" / "checkpoint-20" / "whole"
+    saved = cut / "state" / "checkpoint-10" / "whole"
     while process.poll() is None and not saved.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -134,7 +142,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers:
     half = cut / "state" / "checkpoint-399"  # as if the kill had come while this was being written
     half.mkdir()
     (half / "trained.safetensors").write_bytes((newest / "trained.safetensors").read_bytes()[:100])
-    options = {"steps": 60, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
+    options = {"steps": 30, "batch_size": 8, "visual_tokens": 4, "eval_every": 5, "device": "cpu"}
     for out, resume in ((cut, True), (tmp_path / "whole", False)):
         train(
             data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"), out=out,

@@ -36,7 +36,8 @@ class RunState:
         run = self.folder / RUN
         if is_checkpoint(out):
             raise InputError(f"{out}: holds a finished checkpoint; choose another --out")
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not run.is_file())):
+        others = {path.name for path in out.iterdir()} - {STATE} if out.is_dir() else set()
+        if out.exists() and (not out.is_dir() or (others and not run.is_file())):
             raise InputError(f"{out}: exists and is not an interrupted run; choose another --out")
         if run.is_file() and not resume:
             raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
@@ -74,7 +75,8 @@ class RunState:
             return
         run.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.key_state(), self.folder / KEY)
-        write_json(run, config)
+        write_json(run.with_suffix(".part"), config)
+        run.with_suffix(".part").replace(run)
 
     def clear(self) -> None:
         """Remove the state of a run that is finished."""

@@ -1,0 +1,107 @@
+"""What the memory costs a training step, on random weights of SmolLM2-135M's shape with SigLIP-B's features.
+
+    python -m tinyalign_edge.bench.train_step [--device cpu] [--rows 8] [--steps 7]
+
+Three arms take turns, step by step: no memory; memory; and, as its control, the same number of tokens as plain text in
+the place of the memory. Each step is the whole of it: packing, both passes, AdamW. Writes
+`bench/results/train_step.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tinyalign_edge.bench.record import record
+from tinyalign_edge.train.batches import Collate, Example, TokenTurn, Values
+from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
+from tinyalign_edge.train.watcher import to_device
+
+COMMAND = "python -m tinyalign_edge.bench.train_step"
+ENTRIES, VISUAL_TOKENS, VOCABULARY = 64, 49, 49_152
+QUESTION, ANSWER = 20, 12  # tokens, of two turns a row
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=7)
+    given = parser.parse_args()
+    result: dict[str, Any] = {"device": given.device, "rows": given.rows, "threads": torch.get_num_threads()}
+    for kind in ("tokens", "latents"):
+        result[kind] = measure(kind, torch.device(given.device), rows=given.rows, steps=given.steps)
+    print(record("train_step", COMMAND, result))
+
+
+def measure(kind: Any, device: torch.device, *, rows: int, steps: int) -> dict[str, Any]:
+    """Median seconds a step of each arm, and by how much memory is slower than as much text."""
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(SMOLLM2_135M).requires_grad_(False)
+    connector = ConnectorSettings(14, 14, 768, VISUAL_TOKENS, SMOLLM2_135M.hidden_size)
+    memory = MemorySettings(kind=kind)
+    model = AlignModel(language, connector, memory).to(device).train()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    collate = Collate(memory, _values(memory))
+    batches = {arm: _rows(arm, memory, rows) for arm in ("none", "memory", "text")}
+    seconds: dict[str, list[float]] = {arm: [] for arm in batches}
+    for step in range(steps + 1):
+        for arm, examples in batches.items():
+            start = time.perf_counter()
+            loss = model(**to_device(collate(examples), device))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for the device
+            if step:  # the first warms up
+                seconds[arm].append(time.perf_counter() - start)
+    median = {arm: float(np.median(times)) for arm, times in seconds.items()}
+    return {
+        "tokens_a_row": {arm: collate(examples)["input_ids"].shape[1] for arm, examples in batches.items()},
+        "seconds": {arm: round(value, 4) for arm, value in median.items()},
+        "spread": {arm: round(float(np.subtract(*np.percentile(t, [75, 25]))), 4) for arm, t in seconds.items()},
+        "memory_beyond_its_tokens": round(median["memory"] / median["text"] - 1, 4),
+    }
+
+
+def _values(memory: MemorySettings) -> Values:
+    rng = np.random.default_rng(0)
+    ids = [tuple(rng.integers(0, VOCABULARY, memory.value_tokens).tolist()) for _ in range(ENTRIES)]
+    features = rng.normal(size=(ENTRIES, VISUAL_TOKENS, 768)).astype(np.float16)
+    return Values(ids, lambda entries: features[list(entries)])
+
+
+def _rows(arm: str, memory: MemorySettings, count: int) -> list[Example]:
+    rng = np.random.default_rng(1)
+
+    def ids(size: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, VOCABULARY, size).tolist())
+
+    per_entry = memory.latents if memory.kind == "latents" else memory.value_tokens
+    before = ids(1 + (memory.k * per_entry if arm == "text" else 0))
+    near = memory.k if arm == "memory" else 0
+    return [
+        Example(
+            before,
+            (TokenTurn(ids(QUESTION), ids(ANSWER)), TokenTurn(ids(QUESTION), ids(ANSWER))),
+            rng.normal(size=(VISUAL_TOKENS, 768)).astype(np.float16),
+            tuple(rng.integers(0, ENTRIES, near).tolist()),
+            (0.9,) * near,
+        )
+        for _ in range(count)
+    ]
+
+
+if __name__ == "__main__":
+    main()
