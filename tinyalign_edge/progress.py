@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int | None, *, least: int = 0) -> Iterator[Callable[..., None]]:
     """Show one bar; the block calls `advance(steps=1, note=None, total=None)`.
 
     The note is a short figure such as a loss; `total` may be given with the first step when it is not known before.
+    Work of fewer than `least` steps is done before a bar could be read, and shows none.
     """
     from rich.console import Console
     from rich.progress import (
@@ -31,7 +32,8 @@ def progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+    shown = total is None or total >= least
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4, disable=not shown) as bars:
         task = bars.add_task(label, total=total, note="")
 
         def advance(steps: int = 1, note: str | None = None, total: int | None = None) -> None:

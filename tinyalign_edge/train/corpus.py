@@ -21,6 +21,7 @@ from tinyalign_edge.train.settings import DataRef
 
 MAX_WEIGHT = 100.0
 SHOWN_BAD = 3
+SHOWN_ROWS = 20_000  # fewer are read within a second
 
 Numbers = npt.NDArray[np.int64]
 
@@ -153,7 +154,7 @@ def open_corpus(sources: Iterable[Source], images: Path, *, skip_bad: bool = Fal
         raise InputError(f"{sources[0].data}: holds no rows")
     which, items, pictures, bad = [], [], [], []
     names: dict[str, int] = {}
-    with progress("Reading rows", sum(map(len, files))) as advance:
+    with progress("Reading rows", sum(map(len, files)), least=SHOWN_ROWS) as advance:
         for number, (source, file) in enumerate(zip(sources, files, strict=True)):
             for item in range(len(file)):
                 try:

@@ -81,6 +81,7 @@ def fit(
         stack.enter_context(_out_of_memory(settings))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")  # states are ordered by their steps then
         trainer.train(resume_from_checkpoint=last_whole(state) if resume else None)
 
 
