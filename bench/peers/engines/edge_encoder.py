@@ -36,7 +36,7 @@ def prepare(source: Path, folder: Path, precision: str) -> None:
     size = checkpoint.config.image
     with torch.inference_mode():
         grid = patch_features(checkpoint.vision.model, torch.from_numpy(fixed_image(size.height, size.width)))
-        visual = checkpoint.model.connector(checkpoint.model.pooling @ grid.flatten(1, 2))
+        visual = checkpoint.model.connector(checkpoint.model.pool(grid))
     np.save(folder / EXPECTED, visual.numpy())
 
 
@@ -61,7 +61,7 @@ def _checkpoint(source: Path) -> Any:
     """The parts of a checkpoint that the encoder's graph is made of; nothing is trained."""
     from torch import nn
 
-    from tinyalign_edge.train.connector import Connector, KeyProjection, pooling_matrix
+    from tinyalign_edge.train.connector import Connector, KeyProjection, Patches
     from tinyalign_edge.train.settings import ConnectorSettings
     from tinyalign_edge.train.towers import load_vision
 
@@ -69,6 +69,5 @@ def _checkpoint(source: Path) -> Any:
     settings = ConnectorSettings(*vision.grid, VISUAL_TOKENS, LANGUAGE_WIDTH)
     key = KeyProjection(settings, 1, KEY_DIM)
     nn.init.normal_(key.axes)
-    pooling = pooling_matrix(settings.grid_height, settings.grid_width, VISUAL_TOKENS)
-    model = SimpleNamespace(pooling=pooling, connector=Connector(settings, 0.1), key=key)
+    model = SimpleNamespace(pool=Patches(settings), connector=Connector(settings, 0.1), key=key, value_encoder=None)
     return SimpleNamespace(vision=vision, model=model, config=SimpleNamespace(image=vision.image))
