@@ -1,10 +1,11 @@
 """What the memory adds to the time until the first token: retrieval, and the memory tokens that are read.
 
-    python -m tinyalign_edge.bench.retrieval_share [--entries 50000] [--tokens 24] [--threads 2] [--out runs/share]
+    python -m tinyalign_edge.bench.retrieval_share [--entries 50000] [--tokens 3 6 12 24] [--threads 2]
 
 A bundle in the shapes of SigLIP-B/16-224 and SmolLM2-135M with random weights (`bench/peers/shapes.py`), trained for
-one step and exported; its bank is replaced by synthetic entries (`bench/synthetic_keys.py`) of `--tokens` tokens each.
-Then one picture is asked about with and without the memory, in turns. Writes `bench/results/retrieval_share.json`; run
+one step and exported, with a visual token for each of the 196 patches; its bank is replaced by synthetic entries
+(`bench/synthetic_keys.py`) of `--tokens` tokens each. Then one picture is asked about with and without the memory, in
+turns, nothing kept from one question to the next. Writes `bench/results/retrieval_share.json`; run
 it on an idle machine.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ from tinyalign_edge.export.run import ExportOptions
 from tinyalign_edge.export.source import checkpoint_source
 from tinyalign_edge.memory import Bank, Record, write_bank
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.answer import Answer
 from tinyalign_edge.runtime.model import Model
 from tinyalign_edge.train.options import TrainOptions
 from tinyalign_edge.train.run import train
@@ -54,22 +55,28 @@ def main() -> None:
     parser.add_argument("--encoder", default="siglip-b16-224")
     parser.add_argument("--language", default="smollm2-135m")
     parser.add_argument("--entries", type=int, default=50_000)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[3, 6, 12, 24])
+    parser.add_argument("--visual-tokens", type=int, default=196)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/share"))
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
-    bundle = prepare(given.encoder, given.language, given.out)
-    result = measure(bundle, given.entries, given.tokens, given.threads, given.rounds)
-    for name, ms in result["first_token_ms"].items():
-        print(f"{name:8} {ms:8.2f} ms to the first token")
-    print(f"retrieval adds {result['retrieval_share']:.1%}, with its memory tokens {result['memory_share']:.1%}")
-    command = f"--entries {given.entries} --tokens {given.tokens} --threads {given.threads}"
+    bundle = prepare(given.encoder, given.language, given.out, visual_tokens=given.visual_tokens)
+    rows = [measure(bundle, given.entries, tokens, given.threads, given.rounds) for tokens in given.tokens]
+    for row in rows:
+        times = " and ".join(f"{ms:.1f} ms {name}" for name, ms in row["first_token_ms"].items())
+        print(
+            f"{row['memory_tokens']:3} memory tokens: {times} the memory to the first token; retrieval alone adds "
+            f"{row['retrieval_share']:.1%}, all {row['memory_share']:.1%}"
+        )
+    tokens = " ".join(map(str, given.tokens))
+    command = f"--entries {given.entries} --tokens {tokens} --threads {given.threads}"
+    result = {"entries": given.entries, "threads": given.threads, "rounds": given.rounds, "rows": rows}
     print(record("retrieval_share", f"python -m tinyalign_edge.bench.retrieval_share {command}", result))
 
 
-def prepare(encoder: str, language: str, out: Path) -> Bundle:
+def prepare(encoder: str, language: str, out: Path, *, visual_tokens: int) -> Bundle:
     """A bundle with a memory in these shapes, in the new folder `out`. It is not gated: only its speed counts."""
     write_dataset(out / "world", make_scenes(24, seed=1), make_scenes(4, seed=2), seed=0)
     write_encoder(encoder, out / "encoder")
@@ -80,7 +87,7 @@ def prepare(encoder: str, language: str, out: Path) -> Bundle:
         vision=str(out / "encoder"),
         lm=str(out / "language"),
         out=out / "checkpoint",
-        options=TrainOptions(steps=1, batch_size=2, eval_every=1, device="cpu"),
+        options=TrainOptions(steps=1, batch_size=2, eval_every=1, visual_tokens=visual_tokens, device="cpu"),
     )
     source, folder = checkpoint_source(out / "checkpoint", None), out / "bundle"
     folder.mkdir()
@@ -92,47 +99,45 @@ def measure(bundle: Bundle, entries: int, tokens: int, threads: int, rounds: int
     """Median times to the first token, in turns."""
     folder = _bank(bundle, entries, tokens)
     picture = next((bundle.folder.parent / "world" / "images").glob("*.png"))
-    with (
-        Model(bundle.folder, bundle.manifest, threads=threads, memory_dir=folder) as model,
-        Model(bundle.folder, bundle.manifest, threads=threads, memory=False) as without,
-    ):
-        assert model.memory is not None
+    with Model(bundle.folder, bundle.manifest, threads=threads, memory_dir=folder, cache_mb=0) as model:
         found = model.encode(picture)
         if len(found.memories) != model.manifest.memory.k or len(found.memory_tokens) != tokens * len(found.memories):
             raise AssertionError(f"{len(found.memories)} memories of {len(found.memory_tokens)} tokens were retrieved")
         if not np.all(np.isfinite(found.memory_tokens)):
             raise AssertionError("the memory tokens are not finite")
 
-        ways = {"without": without, "with": model}
-        answers: dict[str, list[Answer]] = {name: [] for name in ways}
+        first: dict[str, list[float]] = {"without": [], "with": []}
+        retrieve = []
         with progress("Asking", WARM_UP + rounds) as advance:
             for _ in range(WARM_UP + rounds):
-                for name, way in ways.items():
-                    answers[name].append(way.ask(picture, QUESTION, max_new_tokens=1))
+                for name, memories in (("without", ()), ("with", None)):
+                    started = time.perf_counter()
+                    image = model.encode(picture, memories=memories)
+                    model.ask(image, QUESTION, max_new_tokens=1)
+                    first[name].append((time.perf_counter() - started) * 1000)
+                retrieve.append(image.timings_ms["retrieve"])
                 advance()
-        first = {name: _median(given, "first_token") for name, given in answers.items()}
-        retrieve = _median(answers["with"], "retrieve")
-        return {
-            "entries": entries,
-            "memory_tokens": len(found.memory_tokens),
-            "visual_tokens": len(found.visual_tokens),
-            "threads": threads,
-            "rounds": rounds,
-            "first_token_ms": first,
-            "retrieve_ms": retrieve,
-            "retrieval_share": retrieve / first["without"],
-            "memory_share": first["with"] / first["without"] - 1,
-        }
+    ms = {name: _median(times) for name, times in first.items()}
+    return {
+        "tokens_of_an_entry": tokens,
+        "memory_tokens": len(found.memory_tokens),
+        "visual_tokens": len(found.visual_tokens),
+        "first_token_ms": ms,
+        "samples_ms": {name: times[WARM_UP:] for name, times in first.items()},
+        "retrieve_ms": _median(retrieve),
+        "retrieval_share": _median(retrieve) / ms["without"],
+        "memory_share": ms["with"] / ms["without"] - 1,
+    }
 
 
-def _median(answers: list[Answer], stage: str) -> float:
-    return statistics.median(answer.timings_ms[stage] for answer in answers[WARM_UP:])
+def _median(times: list[float]) -> float:
+    return statistics.median(times[WARM_UP:])
 
 
 def _bank(bundle: Bundle, entries: int, tokens: int) -> Path:
     """A bank that fits the bundle, with its graph."""
     settings, vocab_size = bundle.manifest.memory, bundle.manifest.decoder.vocab_size
-    folder = bundle.folder.with_name("bank")
+    folder = bundle.folder.with_name(f"bank-{tokens}")
     write_bank(
         folder,
         synthetic_keys(entries, settings.key_dim, stored_spectrum(), seed=0),

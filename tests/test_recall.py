@@ -52,7 +52,7 @@ def test_synthetic_keys_have_the_spectrum_that_is_fitted_to_them() -> None:
 def test_the_memorys_share_of_the_first_token_is_measured(tmp_path: Path) -> None:
     from tinyalign_edge.bench import retrieval_share
 
-    bundle = retrieval_share.prepare("smoke-encoder", "smoke-lm", tmp_path / "shapes")
+    bundle = retrieval_share.prepare("smoke-encoder", "smoke-lm", tmp_path / "shapes", visual_tokens=4)
     found = retrieval_share.measure(bundle, 300, 5, 1, 2)
-    assert (found["memory_tokens"], found["entries"]) == (20, 300)
+    assert (found["memory_tokens"], found["visual_tokens"]) == (20, 4)
     assert found["retrieval_share"] > 0
