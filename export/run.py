@@ -82,7 +82,7 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
     check_language(source.language, kv=options.kv)
     with (
         whole_folder(out, marker=MANIFEST) as target,
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,  # large: not where memory may be
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,  # large
     ):
         rows = source.rows(_subfolder(scratch, "samples"))
         if not rows:

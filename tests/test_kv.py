@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import tinyalign_edge as ta
 from tinyalign_edge.bench import kv as bench
-from tinyalign_edge.bench.models.compare import divergence, onnx_logits
+from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error
 from tinyalign_edge.bench.models.tiny import FUSED, TRACED, build, random_ids
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.errors import BundleError, GateError, TinyAlignError, UnsupportedError
@@ -65,6 +65,22 @@ def test_an_int8_cache_takes_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     caches = [decoder.new_cache(100) for decoder in decoders("llama-heads-24", tmp_path)]
     assert caches[0].buffer.nbytes == 4 * caches[1].buffer.nbytes
     assert caches[1].buffer.nbytes == 100 * 2 * 2 * 4 * 32  # positions, layers, keys and values, heads, padded size
+
+
+def test_an_int8_cache_is_saved_and_restored_as_it_is(tmp_path: Path) -> None:
+    _, small = decoders("llama", tmp_path)
+    rows, one, other = small.embed(IDS), small.new_cache(64), small.new_cache(50)
+    small.forward(one, rows[:40])
+    assert one.saved().dtype == np.int8
+    other.restore(one.saved())
+    np.testing.assert_array_equal(small.forward(other, rows[40:44], 4), small.forward(one, rows[40:44], 4))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_draft_of_several_tokens_gives_the_logits_of_single_ones(name: str, tmp_path: Path) -> None:
+    _, small = decoders(name, tmp_path)
+    drafted, plain = (onnx_logits(small, IDS, [32, *steps]) for steps in ([8] * 4, [1] * 32))
+    assert relative_error(drafted, plain) < 1e-5
 
 
 def test_a_scale_covers_a_key_at_every_position(tmp_path: Path) -> None:

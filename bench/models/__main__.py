@@ -62,9 +62,9 @@ int8 as `export` makes it: mean KL divergence to torch in nats and share of equa
 positions of held-out texts, with everything in int8 and nothing folded; what `export`'s search then gives back, on
 other texts, and the figures after it. With random weights the two likeliest of {VOCABULARY} tokens are often nearer to
 each other than rounding; the search mostly ends there with every matrix weight-only, since float32 would make the model
-more than {MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The same
-model after a second of training on a simple language knows what comes next: the last columns are the search and the
-gate on that one.
+more than {MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The
+same model after a second of training on a simple language knows what comes next: the last columns are the search and
+the gate on that one.
 """
 ENCODERS = """## Vision encoders
 
