@@ -80,9 +80,9 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
         raise UnsupportedError(f"an {lacking}, or use --kv fp32")
     source = _open_source(folder, options)
     check_language(source.language, kv=options.kv)
-    with (
+    with (  # beside the bundle, since the system's own folder is often small, or in memory
         whole_folder(out, marker=MANIFEST) as target,
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,  # large
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
     ):
         rows = source.rows(_subfolder(scratch, "samples"))
         if not rows:

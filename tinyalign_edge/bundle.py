@@ -282,7 +282,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
         "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
         "decoder.layers": 0 < decoder.layers <= 1024,
-        "sizes of tensors": min(sizes) > 0 <= min(optional) and max(sizes + optional) <= 1 << 24,
+        "sizes of tensors": min(sizes) > 0 and min(optional) >= 0 and max(sizes + optional) <= 1 << 24,
         "decoder name templates": all(t.count("%") == 1 and "%d" in t for t in templates),
         "memory.k": 0 <= memory.k <= 4096,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
