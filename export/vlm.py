@@ -105,7 +105,7 @@ def _class_of(folder: Path) -> Any:
             f"{folder}: a model of kind {name!r} is not supported; known: a checkpoint that 'train' wrote, "
             f"{', '.join(CLASSES)}"
         )
-    kind = CLASSES[name]
+    kind: Any = CLASSES[name]
     if config["model_type"] != kind.config_class.model_type:
         raise InputError(
             f"{folder}: config.json says model_type {config['model_type']!r}, a {name} has "
