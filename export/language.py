@@ -18,7 +18,6 @@ from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.smooth import Factors, SmoothedWeights
 from tinyalign_edge.export.traced import probe, trace_decoder
 from tinyalign_edge.export.weights import ParkedWeights, StateDict
-from tinyalign_edge.runtime.decoder import missing_for_cache
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,6 @@ def check_language(model: PreTrainedModel, *, kv: CachePrecision = "fp32") -> No
     Raises:
         UnsupportedError: neither way takes the model, or the way it takes has no cache of that precision.
     """
-    if lacking := missing_for_cache(kv):
-        raise UnsupportedError(f"an {lacking}, or use --kv fp32")
     try:
         read_architecture(model.config)
     except UnsupportedError as reason:

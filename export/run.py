@@ -9,7 +9,7 @@ from typing import Literal
 
 from tinyalign_edge.bundle import MANIFEST, CachePrecision, GateResult, Manifest, Target
 from tinyalign_edge.data import Row, read_rows
-from tinyalign_edge.errors import GateError, InputError
+from tinyalign_edge.errors import GateError, InputError, UnsupportedError
 from tinyalign_edge.export.cache_scales import cache_scales
 from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
@@ -22,6 +22,7 @@ from tinyalign_edge.export.source import Source, checkpoint_source, sample_quest
 from tinyalign_edge.export.tune import SAMPLES, Tuner, calibration_samples
 from tinyalign_edge.export.vlm import is_whole_model, vlm_source
 from tinyalign_edge.folders import whole_folder
+from tinyalign_edge.runtime.decoder import missing_for_cache
 from tinyalign_edge.runtime.model import Model
 from tinyalign_edge.runtime.probe import make_probe, write_probe
 
@@ -75,9 +76,14 @@ def export(folder: Path, out: Path, options: ExportOptions | None = None) -> Man
         GateError: the exported files do not compute what torch computes; nothing was written.
     """
     options = options or ExportOptions()
+    if lacking := missing_for_cache(options.kv):
+        raise UnsupportedError(f"an {lacking}, or use --kv fp32")
     source = _open_source(folder, options)
     check_language(source.language, kv=options.kv)
-    with whole_folder(out, marker=MANIFEST) as target, tempfile.TemporaryDirectory() as scratch:
+    with (  # beside the bundle, since the system's own folder is often small, or in memory
+        whole_folder(out, marker=MANIFEST) as target,
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
+    ):
         rows = source.rows(_subfolder(scratch, "samples"))
         if not rows:
             raise GateError(f"{folder}: no held-out samples, so nothing can be proved; train on at least 10 pictures")

@@ -148,7 +148,7 @@ class Tuner:
             self._write(component, base)
             with Model(self._folder, self._manifest) as model:
                 feeds = [FEEDS[component](model, sample) for sample in self._reading(component)[:RANKING_SAMPLES]]
-            with tempfile.TemporaryDirectory() as scratch:
+            with tempfile.TemporaryDirectory(dir=self._exact.parent) as scratch:
                 exact = self._exact
                 if base.smooth:
                     exact = Path(scratch)

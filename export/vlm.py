@@ -98,13 +98,20 @@ def _class_of(folder: Path) -> Any:
             f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model (merge_and_unload) first"
         )
     config = read_json(folder / "config.json")
-    names = config.get("architectures") or [config["model_type"]]
-    if names[0] not in CLASSES:
+    names = config.get("architectures")
+    name = str(names[0] if isinstance(names, list) and names else config["model_type"])
+    if name not in CLASSES:
         raise UnsupportedError(
-            f"{folder}: a model of kind {names[0]!r} is not supported; known: a checkpoint that 'train' wrote, "
+            f"{folder}: a model of kind {name!r} is not supported; known: a checkpoint that 'train' wrote, "
             f"{', '.join(CLASSES)}"
         )
-    return CLASSES[names[0]]
+    kind: Any = CLASSES[name]
+    if config["model_type"] != kind.config_class.model_type:
+        raise InputError(
+            f"{folder}: config.json says model_type {config['model_type']!r}, a {name} has "
+            f"{kind.config_class.model_type!r}; save the model again"
+        )
+    return kind
 
 
 def _image(folder: Path, kind: Any) -> ImageConfig:

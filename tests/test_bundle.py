@@ -150,3 +150,20 @@ def test_a_manifest_with_impossible_numbers_is_refused(bundle: Path, part: str, 
     edit(bundle, **{part: {**block, key: value}})
     with pytest.raises(BundleError):
         ta.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        pytest.param("decoder", "kv_heads", 10**4000, id="a number too long to print"),
+        ("decoder", "head_dim", -1),
+        ("decoder", "kv", "int4"),
+        ("vision", "feature_dim", -1),
+        ("memory", "latent_dim", 10**9),
+    ],
+)
+def test_impossible_sizes_are_refused_before_they_are_shown(bundle: Path, part: str, key: str, value: Any) -> None:
+    block = json.loads((bundle / MANIFEST).read_text("utf-8"))[part]
+    edit(bundle, **{part: {**block, key: value}})
+    with pytest.raises(BundleError):
+        open_bundle(bundle)

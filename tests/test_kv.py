@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,10 @@ pytest.importorskip("torch")
 
 import tinyalign_edge as ta
 from tinyalign_edge.bench import kv as bench
-from tinyalign_edge.bench.models.compare import divergence, onnx_logits
+from tinyalign_edge.bench.models.compare import divergence, onnx_logits, relative_error
 from tinyalign_edge.bench.models.tiny import FUSED, TRACED, build, random_ids
 from tinyalign_edge.bundle import open_bundle
-from tinyalign_edge.errors import BundleError, GateError, UnsupportedError
+from tinyalign_edge.errors import BundleError, GateError, TinyAlignError, UnsupportedError
 from tinyalign_edge.export import run
 from tinyalign_edge.export.cache_scales import Floats, cache_scales
 from tinyalign_edge.export.decoder import export_decoder
@@ -65,6 +67,22 @@ def test_an_int8_cache_takes_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     assert caches[1].buffer.nbytes == 100 * 2 * 2 * 4 * 32  # positions, layers, keys and values, heads, padded size
 
 
+def test_an_int8_cache_is_saved_and_restored_as_it_is(tmp_path: Path) -> None:
+    _, small = decoders("llama", tmp_path)
+    rows, one, other = small.embed(IDS), small.new_cache(64), small.new_cache(50)
+    small.forward(one, rows[:40])
+    assert one.saved().dtype == np.int8
+    other.restore(one.saved())
+    np.testing.assert_array_equal(small.forward(other, rows[40:44], 4), small.forward(one, rows[40:44], 4))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_draft_of_several_tokens_gives_the_logits_of_single_ones(name: str, tmp_path: Path) -> None:
+    _, small = decoders(name, tmp_path)
+    drafted, plain = (onnx_logits(small, IDS, [32, *steps]) for steps in ([8] * 4, [1] * 32))
+    assert relative_error(drafted, plain) < 1e-5
+
+
 def test_a_scale_covers_a_key_at_every_position(tmp_path: Path) -> None:
     exact, _ = decoders("llama", tmp_path)
     arch = read_architecture(build(FUSED["llama"]).config)
@@ -90,7 +108,14 @@ def test_an_onnxruntime_that_is_too_old_is_named_with_the_one_that_is_needed(
     ):
         Decoder(tmp_path / "int8", small.block)
     with pytest.raises(UnsupportedError, match=r"an int8 cache needs onnxruntime .* or use --kv fp32$"):
-        check_language(build(FUSED["llama"]), kv="int8")
+        export(tmp_path / "before-it-is-read", tmp_path / "b", INT8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32", "int8"]
+
+
+def test_a_float32_cache_asks_nothing_of_onnxruntimes_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, _ = decoders("llama", tmp_path)
+    monkeypatch.setattr(ort, "__version__", "built here")
+    assert Decoder(tmp_path / "fp32", exact.block).block.kv == "fp32"
 
 
 def test_a_cache_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path) -> None:
@@ -124,7 +149,20 @@ def test_scales_that_cut_are_caught_and_the_message_names_the_other_cache(
     monkeypatch.setattr(run, "cache_scales", cut)
     with pytest.raises(GateError, match=r"mean KL is .*--kv fp32 loses less"):
         export(checkpoints["none"], tmp_path / "b", INT8)
-    assert not (tmp_path / "b").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_export_keeps_meanwhile_lies_beside_the_bundle_and_goes_with_a_failure(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_model: object, path: Path) -> None:
+        assert path.parent.parent == tmp_path / "out"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, "park", full)
+    with pytest.raises(TinyAlignError, match=r"cannot be written \(No space left on device\); nothing was changed$"):
+        export(checkpoints["none"], tmp_path / "out" / "b")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_speed_of_both_caches_is_measured_on_the_same_model(tmp_path: Path) -> None:

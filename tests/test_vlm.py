@@ -220,6 +220,17 @@ def test_a_vision_tower_of_another_kind_is_refused(copy: Path, tmp_path: Path) -
         export(copy, tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "llama"}, {"architectures": ["Idefics3ForConditionalGeneration"]}, {"architectures": 7}]
+)
+def test_a_configuration_that_is_not_of_its_class_is_refused(
+    copy: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    edit_json(copy / "config.json", **changes)
+    with pytest.raises(ta.TinyAlignError, match=r"^[^\n]*vlm[^\n]*$"):
+        export(copy, tmp_path / "b")
+
+
 def test_an_adapter_is_to_be_merged_first(copy: Path, tmp_path: Path) -> None:
     (copy / "adapter_config.json").write_text("{}", "utf-8")
     with pytest.raises(UnsupportedError, match=r"adapter.*merge"):

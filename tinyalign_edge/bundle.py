@@ -268,6 +268,8 @@ def _check_values(manifest: Manifest, where: Path) -> None:
     image, prompt, decoder, memory = manifest.image, manifest.prompt, manifest.decoder, manifest.memory
     vision = manifest.vision
     seen = ("visual_tokens", *("key",) * bool(vision.key_dim), *("features",) * bool(vision.feature_dim))
+    sizes = (decoder.width, decoder.kv_heads, decoder.head_dim, decoder.vocab_size, vision.visual_tokens)
+    optional = (vision.key_dim, vision.feature_dim, memory.latents, memory.latent_dim)
     templates = (decoder.past_key, decoder.past_value, decoder.present_key, decoder.present_value)
     within = {
         "image size": 0 < image.height <= 8192 and 0 < image.width <= 8192 and 0 <= image.resize_to <= 8192,
@@ -280,6 +282,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
         "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
         "decoder.layers": 0 < decoder.layers <= 1024,
+        "sizes of tensors": min(sizes) > 0 and min(optional) >= 0 and max(sizes + optional) <= 1 << 24,
         "decoder name templates": all(t.count("%") == 1 and "%d" in t for t in templates),
         "memory.k": 0 <= memory.k <= 4096,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,

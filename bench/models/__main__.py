@@ -61,10 +61,10 @@ float32 logits, relative to the largest logit.
 int8 as `export` makes it: mean KL divergence to torch in nats and share of equal next tokens over {HELD_OUT_TOKENS}
 positions of held-out texts, with everything in int8 and nothing folded; what `export`'s search then gives back, on
 other texts, and the figures after it. With random weights the two likeliest of {VOCABULARY} tokens are often nearer to
-each other than rounding; the search ends there with every matrix weight-only, since float32 would make the model more
-than {MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The same
-model after a second of training on a simple language knows what comes next: the last columns are the search and the
-gate on that one.
+each other than rounding; the search mostly ends there with every matrix weight-only, since float32 would make the model
+more than {MAX_GROWTH} times as large, and the gate's {MIN_AGREEMENT:.0%} of equal tokens is mostly out of reach. The
+same model after a second of training on a simple language knows what comes next: the last columns are the search and
+the gate on that one.
 """
 ENCODERS = """## Vision encoders
 
@@ -118,6 +118,7 @@ def language_section() -> tuple[str, dict[str, Any]]:
         markdown_table(
             ("model", "changed", "error"), [(r["model"], r["changed"], f"{r['error']:.2f}") for r in left_out]
         )
+        + "\n"
     )
     return "\n".join(parts), {"language_models": fused, "traced_language_models": traced, "left_out": left_out}
 

@@ -174,8 +174,7 @@ class Decoder:
 
 def missing_for_cache(kv: CachePrecision) -> str:
     """What this onnxruntime lacks for a cache of that precision, with the remedy; "" where it lacks nothing."""
-    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
-    if kv == "fp32" or (major, minor) >= INT8_CACHE_SINCE:
+    if kv == "fp32" or tuple(int(part) for part in ort.__version__.split(".")[:2]) >= INT8_CACHE_SINCE:
         return ""
     wanted = ".".join(map(str, INT8_CACHE_SINCE))
     return f"int8 cache needs onnxruntime {wanted} or newer, this is {ort.__version__}; upgrade onnxruntime"
