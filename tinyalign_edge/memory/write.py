@@ -183,5 +183,5 @@ def is_ours(name: str) -> bool:
 def generation_of(name: str) -> int:
     """The generation that wrote the segment, journal or graph of this name; 0 for other names."""
     if any(pattern.fullmatch(name) for pattern in (layout.SEGMENT_NAME, layout.JOURNAL_NAME, layout.GRAPH_NAME)):
-        return int(name.split("-")[1].removesuffix(".bin"))
+        return int(name.split("-")[1].split(".")[0])
     return 0
