@@ -66,7 +66,6 @@ class Memory:
         encode: Callable[[ImageLike | EncodedImage], EncodedImage],
     ) -> None:
         self.bank = bank
-        self.on_change: Callable[[], None] = lambda: None  # called after what was known may not be any more
         self._settings, self._values, self._encode = settings, values, encode
 
     def __len__(self) -> int:
@@ -140,15 +139,11 @@ class Memory:
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
-        try:
-            return self.bank.forget(id=id, source=source, text=text)
-        finally:
-            self.on_change()
+        return self.bank.forget(id=id, source=source, text=text)
 
     def refresh(self) -> None:
         """See what other processes have changed."""
         self.bank.refresh()
-        self.on_change()
 
     def stats(self) -> BankStats:
         """Counts and sizes."""
