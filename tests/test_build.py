@@ -34,8 +34,8 @@ from tinyalign_edge.memory import shards as shards_module
 from tinyalign_edge.runtime import build as build_module
 from tinyalign_edge.runtime.budget import OVERHEAD_BYTES
 from tinyalign_edge.runtime.build import BuildOptions, Built, build, work_folder
-from tinyalign_edge.runtime.entries import check_can_build
 from tinyalign_edge.runtime.launch import Part, parse_part
+from tinyalign_edge.runtime.memory import check_has_memory
 from tinyalign_edge.runtime.model import load
 
 
@@ -364,7 +364,7 @@ def test_latents_are_built_as_training_wrote_them(tmp_path: Path, world: Path, b
 def test_a_bundle_without_a_memory_is_refused() -> None:
     manifest = open_bundle(STORED_BUNDLE)
     with pytest.raises(InputError, match="--memory tokens"):
-        check_can_build(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))
+        check_has_memory(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))
 
 
 def test_a_budget_is_kept_and_the_loss_around_it_is_told(tmp_path: Path) -> None:

@@ -196,11 +196,12 @@ def stats(
 
 @contextmanager
 def _memory_of(bundle: Path, memory_dir: Path | None) -> Iterator[Memory]:
+    from tinyalign_edge.runtime.memory import check_has_memory
     from tinyalign_edge.runtime.model import load
 
     with load(bundle, memory_dir=memory_dir) as model:
-        if model.memory is None:
-            raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
+        check_has_memory(bundle, model.manifest)
+        assert model.memory is not None
         yield model.memory
 
 

@@ -21,8 +21,9 @@ from tinyalign_edge.memory.shards import Counts, Job, Shards
 from tinyalign_edge.memory.shown import build_due_graph
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.budget import BudgetPoint, check_budget, fit
-from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, check_can_build, side_by_side
+from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, side_by_side
 from tinyalign_edge.runtime.launch import Part, part_of_environment, threads
+from tinyalign_edge.runtime.memory import check_has_memory
 from tinyalign_edge.runtime.model import load
 
 WORK_SUFFIX = ".build"
@@ -89,7 +90,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         TinyAlignError: the disk is full, or the folder cannot be written; finished shards are kept.
     """
     manifest = open_bundle(bundle)
-    check_can_build(bundle, manifest)
+    check_has_memory(bundle, manifest)
     target = inside(bundle, MEMORY_DIR) if out is None else out
     check_target(target)
     if options.budget_bytes is not None:

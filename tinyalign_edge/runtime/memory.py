@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float32]
 
 
+def check_has_memory(folder: Path, manifest: Manifest) -> None:
+    """Refuse the bundle `folder` where it was trained without a memory.
+
+    Raises:
+        InputError: it was.
+    """
+    if manifest.memory.kind == "none":
+        raise InputError(f"{folder}: this bundle has no memory; train one with --memory tokens")
+
+
 def open_bank(folder: Path, manifest: Manifest, memory_dir: str | Path | None = None) -> Bank:
     """Open the bank of the bundle `folder`, or the one in `memory_dir`, which begins as a copy of the bundle's.
 
@@ -31,9 +41,8 @@ def open_bank(folder: Path, manifest: Manifest, memory_dir: str | Path | None = 
         InputError: the bundle has no memory, or `memory_dir` holds something else.
         BundleError: damaged, hostile, too new, or made with another bundle.
     """
+    check_has_memory(folder, manifest)
     settings = manifest.memory
-    if settings.kind == "none":
-        raise InputError(f"{folder}: this bundle has no memory; train one with --memory tokens")
     home = inside(folder, MEMORY_DIR)
     if memory_dir is not None:
         copy_bank(home, Path(memory_dir))
