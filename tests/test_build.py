@@ -124,6 +124,16 @@ def test_the_size_of_shards_and_the_number_of_processes_change_no_byte(tmp_path:
     assert stored(tmp_path / "three") == stored(tmp_path / "one")
 
 
+def test_rows_without_an_id_are_named_after_their_file_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        data = make_data(tmp_path / name, 12)
+        rows = [{key: item[key] for key in item if key != "id"} for item in json.loads(data.read_text("utf-8"))]
+        data.write_text(json.dumps(rows), "utf-8")
+        run(data, tmp_path / f"bank {name}")
+    assert stored(tmp_path / "bank here") == stored(tmp_path / "bank there")
+    assert Bank(tmp_path / "bank here").entry(2).source == "data.json row 3"
+
+
 def test_a_killed_build_goes_on_without_repeating_finished_shards(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", 200, pictures=200)
     work = work_folder(STORED_BUNDLE, tmp_path / "bank")
@@ -261,9 +271,7 @@ def test_a_shard_that_lost_a_file_is_an_error_and_not_a_finished_build(tmp_path:
     assert stored(tmp_path / "bank") == before
 
 
-def test_shards_leave_no_record_in_the_users_cache(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_leave_no_record_in_the_users_cache(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verified, "SETTLED_NS", 0)
     monkeypatch.setenv("TINYALIGN_CACHE", str(tmp_path / "cache"))
     run(data, tmp_path / "bank", shard_rows=5, part=Part(0, 2))

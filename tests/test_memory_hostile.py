@@ -150,7 +150,9 @@ def test_an_entry_as_large_as_its_file_is_refused(tmp_path: Path, monkeypatch: p
     offsets = np.array(getattr(table, what))
     offsets[1:-1] = 0  # the last entry is all there is
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    entry = write_segment(folder / "segment-2-0.bin", dataclasses.replace(table, **{what: offsets}), BankSpec(**manifest["spec"]))
+    entry = write_segment(
+        folder / "segment-2-0.bin", dataclasses.replace(table, **{what: offsets}), BankSpec(**manifest["spec"])
+    )
     manifest["segments"] = [to_json(entry)]
     reseal(folder, manifest)
     with pytest.raises(BundleError, match="offsets do not fit"):

@@ -138,7 +138,9 @@ def build(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
     thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Keep small pictures, for people.")] = False,
-    budget_mb: Annotated[float | None, typer.Option(help="Megabytes of entries, without the graph; it keeps what helps.")] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Megabytes of entries, without the graph; it keeps what helps.")
+    ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Conversations to measure the loss at that size on.")] = None,
     as_json: Json = False,
 ) -> None:

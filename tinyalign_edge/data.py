@@ -97,7 +97,7 @@ def parse_row(item: Any, where: str, images: Path) -> Row:
     """
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
-    name = str(item.get("id", where))
+    name = str(item.get("id", PurePosixPath(where).name))  # a bank keeps it: not where the file lay on this machine
     where = f"{where} (id {name})"
     pictures = tuple(_picture(image, where, images) for image in _images(item.get("image"), where))
     caption = item.get("caption")

@@ -39,7 +39,10 @@ class Record:
             raise InputError(f"text {self.text!r:.60} of {self.source!r:.60}: is not valid Unicode") from None
         data = text + b"\n" + self.thumbnail if self.thumbnail else text
         if len(data) > MAX_RECORD_BYTES:
-            raise InputError(f"text {self.text!r:.60}: {len(data)} bytes with its source, at most {MAX_RECORD_BYTES}")
+            raise InputError(
+                f"text {self.text!r:.60}: {len(data)} bytes with its source, at most {MAX_RECORD_BYTES} are kept; "
+                "give a shorter text"
+            )
         return data
 
 

@@ -81,8 +81,8 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
 
     An entry is found by the first picture of its row, as in training; rows that are text alone become none. Shards are
     collected in a folder beside the bank (`work_folder`). Who finishes the last one joins them, and builds the graph of
-    a large bank; until then the old bank stays as it is. The result does not depend on the number of processes or interruptions: it is equal byte for
-    byte, on processors that compute the same keys.
+    a large bank; until then the old bank stays as it is. The result does not depend on the number of processes or
+    interruptions: it is equal byte for byte, on processors that compute the same keys.
 
     Raises:
         InputError: not a bundle with a memory, a bad row (named), or `out` holds something else.
@@ -250,8 +250,8 @@ def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None
     total = Counts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
     if not total.entries:
         raise InputError(
-            f"{shards.folder}: no row can be used, {total.skipped} are bad and {total.without_picture} have no picture; "
-            "give rows with pictures that can be read"
+            f"{shards.folder}: no row can be used, {total.skipped} are bad and {total.without_picture} have no "
+            "picture; give rows with pictures that can be read"
         )
     selected, points = shards.distinct(), tuple[BudgetPoint, ...]()
     distinct = sum(int(keep.sum()) for _, keep in selected)
