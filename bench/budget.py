@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tinyalign_edge.bench.record import record, shared
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.memory import Bank
-from tinyalign_edge.memory.choose import answer_numbers, entry_costs, within_budget
+from tinyalign_edge.memory.choose import answer_numbers, content_numbers, entry_costs, within_budget
 from tinyalign_edge.memory.coverage import Keys, by_worth
 from tinyalign_edge.memory.manifest import is_bank
 from tinyalign_edge.memory.publish import publish
@@ -60,7 +60,7 @@ def _banks(everything: Path, out: Path) -> dict[str, dict[str, Any]]:
     snapshot = open_snapshot(everything)
     (table,) = snapshot.segments
     answers, costs = answer_numbers(table), entry_costs(table)
-    order, total = by_worth(Keys(table.keys, table.key_scales), answers, costs), int(costs.sum())
+    order, total = by_worth(Keys(table.keys, table.key_scales), content_numbers(table), costs), int(costs.sum())
     keeps: dict[str, Mask] = {"everything": np.ones(len(table), np.bool_)}
     for share in SHARES:
         keeps[f"chosen-{share:.4g}"] = within_budget(order, answers, costs, int(share * total))

@@ -96,7 +96,7 @@ def prepare(encoder: str, language: str, out: Path, *, visual_tokens: int) -> Bu
 
 
 def measure(bundle: Bundle, entries: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Median times to the first token, in turns."""
+    """Median times to the first token of a picture that was not seen before, in turns."""
     folder = _bank(bundle, entries, tokens)
     picture = next((bundle.folder.parent / "world" / "images").glob("*.png"))
     with Model(bundle.folder, bundle.manifest, threads=threads, memory_dir=folder, cache_mb=0) as model:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zlib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +26,16 @@ from tests.conftest import ROOT, STORED_BUNDLE
 from tests.plain_reader import read_bank
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
-from tinyalign_edge.errors import InputError, TinyAlignError
-from tinyalign_edge.memory import Bank
+from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
+from tinyalign_edge.memory import Bank, verified
 from tinyalign_edge.memory import join as join_module
+from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import shards as shards_module
 from tinyalign_edge.runtime import build as build_module
 from tinyalign_edge.runtime.budget import OVERHEAD_BYTES
 from tinyalign_edge.runtime.build import BuildOptions, Built, build, work_folder
-from tinyalign_edge.runtime.entries import check_can_build
 from tinyalign_edge.runtime.launch import Part, parse_part
+from tinyalign_edge.runtime.memory import check_has_memory
 from tinyalign_edge.runtime.model import load
 
 
@@ -122,6 +124,16 @@ def test_the_size_of_shards_and_the_number_of_processes_change_no_byte(tmp_path:
     assert stored(tmp_path / "three") == stored(tmp_path / "one")
 
 
+def test_rows_without_an_id_are_named_after_their_file_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        data = make_data(tmp_path / name, 12)
+        rows = [{key: item[key] for key in item if key != "id"} for item in json.loads(data.read_text("utf-8"))]
+        data.write_text(json.dumps(rows), "utf-8")
+        run(data, tmp_path / f"bank {name}")
+    assert stored(tmp_path / "bank here") == stored(tmp_path / "bank there")
+    assert Bank(tmp_path / "bank here").entry(2).source == "data.json row 3"
+
+
 def test_a_killed_build_goes_on_without_repeating_finished_shards(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", 200, pictures=200)
     work = work_folder(STORED_BUNDLE, tmp_path / "bank")
@@ -194,6 +206,86 @@ def test_bad_rows_are_named_before_the_work_or_counted(tmp_path: Path, data: Pat
     with pytest.raises(InputError, match="no row can be used, 2 are bad"):
         run(data, tmp_path / "bank", skip_bad=True)
     assert len(Bank(tmp_path / "bank")) == 39
+
+
+def test_an_entry_is_found_by_its_rows_first_picture_and_text_alone_is_none(tmp_path: Path, data: Path) -> None:
+    rows = json.loads(data.read_text("utf-8"))
+    rows[3]["image"] = ["4.png", "5.png"]
+    for text in (rows[7], rows[8]):
+        del text["image"]
+        text["conversations"][0]["value"] = "What?"
+    data.write_text(json.dumps(rows), "utf-8")
+    built = run(data, tmp_path / "bank")
+    assert (built.entries, built.without_picture, built.skipped) == (38, 2, 0)
+    with load(STORED_BUNDLE, memory_dir=tmp_path / "bank") as model:
+        assert model.memory is not None
+        assert "row-3" in {entry.source for entry in model.memory.search(data.parent / "4.png", 5)}
+    with pytest.raises(InputError, match=r"data\.json row 4 \(id row-3\): .* one only, found 2"):
+        run(data, tmp_path / "small", budget_bytes=10**6, held_out=data)
+    assert not work_folder(STORED_BUNDLE, tmp_path / "small").exists()
+    data.write_text(json.dumps(rows[7:9]), "utf-8")
+    with pytest.raises(InputError, match="0 are bad and 2 have no picture"):
+        run(data, tmp_path / "none")
+
+
+def test_rows_of_a_picture_that_is_held_back_are_not_in_the_bank(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 300, pictures=60)
+    rows = json.loads(data.read_text("utf-8"))
+    text = {"id": "text", "conversations": row(0, "", "answer")["conversations"]}
+    text["conversations"][0]["value"] = "What?"
+    held = {name for name in (f"{i}.png" for i in range(60)) if zlib.crc32(name.encode()) < 0.1 * 2**32}
+    both = row(0, "both", "answer") | {"image": ["1.png", min(held)]}
+    data.write_text(json.dumps([*rows, text, both]), "utf-8")
+    built = run(data, tmp_path / "bank", budget_bytes=10**7)
+    assert built.held_back == sum(item["image"] in held for item in rows) + 1
+    assert built.without_picture == 1
+    assert "both" not in {source for _, _, source, *_ in contents(Bank(tmp_path / "bank")).values()}
+
+
+def test_the_graph_of_a_large_bank_is_built_by_who_joins_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild_module, "SWITCH_OVER", 20)
+    built = run(data, tmp_path / "one")
+    assert Bank(tmp_path / "one").stats().graph_entries == 40
+    assert built.graph_bytes == (tmp_path / "one" / "graph-2.usearch").stat().st_size
+    for index in (1, 0):
+        run(data, tmp_path / "two", shard_rows=5, part=Part(index, 2))
+    assert stored(tmp_path / "two") == stored(tmp_path / "one")
+    for name in ("usearch", "usearch.index", "usearch.compiled"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run(data, tmp_path / "without").graph_bytes == 0
+    assert len(Bank(tmp_path / "without")) == 40
+
+
+def test_a_shard_that_lost_a_file_is_an_error_and_not_a_finished_build(tmp_path: Path, data: Path) -> None:
+    run(make_data(tmp_path / "small", 5), tmp_path / "bank")
+    before = stored(tmp_path / "bank")
+    run(data, tmp_path / "bank", shard_rows=30, part=Part(0, 2))
+    digests = work_folder(STORED_BUNDLE, tmp_path / "bank") / "shard-000000" / "digests.bin"
+    whole = digests.read_bytes()
+    for damaged in (None, whole[:-1], b""):
+        digests.unlink() if damaged is None else digests.write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"digests\.bin: missing or cut; delete .*shard-000000"):
+            run(data, tmp_path / "bank", shard_rows=30, part=Part(1, 2))
+    assert stored(tmp_path / "bank") == before
+
+
+def test_shards_leave_no_record_in_the_users_cache(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "SETTLED_NS", 0)
+    monkeypatch.setenv("TINYALIGN_CACHE", str(tmp_path / "cache"))
+    run(data, tmp_path / "bank", shard_rows=5, part=Part(0, 2))
+    run(data, tmp_path / "bank", shard_rows=5)
+    assert len(list((tmp_path / "cache").rglob("*.json"))) <= 2  # of the bank, and of the bundle's own
+
+
+def test_entries_of_one_picture_and_answer_that_say_different_things_all_fit_a_large_budget(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 2, pictures=1)
+    rows = [row(0, f"row-{i}", "yes") for i in range(6)]
+    for i, one in enumerate(rows):
+        one["conversations"][0]["value"] = f"<image>\nIs there a {'ABCDEF'[i]}?"
+    data.write_text(json.dumps(rows), "utf-8")
+    assert run(data, tmp_path / "bank", budget_bytes=10**6, held_out=data).entries == 6
 
 
 def test_what_cannot_be_built_is_refused_before_any_work(
@@ -280,7 +372,7 @@ def test_latents_are_built_as_training_wrote_them(tmp_path: Path, world: Path, b
 def test_a_bundle_without_a_memory_is_refused() -> None:
     manifest = open_bundle(STORED_BUNDLE)
     with pytest.raises(InputError, match="--memory tokens"):
-        check_can_build(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))
+        check_has_memory(STORED_BUNDLE, replace(manifest, memory=replace(manifest.memory, kind="none")))
 
 
 def test_a_budget_is_kept_and_the_loss_around_it_is_told(tmp_path: Path) -> None:
@@ -306,8 +398,12 @@ def test_without_held_out_questions_a_share_of_the_pictures_is_held_back(tmp_pat
     assert built.held_back > 0
     assert len(kept) == 60 - len({i % 60 for i in range(299) if i % 60 not in kept})
     assert 0 < 60 - len(kept) <= 12
+    for budget_bytes in (-1, 0, 5000):
+        with pytest.raises(InputError, match="must have room for an entry"):
+            run(data, tmp_path / "small", budget_bytes=budget_bytes)
+    assert not work_folder(STORED_BUNDLE, tmp_path / "small").exists()
     with pytest.raises(InputError, match="must have room for an entry"):
-        run(data, tmp_path / "small", budget_bytes=5000)
+        run(data, tmp_path / "small", budget_bytes=2 * OVERHEAD_BYTES + 10)
     with pytest.raises(InputError, match="too few rows to hold some back"):
         run(make_data(tmp_path / "few", 2), tmp_path / "few-bank", budget_bytes=10**6)
     assert not (tmp_path / "small").exists()

@@ -11,7 +11,7 @@ import pytest
 from tests.banks import DIM, VOCAB, records
 from tinyalign_edge.memory import Record, write_bank
 from tinyalign_edge.memory import coverage as coverage_module
-from tinyalign_edge.memory.choose import answer_numbers, entry_costs, within_budget
+from tinyalign_edge.memory.choose import answer_numbers, content_numbers, entry_costs, within_budget
 from tinyalign_edge.memory.coverage import Keys, by_worth
 from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.snapshot import open_snapshot
@@ -126,6 +126,13 @@ def test_the_costs_of_the_entries_are_what_the_file_takes(tmp_path: Path, latent
     table = table_of(tmp_path, [record.text for record in records(500)], latents=latents)
     segment = json.loads((tmp_path / "manifest.json").read_text("utf-8"))["segments"][0]
     assert 0 <= segment["bytes"] - entry_costs(table).sum() <= 8 * 64 + 16  # the sections' alignment
+
+
+def test_contents_are_the_same_where_the_model_reads_the_same(tmp_path: Path) -> None:
+    numbers = content_numbers(table_of(tmp_path / "tokens", ["yes"] * 6))  # values of 0, 1, 2, 3, 4, 0 tokens
+    assert len(set(numbers.tolist())) == 5 and numbers[0] == numbers[5]
+    numbers = content_numbers(table_of(tmp_path / "latents", ["a", "a", "b"], latents=True))
+    assert numbers[0] == numbers[1] != numbers[2]
 
 
 def test_answers_are_the_same_but_for_case_and_white_space(tmp_path: Path) -> None:

@@ -291,4 +291,6 @@ def test_memory_is_built_from_data(run, bundle: Path, tmp_path: Path) -> None:  
     assert "nats a token" in fitted.out
     assert run("memory", "stats", bundle, "--json").json["entries"] == 1  # near-duplicates of one answer
     fails(run(*given, "--held-out", data), 2, "--held-out: give --budget-mb too")
+    for wrong in ("nan", "inf", "-1"):
+        fails(run(*given, f"--budget-mb={wrong}"), 2, f"--budget-mb {wrong}: must be above 0")
     fails(run(*given, "--shard", "2"), 2, "--shard 2: must be I/N")

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.banks import contents, files, make_bank, named_files, teach, unit
 from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory import rebuild as rebuild_module
+from tinyalign_edge.memory.publish import publish
+from tinyalign_edge.memory.snapshot import open_snapshot
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -62,6 +66,18 @@ def test_bytes_after_what_counts_are_ignored_and_swept_away(folder: Path) -> Non
     assert contents(Bank(folder)).keys() == {*before, 42}
     assert files(folder) == named_files(bank)
     assert b"half an entry" not in journal.read_bytes()
+
+
+def test_a_bank_is_replaced_where_a_writer_died_and_a_graph_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuild_module, "SWITCH_OVER", 20)
+    Bank(folder).rebuild()
+    (folder / "manifest.json.new").write_bytes(b"{")
+    (folder / "graph-99.usearch").write_bytes(b"left by a writer that died")
+    new = open_snapshot(make_bank(folder.with_name("new"), 30))
+    publish(folder, new.manifest.spec, [(table, np.ones(len(table), np.bool_)) for table in new.segments])
+    bank = Bank(folder)
+    assert (bank.ids, bank.manifest.generation) == (tuple(range(42, 72)), 100)
+    assert files(folder) == named_files(bank) == {"manifest.json", "segment-100-0.bin"}
 
 
 def test_a_journal_that_lost_its_end_is_refused(folder: Path) -> None:

@@ -182,6 +182,20 @@ def test_another_banks_graph_is_not_used(bank: Bank, tmp_path: Path) -> None:
     assert_finds_the_same(changed)
 
 
+def test_a_graph_of_more_entries_than_the_manifest_says_is_not_mapped(
+    bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usearch.index import Index
+
+    mapped: list[object] = []
+    view = Index.view
+    monkeypatch.setattr(Index, "view", lambda self, path: (mapped.append(path), view(self, path)))
+    Bank(bank.folder)
+    assert len(mapped) == 1
+    test_another_banks_graph_is_not_used(bank, tmp_path)
+    assert {Path(str(path)).parent for path in mapped[1:]} <= {tmp_path / "other"}
+
+
 def test_a_copy_takes_the_graph_along(bank: Bank, tmp_path: Path) -> None:
     teach(bank, "new")
     copy_bank(bank.folder, tmp_path / "copy")

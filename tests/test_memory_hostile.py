@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -11,13 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.banks import contents, make_bank, reseal, teach, unit
-from tinyalign_edge.errors import TinyAlignError
+from tinyalign_edge.config import to_json
+from tinyalign_edge.errors import BundleError, TinyAlignError
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory import rebuild as rebuild_module
+from tinyalign_edge.memory import segment as segment_module
 from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.layout import BankSpec
+from tinyalign_edge.memory.segment import write_segment
 
 Mutation = Callable[[Path, random.Random], None]
 HOSTILE_NAMES = ("../outside.bin", "/etc/passwd", "", "lock", "manifest.json", "segment-1-0.bin", "a\0b", "x" * 5000)
@@ -133,6 +139,24 @@ def test_a_mutated_bank_is_refused_or_has_the_right_content(original: Path, tmp_
         assert peak_bytes < PEAK_BYTES, f"{number}: {mutation.__name__}"
         shutil.rmtree(tmp_path / str(number))
     assert count / 2 < refused < count
+
+
+@pytest.mark.parametrize("what", ["value_offsets", "record_offsets"])
+def test_an_entry_as_large_as_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(segment_module, "MAX_ENTRY_BYTES", 1 << 10)
+    monkeypatch.setattr(segment_module, "MAX_RECORD_BYTES", 1 << 10)
+    folder = make_bank(tmp_path / "bank", 600)
+    table = Bank(folder)._snapshot.segments[0]
+    offsets = np.array(getattr(table, what))
+    offsets[1:-1] = 0  # the last entry is all there is
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    entry = write_segment(
+        folder / "segment-2-0.bin", dataclasses.replace(table, **{what: offsets}), BankSpec(**manifest["spec"])
+    )
+    manifest["segments"] = [to_json(entry)]
+    reseal(folder, manifest)
+    with pytest.raises(BundleError, match="offsets do not fit"):
+        Bank(folder)
 
 
 def test_a_writer_follows_no_link_that_a_stranger_left(original: Path, tmp_path: Path) -> None:

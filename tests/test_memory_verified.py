@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,8 @@ def test_a_verified_bank_whose_bytes_change_without_a_trace_is_found_by_verify(
     Bank(folder)
     with pytest.raises(BundleError, match="SHA-256"):
         bank.verify()
+    with pytest.raises(BundleError, match="SHA-256"):
+        Bank(folder)
 
 
 def test_a_copy_of_the_folder_is_hashed_anew(folder: Path, cache: Path, hashed: list[str], tmp_path: Path) -> None:
@@ -111,6 +116,34 @@ def test_a_file_that_was_only_just_written_is_hashed_again(
         Bank(folder)
     assert len(hashed) == 2
     assert not cache.exists()
+
+
+def test_a_file_that_settles_only_while_it_is_hashed_is_hashed_again(
+    folder: Path, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verified, "SETTLED_NS", 10**12)
+    check = segment_module.check_files
+    late = time.time_ns() + 10**13
+
+    def slowly(*given: Any) -> None:
+        check(*given)
+        monkeypatch.setattr(verified.time, "time_ns", lambda: late)
+
+    monkeypatch.setattr(segment_module, "check_files", slowly)
+    Bank(folder)
+    assert not cache.exists()
+
+
+def test_a_record_that_cannot_be_written_whole_leaves_nothing(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        Bank(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
 def test_the_graph_is_verified_like_the_segments(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import tinyalign_edge as ta
 from tests.conftest import STORED_BUNDLE
+from tinyalign_edge.memory import Bank, Record
 from tinyalign_edge.runtime import sight
 from tinyalign_edge.runtime.decoder import Cache, Decoder
 from tinyalign_edge.runtime.lru import Lru
@@ -127,6 +128,32 @@ def test_what_the_memory_says_is_part_of_the_key_and_gone_when_forgotten(bundle:
         model.memory.forget(id=entry.id)
         assert len(prefixes) == 0
         np.testing.assert_array_equal(logits_of(model, image, QUESTIONS[0])[0], before)
+
+
+def test_prefixes_go_whoever_has_forgotten_what_they_hold(bundle: Path) -> None:
+    with ta.load(bundle) as model:
+        assert model.memory is not None
+        bank, other, prefixes = model.memory.bank, Bank(bundle / "memory"), model._answering.prefixes
+        ways = (
+            lambda number: bank.forget(id=number),
+            lambda number: (other.forget(id=number), model.memory.refresh()),
+            lambda number: (other.forget(id=number), model.memory.add(drawn(1), "new")),
+            lambda number: (other.forget(id=number), bank.verify()),
+        )
+        for way in ways:
+            model.ask(PICTURE, QUESTIONS[0], max_new_tokens=1)
+            assert len(prefixes) > 0
+            way(model.encode(PICTURE).memories[0].id)
+            assert len(prefixes) == 0
+        model.ask(PICTURE, QUESTIONS[0], max_new_tokens=1)
+        other.add(unit_key(bank), Record("more"), value=np.array([1]))
+        model.memory.refresh()
+        assert len(prefixes) > 0  # nothing is gone
+
+
+def unit_key(bank: Bank) -> Floats:
+    """A key (key_dim,)."""
+    return np.ones(bank.manifest.spec.key_dim, np.float32)
 
 
 def test_what_is_forgotten_during_an_answer_is_not_kept_either(bundle: Path) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tests.banks import make_bank
 from tinyalign_edge.memory import rebuild as rebuild_module
+from tinyalign_edge.runtime import sight
 
 pytest.importorskip("torch")  # the benchmarks' extra
 
@@ -49,10 +50,14 @@ def test_synthetic_keys_have_the_spectrum_that_is_fitted_to_them() -> None:
     assert stored_spectrum().exponent < 0
 
 
-def test_the_memorys_share_of_the_first_token_is_measured(tmp_path: Path) -> None:
+def test_the_memorys_share_of_the_first_token_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tinyalign_edge.bench import retrieval_share
 
     bundle = retrieval_share.prepare("smoke-encoder", "smoke-lm", tmp_path / "shapes", visual_tokens=4)
+    seen: list[object] = []
+    preprocess = sight.preprocess
+    monkeypatch.setattr(sight, "preprocess", lambda *given: (seen.append(given), preprocess(*given))[1])
     found = retrieval_share.measure(bundle, 300, 5, 1, 2)
+    assert len(seen) == 1 + 2 * (retrieval_share.WARM_UP + 2)  # the picture is encoded for every question
     assert (found["memory_tokens"], found["visual_tokens"]) == (20, 4)
     assert found["retrieval_share"] > 0

@@ -13,7 +13,6 @@ import typer
 from tinyalign_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from tinyalign_edge.memory import Bank
     from tinyalign_edge.runtime.memory import Memory
 
 app = typer.Typer(help="Look into a bundle's memory, teach it, make it forget.")
@@ -24,6 +23,7 @@ MemoryDir = Annotated[
     Path | None, typer.Option(help="A writable folder for the memory; a new one begins as a copy of the bundle's.")
 ]
 Neighbours = Annotated[int | None, typer.Option("-k", "--neighbours", help="How many (default: as the model reads).")]
+MAX_BUDGET_MB = 1e6
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -103,12 +103,12 @@ def merge(
     """Take over the entries of another memory of the same encoder."""
     from tinyalign_edge.bundle import open_bundle
     from tinyalign_edge.memory import Bank
+    from tinyalign_edge.memory.shown import build_due_graph
     from tinyalign_edge.runtime.memory import open_bank
 
     bank = open_bank(bundle, open_bundle(bundle), memory_dir)
     added = bank.merge(Bank(other))
-    if bank.graph_due:
-        _rebuild(bank)
+    build_due_graph(bank)
     _show(as_json, {"added": len(added), "entries": len(bank)}, f"added: {len(added)}, entries now: {len(bank)}")
 
 
@@ -116,10 +116,11 @@ def merge(
 def rebuild(bundle: Bundle, memory_dir: MemoryDir = None, as_json: Json = False) -> None:
     """Build the graph by which a large memory is searched anew; a small one has none."""
     from tinyalign_edge.bundle import open_bundle
+    from tinyalign_edge.memory.shown import build_graph
     from tinyalign_edge.runtime.memory import open_bank
 
     bank = open_bank(bundle, open_bundle(bundle), memory_dir)
-    covered = _rebuild(bank)
+    covered = build_graph(bank)
     line = f"graph over {covered} entries" if covered else f"{len(bank)} entries are searched faster without a graph"
     _show(as_json, {"graph_entries": covered, "entries": len(bank)}, line)
 
@@ -137,22 +138,24 @@ def build(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad rows instead of ending.")] = False,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default: the bundle's).")] = None,
     thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Keep small pictures, for people.")] = False,
-    budget_mb: Annotated[float | None, typer.Option(help="Megabytes the memory may take; it keeps what helps.")] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Megabytes of entries, without the graph; it keeps what helps.")
+    ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Conversations to measure the loss at that size on.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build the memory anew from data; it takes the old one's place when it is complete."""
     from dataclasses import asdict
 
-    from tinyalign_edge.bundle import open_bundle
     from tinyalign_edge.report import print_built
     from tinyalign_edge.runtime.build import BuildOptions
     from tinyalign_edge.runtime.build import build as run
     from tinyalign_edge.runtime.launch import parse_part
-    from tinyalign_edge.runtime.memory import open_bank
 
     if held_out is not None and budget_mb is None:
         raise InputError("--held-out: give --budget-mb too, or measure with 'tinyalign-edge eval'")
+    if budget_mb is not None and not 0 < budget_mb <= MAX_BUDGET_MB:
+        raise InputError(f"--budget-mb {budget_mb:g}: must be above 0 and at most {MAX_BUDGET_MB:g}")
     options = BuildOptions(
         shard_rows=shard_rows,
         skip_bad=skip_bad,
@@ -163,10 +166,6 @@ def build(
         held_out=held_out,
     )
     built = run(bundle, data=data, images=images, out=out, options=options)
-    if built.complete:
-        bank = open_bank(bundle, open_bundle(bundle), out)
-        if bank.graph_due:
-            _rebuild(bank)
     if as_json:
         print(json.dumps(asdict(built)))
     else:
@@ -199,19 +198,13 @@ def stats(
 
 @contextmanager
 def _memory_of(bundle: Path, memory_dir: Path | None) -> Iterator[Memory]:
+    from tinyalign_edge.runtime.memory import check_has_memory
     from tinyalign_edge.runtime.model import load
 
     with load(bundle, memory_dir=memory_dir) as model:
-        if model.memory is None:
-            raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
+        check_has_memory(bundle, model.manifest)
+        assert model.memory is not None
         yield model.memory
-
-
-def _rebuild(bank: Bank) -> int:
-    from tinyalign_edge.progress import progress
-
-    with progress("Building the graph", len(bank)) as advance:
-        return bank.rebuild(advance)
 
 
 def _show(as_json: bool, fields: dict[str, Any], line: str) -> None:

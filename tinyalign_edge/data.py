@@ -69,10 +69,18 @@ def read_rows(data: Path, images: Path) -> list[Row]:
     rows = [parse_row(file[number], f"{data} row {number + 1}", images) for number in range(len(file))]
     if not rows:
         raise InputError(f"{data}: holds no rows")
-    for row in rows:
-        if len(row.pictures) != 1:
-            raise InputError(f"{row.where}: key 'image' must name a file, and one only, found {len(row.pictures)}")
-    return rows
+    return [one_picture(row) for row in rows]
+
+
+def one_picture(row: Row) -> Row:
+    """Refuse a row that has no picture, or several.
+
+    Raises:
+        InputError: it is one; the message names it.
+    """
+    if len(row.pictures) != 1:
+        raise InputError(f"{row.where}: key 'image' must name a file, and one only, found {len(row.pictures)}")
+    return row
 
 
 def check_images(images: Path) -> None:
@@ -89,7 +97,7 @@ def parse_row(item: Any, where: str, images: Path) -> Row:
     """
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
-    name = str(item.get("id", where))
+    name = str(item.get("id", PurePosixPath(where).name))  # a bank keeps it: not where the file lay on this machine
     where = f"{where} (id {name})"
     pictures = tuple(_picture(image, where, images) for image in _images(item.get("image"), where))
     caption = item.get("caption")

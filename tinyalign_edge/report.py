@@ -74,8 +74,9 @@ def print_built(built: Built) -> None:
         return
     rows = [
         ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
+        ("text alone", f"{built.without_picture} rows, which are no entries"),
         ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
-        ("files", megabytes(built.bytes)),
+        ("files", f"{megabytes(built.bytes)}, and a graph of {megabytes(built.graph_bytes)}"),
     ]
     rows += [("held back", f"{built.held_back} rows, to measure the loss on")] if built.held_back else []
     rows += [

@@ -57,6 +57,7 @@ class Bank:
             BundleError: damaged, hostile or written by a newer version.
         """
         self.folder = folder
+        self.on_loss: Callable[[], None] = lambda: None  # called when entries that were open are gone
         self._changing = threading.Lock()
         self._snapshot = open_snapshot(folder)
 
@@ -102,7 +103,7 @@ class Bank:
         Raises:
             BundleError: as on opening; what was open stays open.
         """
-        with self._changing:
+        with self._alone():
             self._snapshot = open_snapshot(self.folder, self._snapshot)
 
     def verify(self) -> None:
@@ -111,7 +112,7 @@ class Bank:
         Raises:
             BundleError: one is damaged. A graph is not: it is only not used.
         """
-        with self._changing:
+        with self._alone():
             self._snapshot = open_snapshot(self.folder, trusted=False)
 
     def add(self, key: Float, record: Record, *, value: npt.NDArray[np.integer] | Float) -> int:
@@ -213,7 +214,7 @@ class Bank:
     @contextmanager
     def _exclusive(self) -> Iterator[Snapshot]:
         """Hold the lock, with the newest generation open; afterwards open what the block has written."""
-        with self._changing:
+        with self._alone():
             try:
                 with exclusive(self.folder):
                     self._snapshot = open_snapshot(self.folder, self._snapshot)
@@ -231,6 +232,18 @@ class Bank:
                     f"{self.folder}: cannot be written ({cause(error)}); free space there, or keep the memory in a "
                     "writable folder (--memory-dir)"
                 ) from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one thread opens another generation; it tells if entries are gone, whoever has forgotten them."""
+        before = self.manifest
+        try:
+            with self._changing:
+                yield
+        finally:
+            after = self.manifest
+            if after.next_id - before.next_id != after.count - before.count:  # each addition counts both up
+                self.on_loss()
 
     def _entry(self, snapshot: Snapshot, number: int, similarity: float) -> Entry:
         for table in snapshot.tables:

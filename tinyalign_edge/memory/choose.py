@@ -33,8 +33,21 @@ def answer_numbers(table: Table) -> Integers:
         part = table.part(start, min(start + BLOCK, len(table)))
         for row in range(len(part)):
             text = " ".join(decode_record(part.record(row), f"entry {part.ids[row]}").text.lower().split())
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            numbers[start + row] = int.from_bytes(digest, "little", signed=True)
+            numbers[start + row] = _number(text.encode())
+    return numbers
+
+
+def content_numbers(table: Table) -> Integers:
+    """A number (E,) for what the model reads of each entry: of its token ids; of latents, which differ with every
+    picture, of its question and text."""
+    numbers = np.empty(len(table), np.int64)
+    for row in range(len(table)):
+        if len(table.value_offsets):
+            content = table.value(row).tobytes()
+        else:
+            record = decode_record(table.record(row), f"entry {table.ids[row]}")
+            content = repr((record.question, record.text)).encode()
+        numbers[row] = _number(content)
     return numbers
 
 
@@ -61,6 +74,10 @@ def within_budget(order: Integers, answers: Integers, costs: Integers, budget_by
     keep = np.zeros(len(answers), np.bool_)
     keep[order[np.cumsum(costs[order]) <= budget_bytes]] = True
     return keep
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _quotas(counts: Integers, room: float) -> Integers:

@@ -45,15 +45,15 @@ class Keys:
 
 
 def by_worth(
-    keys: Keys, answers: Integers, costs: Integers, advance: Callable[[int], None] = lambda _: None
+    keys: Keys, contents: Integers, costs: Integers, advance: Callable[[int], None] = lambda _: None
 ) -> Integers:
     """The numbers of the entries, those first that add most similarity a byte.
 
-    Of entries with the same answer whose keys are near-duplicates only the first is there.
+    Of entries with the same content whose keys are near-duplicates only the first is there.
 
     Args:
         keys: E of them.
-        answers: (E,), equal for equal answers.
+        contents: (E,), equal where the model reads the same.
         costs: (E,), bytes.
         advance: told how many entries have been looked at.
     """
@@ -61,7 +61,7 @@ def by_worth(
     for cell in _cells(keys):
         similarity = keys.take(cell)
         similarity = similarity @ similarity.T
-        for place, gain in _greedy(np.maximum(similarity, 0), answers[cell], costs[cell]):
+        for place, gain in _greedy(np.maximum(similarity, 0), contents[cell], costs[cell]):
             worth[cell[place]] = gain / costs[cell[place]]
         advance(len(cell))
     kept = np.flatnonzero(worth >= 0)
@@ -87,8 +87,8 @@ def _cells(keys: Keys) -> Iterator[Integers]:
         waiting += [np.sort(order_part) for order_part in (cell[order[at:]], cell[order[:at]])]
 
 
-def _greedy(similarity: Float, answers: Integers, costs: Integers) -> Iterator[tuple[int, float]]:
-    """Places in the order in which they are chosen, and what each adds, without near-duplicates of the same answer.
+def _greedy(similarity: Float, contents: Integers, costs: Integers) -> Iterator[tuple[int, float]]:
+    """Places in the order in which they are chosen, and what each adds, without near-duplicates of the same content.
 
     What an entry adds only falls as others are chosen, so an old figure is a bound, and few are worked out again
     (Minoux, 1978).
@@ -104,7 +104,7 @@ def _greedy(similarity: Float, answers: Integers, costs: Integers) -> Iterator[t
             heapq.heappush(heap, (-gain / costs[i], i, len(chosen)))
             continue
         same = similarity[i, chosen] >= DUPLICATE
-        if same.any() and answers[i] in answers[np.array(chosen)[same]]:
+        if same.any() and contents[i] in contents[np.array(chosen)[same]]:
             continue
         yield i, -bound * float(costs[i])
         chosen.append(i)

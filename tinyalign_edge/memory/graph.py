@@ -53,18 +53,20 @@ def open_graph(folder: Path, entry: GraphEntry, spec: BankSpec, verified: Verifi
             check_files(folder, {entry.file: FileEntry(entry.bytes, entry.sha256)})
             verified.add(path, entry)
         index = _new_index(spec, enable_key_lookups=False)
+        expected = {
+            "kind_metric": index.metric_kind,
+            "kind_scalar": index.dtype,
+            "dimensions": spec.key_dim,
+            "count_present": entry.count,
+            "count_deleted": 0,
+        }
         found = index.metadata(path)
+        if not found or not found.items() >= expected.items():  # before `view` makes room for as many as it says
+            return None
         index.view(path)
     except (BundleError, UnsupportedError, OSError, RuntimeError, ValueError):
         return None
-    expected = {
-        "kind_metric": index.metric_kind,
-        "kind_scalar": index.dtype,
-        "dimensions": spec.key_dim,
-        "count_present": entry.count,
-        "count_deleted": 0,
-    }
-    return Graph(index, entry) if found and found.items() >= expected.items() and len(index) == entry.count else None
+    return Graph(index, entry) if len(index) == entry.count else None
 
 
 def build_index(tables: Sequence[Table], spec: BankSpec, advance: Callable[[int], object]) -> Any:

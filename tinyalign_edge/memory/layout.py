@@ -21,6 +21,7 @@ GRAPH_NAME = re.compile(r"graph-[0-9]{1,19}\.usearch")
 MAX_ENTRIES = 1 << 31
 MAX_DIM = 1 << 16
 MAX_ENTRY_BYTES = 1 << 20  # of key, value, scales and record, as the journal holds them
+MAX_RECORD_BYTES = 2 * MAX_ENTRY_BYTES  # of a segment's, with its thumbnail
 MAX_JOURNAL_BYTES = 1 << 26
 MAX_COUNTER = 1 << 62  # of generations and ids
 

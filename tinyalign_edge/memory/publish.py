@@ -59,6 +59,7 @@ def _replace(folder: Path, spec: BankSpec, parts: Sequence[Selected]) -> BankMan
     path = folder / segment_name(generation, 0)
     next_id = before.next_id if before else 0
     try:
+        (folder / TEMPORARY).unlink(missing_ok=True)  # left by a writer that died
         segment = write_joined(path, parts, spec, first_id=next_id)
         segments = (segment,) if segment else ()
         next_id += segment.count if segment else 0

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.memory.layout import MAX_RECORD_BYTES
 
 FIELDS = ("text", "question", "source", "time")
 MAX_THUMBNAIL_BYTES = 1 << 14
@@ -28,15 +29,21 @@ class Record:
         """JSON in UTF-8; after a line feed, which JSON on one line does not hold, the thumbnail.
 
         Raises:
-            InputError: a text is not valid Unicode, or the thumbnail is too large.
+            InputError: a text is not valid Unicode, or it or the thumbnail is too large.
         """
         if len(self.thumbnail) > MAX_THUMBNAIL_BYTES:
             raise InputError(f"thumbnail: {len(self.thumbnail)} bytes, at most {MAX_THUMBNAIL_BYTES} are kept")
         try:
             text = json.dumps({name: getattr(self, name) for name in FIELDS}, ensure_ascii=False).encode()
-            return text + b"\n" + self.thumbnail if self.thumbnail else text
         except UnicodeEncodeError:
             raise InputError(f"text {self.text!r:.60} of {self.source!r:.60}: is not valid Unicode") from None
+        data = text + b"\n" + self.thumbnail if self.thumbnail else text
+        if len(data) > MAX_RECORD_BYTES:
+            raise InputError(
+                f"text {self.text!r:.60}: {len(data)} bytes with its source, at most {MAX_RECORD_BYTES} are kept; "
+                "give a shorter text"
+            )
+        return data
 
 
 def decode_record(data: bytes, where: str) -> Record:

@@ -10,7 +10,7 @@ import numpy as np
 from tinyalign_edge.bundle import FileEntry, check_files, inside
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.folders import sync
-from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
+from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec, SegmentEntry, aligned, sections
 from tinyalign_edge.memory.table import Array, Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
@@ -58,11 +58,11 @@ def _check(path: Path, table: Table, entry: SegmentEntry, spec: BankSpec) -> Non
         raise BundleError(f"{path}: its ids do not rise; build the bank again")
     if not np.all(np.isfinite(table.key_scales)):
         raise BundleError(f"{path}: a key is not finite; build the bank again")
-    _check_offsets(path, table.record_offsets, entry.record_bytes)
+    _check_offsets(path, table.record_offsets, entry.record_bytes, MAX_RECORD_BYTES)
     if spec.kind == "tokens":
-        _check_offsets(path, table.value_offsets, entry.token_count)
+        _check_offsets(path, table.value_offsets, entry.token_count, MAX_ENTRY_BYTES // table.values.itemsize)
 
 
-def _check_offsets(path: Path, offsets: Array, end: int) -> None:
-    if offsets[0] != 0 or int(offsets[-1]) != end or np.any(offsets[1:] < offsets[:-1]):
+def _check_offsets(path: Path, offsets: Array, end: int, longest: int) -> None:
+    if offsets[0] != 0 or int(offsets[-1]) != end or np.any(np.diff(offsets) > longest):  # a fall wraps around
         raise BundleError(f"{path}: its offsets do not fit its sections; build the bank again")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.config import from_json, read_json, write_json
-from tinyalign_edge.errors import InputError, TinyAlignError
+from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.folders import cause, sync, whole_folder
 from tinyalign_edge.memory.join import Selected
 from tinyalign_edge.memory.layout import MANIFEST, BankSpec
@@ -58,6 +58,7 @@ class Counts:
     entries: int
     skipped: int
     held_back: int
+    without_picture: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Shards:
     def finished(self, shard: int) -> bool:
         """Whether a shard stands, whole and undamaged."""
         try:
-            open_snapshot(self._path(shard))
+            open_snapshot(self._path(shard), recorded=False)
             counts = self.counts(shard)
             return (self._path(shard) / DIGESTS).stat().st_size == counts.entries * DIGEST_BYTES
         except (TinyAlignError, OSError):
@@ -124,7 +125,9 @@ class Shards:
                 latents=entries.latents,
             )
             digests = [
-                content_digest(table, row) for table in open_snapshot(folder).tables for row in range(len(table))
+                content_digest(table, row)
+                for table in open_snapshot(folder, recorded=False).tables
+                for row in range(len(table))
             ]
             (folder / DIGESTS).write_bytes(b"".join(digest[:DIGEST_BYTES] for digest in digests))
             write_json(folder / COUNTS, counts)
@@ -143,7 +146,7 @@ class Shards:
         for bucket in range(buckets):
             for shard, row in _repeated(digests, bucket, buckets):
                 keep[shard][row] = False
-        tables = (table for number in shards for table in open_snapshot(self._path(number)).tables)
+        tables = (table for number in shards for table in open_snapshot(self._path(number), recorded=False).tables)
         return list(zip(tables, keep, strict=True))
 
     def remove(self) -> None:
@@ -156,7 +159,11 @@ class Shards:
 
     def _digests(self, shard: int) -> npt.NDArray[np.uint64]:
         """(E, 2), mapped."""
-        return np.memmap(self._path(shard) / DIGESTS, "<u8", "r").reshape(-1, 2)
+        path = self._path(shard) / DIGESTS
+        try:
+            return np.memmap(path, "<u8", "r", shape=(self.counts(shard).entries, 2))
+        except (OSError, ValueError):
+            raise BundleError(f"{path}: missing or cut; delete {path.parent} and build again") from None
 
     def _write_job(self) -> None:
         """Whole or not at all, since other processes may begin at the same time."""

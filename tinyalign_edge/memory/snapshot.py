@@ -31,11 +31,14 @@ class Snapshot:
         return (*self.segments, self.journal) if len(self.journal) else self.segments
 
 
-def open_snapshot(folder: Path, previous: Snapshot | None = None, *, trusted: bool = True) -> Snapshot:
+def open_snapshot(
+    folder: Path, previous: Snapshot | None = None, *, trusted: bool = True, recorded: bool = True
+) -> Snapshot:
     """Open the newest generation; what `previous` has verified is neither read nor hashed again.
 
     Args:
         trusted: what this user has verified before, and has not changed since, is not hashed again either.
+        recorded: what is verified now is remembered for that.
 
     Raises:
         InputError: it is not a bank.
@@ -46,7 +49,7 @@ def open_snapshot(folder: Path, previous: Snapshot | None = None, *, trusted: bo
         if previous and previous.manifest == manifest:
             return previous
         try:
-            return _open(folder, manifest, previous, VerifiedFiles(folder, trusted=trusted))
+            return _open(folder, manifest, previous, VerifiedFiles(folder, trusted=trusted, recorded=recorded))
         except (BundleError, OSError):  # a writer may have replaced the files meanwhile
             if read_manifest(folder).generation == manifest.generation:
                 raise

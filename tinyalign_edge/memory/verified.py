@@ -27,29 +27,34 @@ MAX_RECORDS = 256  # of banks; the oldest are dropped
 
 
 class VerifiedFiles:
-    """The record of the bank `folder`. With `trusted=False` nothing in it counts, and it begins anew."""
+    """The record of the bank `folder`. With `trusted=False` nothing in it counts, and it begins anew; with
+    `recorded=False` there is none, as for banks that will not last."""
 
-    def __init__(self, folder: Path, *, trusted: bool = True) -> None:
-        self._folder, self._trusted = folder, trusted
-        self._before = dict[Path, str]()
+    def __init__(self, folder: Path, *, trusted: bool = True, recorded: bool = True) -> None:
+        self._folder, self._trusted, self._recorded = folder, trusted, recorded
+        self._settled = dict[Path, str]()
         self._found = set[str]()
+        if not trusted and self._path is not None:
+            with suppress(OSError):
+                self._path.unlink()  # also where damage is found now
 
     def holds(self, path: Path, meaning: Any) -> bool:
         """Whether the file `path` was found to be what `meaning` says, and is unchanged since."""
         try:
-            mark = self._before[path] = _mark(path, meaning)
+            mark = _mark(path, meaning)
+            stat = path.stat()
         except OSError:
             return False
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS:  # now, before its bytes are read
+            self._settled[path] = mark
         if mark in self._known:
             self._found.add(mark)
         return mark in self._known
 
     def add(self, path: Path, meaning: Any) -> None:
         """Note that `path`, which `holds` did not know, has been read since and is what `meaning` says."""
-        stat = path.stat()
-        settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS
         mark = _mark(path, meaning)
-        if settled and mark == self._before.get(path):
+        if mark == self._settled.get(path):
             self._found.add(mark)
 
     def save(self) -> None:
@@ -61,14 +66,20 @@ class VerifiedFiles:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(sorted(marks if len(marks) <= MAX_MARKS else self._found), file)
-            Path(temporary).replace(path)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump(sorted(marks if len(marks) <= MAX_MARKS else self._found), file)
+                Path(temporary).replace(path)
+            except OSError:
+                Path(temporary).unlink()
+                raise
             _drop_oldest(path.parent)
 
     @cached_property
     def _path(self) -> Path | None:
-        """Where the record lies; None where the user has no folder for such things."""
+        """Where the record lies; None where there is none, or the user has no folder for such things."""
+        if not self._recorded:
+            return None
         try:
             home = Path.home()
             name = hashlib.sha256(os.fsencode(self._folder.resolve())).hexdigest()

@@ -13,7 +13,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import single_questions
 from tinyalign_edge.memory import Bank
-from tinyalign_edge.memory.choose import answer_numbers, entry_costs, within_budget
+from tinyalign_edge.memory.choose import answer_numbers, content_numbers, entry_costs, within_budget
 from tinyalign_edge.memory.coverage import Keys, by_worth
 from tinyalign_edge.memory.layout import BankSpec
 from tinyalign_edge.memory.publish import publish
@@ -25,6 +25,16 @@ from tinyalign_edge.runtime.model import Model, load
 
 FACTORS = (0.5, 1.0, 2.0)  # of the budget: what is measured
 OVERHEAD_BYTES = 4096  # of manifest and alignment
+
+
+def check_budget(budget_bytes: int) -> None:
+    """Refuse a budget that cannot be halved, before any work.
+
+    Raises:
+        InputError: half of it has no room for an entry.
+    """
+    if FACTORS[0] * budget_bytes <= OVERHEAD_BYTES:
+        raise _too_small(budget_bytes)
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,11 @@ def fit(bundle: Path, everything: Path, spec: BankSpec, budget_bytes: int, held_
     (table,) = open_snapshot(everything).segments
     answers, costs = answer_numbers(table), entry_costs(table)
     with progress("Choosing entries", len(table)) as advance:
-        order = by_worth(Keys(table.keys, table.key_scales), answers, costs, advance)
+        order = by_worth(Keys(table.keys, table.key_scales), content_numbers(table), costs, advance)
     budgets = [int(factor * budget_bytes) for factor in FACTORS]
     keeps = [within_budget(order, answers, costs, budget - OVERHEAD_BYTES) for budget in budgets]
     if not keeps[0].any():
-        raise InputError(
-            f"--budget-mb {budget_bytes / 1e6:g}: half of it must have room for an entry and {OVERHEAD_BYTES} bytes"
-        )
+        raise _too_small(budget_bytes)
     folders = [everything.with_name(f"budget-{factor}") for factor in FACTORS]
     for folder, keep in zip(folders, keeps, strict=True):
         publish(folder, spec, [(table, keep)])
@@ -101,3 +109,9 @@ def held_out_losses(model: Model, banks: Sequence[Bank], rows: Iterable[Row]) ->
                 tokens += len(losses[0])
             advance()
     return (sums / tokens).tolist(), tokens
+
+
+def _too_small(budget_bytes: int) -> InputError:
+    return InputError(
+        f"--budget-mb {budget_bytes / 1e6:g}: half of it must have room for an entry and {OVERHEAD_BYTES} bytes"
+    )

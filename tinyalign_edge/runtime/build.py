@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tinyalign_edge.bundle import MANIFEST, MEMORY_DIR, Manifest, file_sha256, inside, open_bundle
-from tinyalign_edge.data import Row, check_images, parse_row
+from tinyalign_edge.data import Row, check_images, one_picture, parse_row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.jsonrows import RowFile
+from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.layout import BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.manifest import read_manifest
 from tinyalign_edge.memory.publish import check_target, publish
 from tinyalign_edge.memory.shards import Counts, Job, Shards
+from tinyalign_edge.memory.shown import build_due_graph
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.budget import BudgetPoint, fit
-from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, check_can_build, side_by_side
+from tinyalign_edge.runtime.budget import BudgetPoint, check_budget, fit
+from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, side_by_side
 from tinyalign_edge.runtime.launch import Part, part_of_environment, threads
+from tinyalign_edge.runtime.memory import check_has_memory
 from tinyalign_edge.runtime.model import load
 
 WORK_SUFFIX = ".build"
@@ -38,7 +42,7 @@ class BuildOptions:
         value_tokens: token ids kept of an entry, at most the bundle's; None: as many as the bundle's.
         thumbnails: keep a small JPEG of every entry's picture.
         part: what this process does; None: what `torchrun` or `accelerate launch` say, or all.
-        budget_bytes: what the bank's files may take; None: all entries are kept.
+        budget_bytes: what the bank's files may take, its graph apart; None: all entries are kept.
         held_out: conversations, of the same images folder, whose loss is measured at budgets around that one; None:
             a share of the pictures, at most about `HELD_BACK_ROWS` rows, is held back from the bank for it.
     """
@@ -54,7 +58,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """What a call of `build` left. Unless `complete`, other processes have shards to make and no bank was changed."""
+    """What a call of `build` left. Unless `complete`, other processes have shards to make and no bank was changed.
+
+    `bytes` are those of the entries; a graph takes `graph_bytes` more.
+    """
 
     complete: bool
     shards: int
@@ -64,6 +71,8 @@ class Built:
     duplicates: int = 0
     entries: int = 0
     bytes: int = 0
+    graph_bytes: int = 0
+    without_picture: int = 0
     held_back: int = 0
     points: tuple[BudgetPoint, ...] = ()  # with a budget: what was measured
 
@@ -71,9 +80,10 @@ class Built:
 def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, options: BuildOptions) -> Built:
     """Build a bank from the rows of `data` and put it in the place of the bundle's own, or of the one in `out`.
 
-    Shards are collected in a folder beside it (`work_folder`). Who finishes the last one joins them; until then the old
-    bank stays as it is. The result does not depend on the number of processes or interruptions: it is equal byte for
-    byte, on processors that compute the same keys.
+    An entry is found by the first picture of its row, as in training; rows that are text alone become none. Shards are
+    collected in a folder beside the bank (`work_folder`). Who finishes the last one joins them, and builds the graph of
+    a large bank; until then the old bank stays as it is. The result does not depend on the number of processes or
+    interruptions: it is equal byte for byte, on processors that compute the same keys.
 
     Raises:
         InputError: not a bundle with a memory, a bad row (named), or `out` holds something else.
@@ -81,9 +91,11 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         TinyAlignError: the disk is full, or the folder cannot be written; finished shards are kept.
     """
     manifest = open_bundle(bundle)
-    check_can_build(bundle, manifest)
+    check_has_memory(bundle, manifest)
     target = inside(bundle, MEMORY_DIR) if out is None else out
     check_target(target)
+    if options.budget_bytes is not None:
+        check_budget(options.budget_bytes)
     if options.shard_rows < 1:
         raise InputError(f"--shard-rows {options.shard_rows}: must be at least 1")
     value_tokens, part = _value_tokens(manifest, options), options.part or part_of_environment()
@@ -103,16 +115,21 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
         return Built(False, job.shards, 0, job.rows)
     shards = Shards(work_folder(bundle, out), job, bank_spec(manifest))
     _make_shards(bundle, shards, file, images, part)
-    try:
-        with exclusive(shards.folder):
-            if shards.is_open():
-                done = shards.done()
-                if done < job.shards:
-                    return Built(False, job.shards, done, job.rows)
-                return _finish(bundle, shards, target, options.budget_bytes, held_out)
-    except FileNotFoundError:
-        pass
-    return _built(job, read_manifest(target))  # another process has joined them meanwhile
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(shards.folder))
+        except FileNotFoundError:  # another process has joined them meanwhile
+            return _built(job, read_manifest(target))
+        if not shards.is_open():  # while this one waited
+            return _built(job, read_manifest(target))
+        done = shards.done()
+        if done < job.shards:
+            return Built(False, job.shards, done, job.rows)
+        built = _finish(bundle, shards, target, options.budget_bytes, held_out)
+    bank = Bank(target)
+    build_due_graph(bank)
+    graph = bank.manifest.graph
+    return replace(built, graph_bytes=graph.bytes if graph else 0)
 
 
 def work_folder(bundle: Path, out: Path | None) -> Path:
@@ -165,15 +182,17 @@ class _HeldOut:
         if options.budget_bytes is not None and options.held_out is None:
             self.share = min(HELD_BACK_SHARE, HELD_BACK_ROWS / len(data))
         elif options.held_out is not None:
-            self._file = checked_rows(options.held_out, images, skip_bad=False)
+            self._file = checked_rows(options.held_out, images, skip_bad=True)
+            for _ in self.rows():  # errors come before the long work
+                pass
         if self.share and next(iter(self.rows()), None) is None:
             raise InputError(f"{data.path}: too few rows to hold some back; give --held-out")
 
     def rows(self) -> Iterator[Row]:
-        """One after another; bad ones are left out of what was held back."""
+        """One after another, of one picture each; others are left out of what was held back."""
         for number in range(len(self._file)):
             try:
-                row = read_row(self._file, number, self._images)
+                row = one_picture(read_row(self._file, number, self._images))
             except InputError:
                 if self.share:
                     continue
@@ -183,8 +202,8 @@ class _HeldOut:
 
 
 def is_held_back(row: Row, share: float) -> bool:
-    """Whether a row belongs to the `share` of the pictures that are held back; the same on every machine."""
-    return zlib.crc32(row.image.encode()) < share * 2**32
+    """Whether a row has one of the `share` of the pictures that are held back; the same on every machine."""
+    return any(zlib.crc32(picture.name.encode()) < share * 2**32 for picture in row.pictures)
 
 
 def _value_tokens(manifest: Manifest, options: BuildOptions) -> int:
@@ -207,11 +226,13 @@ def _make_shards(bundle: Path, shards: Shards, file: RowFile, images: Path, part
         with load(bundle, memory=False, threads=threads()) as model:
             maker = EntryMaker(model, value_tokens=job.value_tokens, thumbnails=job.thumbnails)
             for number in missing:
-                entries, skipped, held_back = list[NewEntry](), 0, 0
+                entries, skipped, held_back, without_picture = list[NewEntry](), 0, 0, 0
                 for row_number in job.rows_of(number):
                     try:
                         row = read_row(file, row_number, images)
-                        if is_held_back(row, job.held_back):
+                        if not row.pictures:
+                            without_picture += 1
+                        elif is_held_back(row, job.held_back):
                             held_back += 1
                         else:
                             entries.append(maker.entry(row))
@@ -220,7 +241,7 @@ def _make_shards(bundle: Path, shards: Shards, file: RowFile, images: Path, part
                             raise
                         skipped += 1
                     advance()
-                counts = Counts(len(entries), skipped, held_back)
+                counts = Counts(len(entries), skipped, held_back, without_picture)
                 shards.write(number, side_by_side(entries, model.manifest), counts)
 
 
@@ -229,7 +250,10 @@ def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None
     counts = [shards.counts(number) for number in range(shards.job.shards)]
     total = Counts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
     if not total.entries:
-        raise InputError(f"{shards.folder}: no row can be used, {total.skipped} are bad; build without --skip-bad")
+        raise InputError(
+            f"{shards.folder}: no row can be used, {total.skipped} are bad and {total.without_picture} have no "
+            "picture; give rows with pictures that can be read"
+        )
     selected, points = shards.distinct(), tuple[BudgetPoint, ...]()
     distinct = sum(int(keep.sum()) for _, keep in selected)
     if budget_bytes is not None:
@@ -241,7 +265,14 @@ def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None
     shards.remove()
     built = _built(shards.job, manifest)
     duplicates = total.entries - distinct
-    return replace(built, skipped=total.skipped, held_back=total.held_back, duplicates=duplicates, points=points)
+    return replace(
+        built,
+        skipped=total.skipped,
+        held_back=total.held_back,
+        without_picture=total.without_picture,
+        duplicates=duplicates,
+        points=points,
+    )
 
 
 def _built(job: Job, manifest: BankManifest) -> Built:

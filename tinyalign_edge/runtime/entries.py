@@ -29,16 +29,6 @@ class NewEntry:
     value: npt.NDArray[Any]  # "tokens": (T,) int32; "latents": (L, latent_dim) float32
 
 
-def check_can_build(bundle: Path, manifest: Manifest) -> None:
-    """Refuse a bundle that cannot make entries.
-
-    Raises:
-        InputError: it has no memory.
-    """
-    if manifest.memory.kind == "none":
-        raise InputError(f"{bundle}: this bundle has no memory; train one with --memory tokens")
-
-
 class EntryMaker:
     """Makes the entry of a row. A picture that the row before had is not encoded again."""
 

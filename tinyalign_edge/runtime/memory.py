@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float32]
 
 
+def check_has_memory(folder: Path, manifest: Manifest) -> None:
+    """Refuse the bundle `folder` where it was trained without a memory.
+
+    Raises:
+        InputError: it was.
+    """
+    if manifest.memory.kind == "none":
+        raise InputError(f"{folder}: this bundle has no memory; train one with --memory tokens")
+
+
 def open_bank(folder: Path, manifest: Manifest, memory_dir: str | Path | None = None) -> Bank:
     """Open the bank of the bundle `folder`, or the one in `memory_dir`, which begins as a copy of the bundle's.
 
@@ -31,9 +41,8 @@ def open_bank(folder: Path, manifest: Manifest, memory_dir: str | Path | None = 
         InputError: the bundle has no memory, or `memory_dir` holds something else.
         BundleError: damaged, hostile, too new, or made with another bundle.
     """
+    check_has_memory(folder, manifest)
     settings = manifest.memory
-    if settings.kind == "none":
-        raise InputError(f"{folder}: this bundle has no memory; train one with --memory tokens")
     home = inside(folder, MEMORY_DIR)
     if memory_dir is not None:
         copy_bank(home, Path(memory_dir))
@@ -66,7 +75,6 @@ class Memory:
         encode: Callable[[ImageLike | EncodedImage], EncodedImage],
     ) -> None:
         self.bank = bank
-        self.on_change: Callable[[], None] = lambda: None  # called after what was known may not be any more
         self._settings, self._values, self._encode = settings, values, encode
 
     def __len__(self) -> int:
@@ -140,15 +148,11 @@ class Memory:
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""
-        try:
-            return self.bank.forget(id=id, source=source, text=text)
-        finally:
-            self.on_change()
+        return self.bank.forget(id=id, source=source, text=text)
 
     def refresh(self) -> None:
         """See what other processes have changed."""
         self.bank.refresh()
-        self.on_change()
 
     def stats(self) -> BankStats:
         """Counts and sizes."""

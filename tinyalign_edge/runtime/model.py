@@ -108,7 +108,7 @@ class Model:
         if memory and (manifest.memory.kind != "none" or memory_dir is not None):
             bank = open_bank(folder, manifest, memory_dir)
             self.memory = Memory(bank, manifest.memory, self.values, self._encoded)
-            self.memory.on_change = self._forget_read
+            bank.on_loss = self._forget_read
             self._recall = Recall(folder, manifest, self._decoder)
 
     def __enter__(self) -> Model:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tinyalign_edge.data import Row
 from tinyalign_edge.memory import Bank, Record, write_bank
-from tinyalign_edge.progress import progress
+from tinyalign_edge.memory.shown import build_due_graph
 from tinyalign_edge.train.batches import Values
 from tinyalign_edge.train.checkpoint import CURVES, LANGUAGE_FOLDER, MEMORY, METRICS, SAMPLES, save_checkpoint
 from tinyalign_edge.train.curves import draw_curves
@@ -58,10 +58,7 @@ def write_checkpoint(
             token_ids=None if latents is not None else values.token_ids,
             latents=latents,
         )
-        bank = Bank(out / MEMORY)
-        if bank.graph_due:
-            with progress("Building the graph", len(bank)) as advance:
-                bank.rebuild(advance)
+        build_due_graph(Bank(out / MEMORY))
     write_samples(out / SAMPLES, held_out, rows[:CALIBRATION])
     save_checkpoint(out, config, model, language.tokenizer_json)
     return config
