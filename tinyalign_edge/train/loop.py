@@ -124,6 +124,10 @@ class AlignTrainer(Trainer):
             )
         return loss
 
+    def _inner_training_loop(self, **options: Any) -> Any:
+        # a resumed run would take the rows of a pass from the state, and with other passes to a step another batch
+        return super()._inner_training_loop(**{**options, "batch_size": self.args.train_batch_size})
+
     def take_tokens(self) -> int:
         """How many tokens were computed since this was last asked."""
         count, self.tokens = int(self.tokens) * int(self.args.world_size), 0
