@@ -305,3 +305,14 @@ def test_a_checkpoint_of_the_first_schema_opens(checkpoints: dict[str, Path], tm
     opened = load_checkpoint(old).config
     assert opened.training.data[0].path == training["data"]
     assert opened.connector == load_checkpoint(checkpoints["tokens"]).config.connector
+
+
+def test_rows_without_any_picture_are_refused(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = json.loads((world / "train.json").read_text("utf-8"))[:12]
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
+    (tmp_path / "text.json").write_text(json.dumps(rows), "utf-8")
+    with pytest.raises(InputError, match=r"text\.json: no row has a picture"):
+        train_tiny(world, towers, tmp_path / "c", data=tmp_path / "text.json")
+    assert not (tmp_path / "c").exists()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Entry
@@ -103,7 +104,12 @@ class _AsyncPieces:
     busy until then."""
 
     def __init__(self, stream: AnswerStream) -> None:
-        self._stream, self._pieces = stream, iter(stream)
+        self._stream = stream
+        self._pieces: Any = iter(stream)
+
+    def __del__(self) -> None:
+        with suppress(ValueError):  # a thread is at it; it ends with its piece
+            self._pieces.close()
 
     def __aiter__(self) -> _AsyncPieces:
         return self
