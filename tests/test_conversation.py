@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,7 +258,7 @@ def test_what_is_forgotten_is_read_by_no_later_turn(bundle: Path, passes: list[i
         talk = model.chat()
         assert entry.id in [memory.id for memory in talk.ask(QUESTIONS[0], PICTURE, max_new_tokens=2).memories]
         model.memory.forget(id=entry.id)
-        assert len(talk._context) == 0
+        assert talk._context is None
         assert entry.id not in [memory.id for one in talk.exchanges for memory in one.images[0].memories]
         passes.clear()
         assert entry.id not in [memory.id for memory in talk.ask(QUESTIONS[1], max_new_tokens=1).memories]
@@ -272,7 +274,37 @@ def test_what_is_forgotten_during_an_answer_is_gone_after_it(bundle: Path) -> No
         pieces = iter(stream)
         next(pieces)
         model.memory.forget(id=entry.id)
-        assert len(talk._context) > 0
+        assert talk._context is not None
         list(pieces)
-        assert len(talk._context) == len(model._answering.prefixes) == 0
+        assert talk._context is None
+        assert len(model._answering.prefixes) == 0
         assert entry.id not in [memory.id for memory in talk.exchanges[0].images[0].memories]
+
+
+def test_a_stream_for_asyncio_that_is_left_half_way_leaves_the_conversation_free(model: ta.Model) -> None:
+    async def converse() -> None:
+        talk = model.chat()
+        async for _ in talk.astream(QUESTIONS[0], PICTURE):
+            break
+        talk.reset()
+        assert (await talk.aask(QUESTIONS[0], PICTURE)).text == model.ask(PICTURE, QUESTIONS[0]).text
+
+    asyncio.run(converse())
+
+
+def test_closing_frees_the_weights_though_a_conversation_is_kept() -> None:
+    for half_way in (False, True):
+        model = ta.load(STORED_BUNDLE, threads=1)
+        weights = weakref.ref(model.decoder)
+        talk = model.chat()
+        talk.ask(QUESTIONS[0], PICTURE, max_new_tokens=2)
+        pieces = iter(talk.stream(QUESTIONS[1]) if half_way else ())
+        next(pieces, None)
+        model.close()
+        list(pieces)  # goes on to its end
+        del pieces
+        gc.collect()
+        assert weights() is None
+        for act in (lambda: talk.ask(QUESTIONS[0]), model.chat):  # noqa: B023
+            with pytest.raises(ta.InputError, match="the model was closed"):
+                act()

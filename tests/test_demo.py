@@ -31,6 +31,8 @@ def test_an_interrupted_demo_leaves_a_folder_that_the_next_one_takes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_make_towers", interrupt)
+    monkeypatch.setattr(run, "TRAIN_SCENES", 30)
+    monkeypatch.setattr(run, "TEST_SCENES", 20)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run.run_demo(tmp_path / "out", seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,11 @@ def test_without_llguidance_a_constraint_names_the_extra(model: ta.Model, monkey
     with pytest.raises(ta.MissingExtraError, match=r"pip install 'tinyalign-edge\[constrain\]'"):
         model.ask(PICTURE, QUESTIONS[0], regex="a")
     assert model.ask(PICTURE, QUESTIONS[0]).text
+
+
+def test_the_callers_time_counts_in_the_total_alone(model: ta.Model) -> None:
+    stream = model.stream(PICTURE, QUESTIONS[0], choices=["red", "blue"])
+    for _ in stream:
+        time.sleep(0.05)
+    timings = stream.result().timings_ms
+    assert timings["total"] - timings["first_token"] > 49

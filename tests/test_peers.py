@@ -63,6 +63,7 @@ def test_an_encoder_is_compared_with_torch_and_counted_in_images(measured: Any) 
     assert all(figures["cosine"] > 0.999 for figures in result["correctness"])
 
 
+@pytest.mark.slow
 def test_an_engine_that_computes_another_model_is_reported_and_not_timed(measured: Any, root: Path) -> None:
     measured("smoke-lm")
     reference = root / "models" / "smoke-lm" / "source" / check.REFERENCE

@@ -201,3 +201,12 @@ def test_an_lru_lets_go_of_what_was_used_longest_ago() -> None:
     assert [store.get(name) is not None for name in "abc"] == [True, False, True]
     store.put("a", np.zeros(11, np.uint8))  # too large: what was there under this name is out of date
     assert (len(store), store.nbytes) == (1, 4)
+
+
+def test_an_array_of_another_kind_is_refused_though_its_bytes_were_seen() -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as model:
+        picture = drawn(1)
+        model.encode(picture)
+        for wrong in (picture.view(np.int8), np.zeros((1,) * 25, np.uint8)):
+            with pytest.raises(ta.InputError, match="image array: need"):
+                model.encode(wrong)

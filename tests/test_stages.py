@@ -114,6 +114,27 @@ def test_a_step_in_several_passes_is_the_same_step(world: Path, towers: Path, tm
         train_tiny(world, towers, tmp_path / "odd", micro_batch=3)
 
 
+def test_a_run_may_go_on_with_smaller_passes(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from tinyalign_edge.train.watcher import Watcher
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    whole = load_file(train_tiny(world, towers, tmp_path / "whole") / "model.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Watcher, "on_step_end", interrupt)
+        train_tiny(world, towers, tmp_path / "cut")
+    train(
+        data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"),
+        out=tmp_path / "cut", resume=True,
+        options=TrainOptions(steps=4, batch_size=8, visual_tokens=4, eval_every=2, device="cpu", micro_batch=2),
+    )  # fmt: skip
+    parts = load_file(tmp_path / "cut" / "model.safetensors")
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=2e-3, atol=2e-5)
+
+
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> None:
     first = train_tiny(world, towers, tmp_path / "c", memory="latents", bf16=True)
     exact = train_tiny(world, towers, tmp_path / "d", memory="latents")

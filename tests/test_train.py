@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,28 @@ def test_a_tower_that_changed_since_training_is_refused(world: Path, towers: Pat
     save_lm(tmp_path / "towers" / "lm", num_hidden_layers=3)
     with pytest.raises(BundleError, match="its weights changed since training"):
         load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_the_first_schema_opens(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """As it was written before connectors, stages and several files had settings."""
+    old = shutil.copytree(checkpoints["tokens"], tmp_path / "old")
+    config = json.loads((old / "config.json").read_text("utf-8"))
+    kept = ("images", "steps", "batch_size", "learning_rate", "warmup", "fraction", "seed", "device", "eval_every")
+    training = {name: config["training"][name] for name in kept} | {"data": config["training"]["data"][0]["path"]}
+    config |= {"schema_version": 1, "training": training}
+    del config["connector"]["kind"], config["memory"]["key"]
+    (old / "config.json").write_text(json.dumps(config), "utf-8")
+    opened = load_checkpoint(old).config
+    assert opened.training.data[0].path == training["data"]
+    assert opened.connector == load_checkpoint(checkpoints["tokens"]).config.connector
+
+
+def test_rows_without_any_picture_are_refused(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = json.loads((world / "train.json").read_text("utf-8"))[:12]
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
+    (tmp_path / "text.json").write_text(json.dumps(rows), "utf-8")
+    with pytest.raises(InputError, match=r"text\.json: no row has a picture"):
+        train_tiny(world, towers, tmp_path / "c", data=tmp_path / "text.json")
+    assert not (tmp_path / "c").exists()

@@ -81,16 +81,6 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     return data
 
 
-def read_versioned(kind: type[T], path: Path, *, newest: int) -> T:
-    """Read a file of settings that has a `schema_version`.
-
-    Raises:
-        InputError: as `read_json`.
-        BundleError: written by a newer version of this package, or as `from_json`.
-    """
-    return from_versioned(kind, read_json(path), path, newest=newest)
-
-
 def from_versioned(kind: type[T], data: Any, path: Path, *, newest: int) -> T:
     """`from_json` of settings that have a `schema_version` and were read from `path`.
 

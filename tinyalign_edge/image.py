@@ -32,9 +32,10 @@ def read_picture(image: ImageLike) -> bytes | npt.NDArray[np.uint8]:
     """What identifies a picture: the bytes of its file, or upright RGB pixels (height, width, 3) uint8.
 
     Raises:
-        InputError: missing, over 64 MiB, or a PIL picture that cannot be decoded.
+        InputError: missing, over 64 MiB, an array of another kind, or a PIL picture that cannot be decoded.
     """
     if isinstance(image, np.ndarray):
+        _check_array(image)
         return image
     if isinstance(image, Image.Image):
         return np.asarray(open_image(image))
@@ -52,8 +53,7 @@ def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
         InputError: missing, truncated, not a picture, or over 64 MiB or 50 megapixels.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise InputError(f"image array: need (height, width, 3) uint8, got {image.shape} {image.dtype}")
+        _check_array(image)
         return Image.fromarray(image)
     name = name or ("image" if isinstance(image, bytes | Image.Image) else str(image))
     try:
@@ -67,6 +67,11 @@ def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
         raise InputError(f"{name}: more than the {MAX_PIXELS} pixels allowed; make it smaller") from None
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error) as error:
         raise InputError(f"{name}: truncated or damaged picture ({error})") from None
+
+
+def _check_array(image: npt.NDArray[Any]) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(f"image array: need (height, width, 3) uint8, got {image.shape} {image.dtype}")
 
 
 def _file_bytes(image: str | Path | bytes) -> bytes:

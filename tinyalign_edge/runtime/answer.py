@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Entry
@@ -88,16 +89,37 @@ class AsyncAnswerStream:
         """As `AnswerStream.cancel`."""
         self._stream.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        pieces = iter(self._stream)
-        try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-                yield piece
-        finally:
-            self._stream.cancel()  # no effect after the last piece
+    def __aiter__(self) -> AsyncIterator[str]:
+        return _AsyncPieces(self._stream)
 
     async def result(self) -> Answer:
         """The whole answer; takes what is left of the stream."""
         async for _ in self:
             pass
         return self._stream.result()
+
+
+class _AsyncPieces:
+    """No async generator: the event loop would end one that is left half-way only later, and its conversation would be
+    busy until then."""
+
+    def __init__(self, stream: AnswerStream) -> None:
+        self._stream = stream
+        self._pieces: Any = iter(stream)
+
+    def __del__(self) -> None:
+        with suppress(ValueError):  # a thread is at it; it ends with its piece
+            self._pieces.close()
+
+    def __aiter__(self) -> _AsyncPieces:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            piece = await asyncio.to_thread(next, self._pieces, None)
+        except asyncio.CancelledError:
+            self._stream.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece

@@ -111,8 +111,9 @@ class Answering:
         timings["prefill"] = _ms(before)
         if options.choices:
             answer = self._choose(asked, options.choices, logits, context)
+            timings |= {"first_token": _ms(asked.started), "per_token": 0.0}
             yield answer.text
-            return replace(answer, timings_ms=timings | _ends(asked.started))
+            return replace(answer, timings_ms=timings | {"total": _ms(asked.started)})
         decoding = Decoding(
             context,
             logits,
@@ -178,11 +179,6 @@ def answer_nll(logits: Float, ids: Sequence[int] | npt.NDArray[np.int64]) -> Flo
 
 def _reason(stopped: bool, cancelled: bool, late: bool) -> FinishReason | None:
     return "stop" if stopped else "cancelled" if cancelled else "timeout" if late else None
-
-
-def _ends(started: float) -> dict[str, float]:
-    """The stages of an answer that comes as a whole."""
-    return {"first_token": _ms(started), "per_token": 0.0, "total": _ms(started)}
 
 
 def _ms(started: float) -> float:

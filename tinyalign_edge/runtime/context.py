@@ -110,10 +110,6 @@ class Context:
             self._cache.truncate(min(length, self._cache.length))
         del self._names[length:]
 
-    def clear(self) -> None:
-        """Forget all of it, and give the memory back."""
-        self._cache, self._names = None, []
-
     def _read_prefix(self, cache: Cache, spans: Sequence[Span], names: list[Hashable]) -> None:
         key = tuple(names)
         if prefix := self._prefixes.get(key):

@@ -46,8 +46,9 @@ class Conversation:
     one that was ended by `cancel` or timed out is, as far as it came.
     """
 
-    def __init__(self, model: Model, context: Context) -> None:
-        self._model, self._context = model, context
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._context: Context | None = None  # made when it is needed; it holds the weights
         self._busy = threading.Lock()
         self.exchanges: tuple[Exchange, ...] = ()
 
@@ -92,13 +93,12 @@ class Conversation:
             InputError: an answer is being given.
         """
         with self._alone():
-            self.exchanges = ()
-            self._context.clear()
+            self.exchanges, self._context = (), None
 
     def forget_read(self) -> None:
         """Let go of what was read and of what the memory said before, if no answer is being given."""
         with suppress(InputError), self._alone():
-            self._context.clear()
+            self._context = None
             self.exchanges = self._renewed(self.exchanges)
 
     def _pieces(
@@ -114,6 +114,8 @@ class Conversation:
         with self._model.reading() as answering, self._alone():
             exchanges = self._fitted(answering, [*self.exchanges, Exchange(question, encoded)], options)
             asked = Asked(_said(exchanges), _images(exchanges), started, _spent(encoded))
+            if self._context is None:
+                self._context = answering.context()
             answer = yield from answering.pieces(asked, options, self._context, cancelled)
             self.exchanges = (*exchanges[:-1], replace(exchanges[-1], answer=answer.text))
             return answer

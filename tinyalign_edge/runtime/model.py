@@ -121,6 +121,7 @@ class Model:
         """Free weights and maps; using the model afterwards is an InputError."""
         self.closed = True
         self._sight = self._decoder = self._answering = self.values = self._recall = self.memory = None
+        self._forget_read()
 
     @property
     def decoder(self) -> Decoder:
@@ -190,8 +191,8 @@ class Model:
 
     def chat(self) -> Conversation:
         """A new conversation."""
-        with self.reading() as answering:
-            conversation = Conversation(self, answering.context())
+        self._check_open()
+        conversation = Conversation(self)
         with self._listing:
             self._conversations.add(conversation)
         return conversation
@@ -262,7 +263,7 @@ class Model:
         try:
             yield answering
         finally:
-            if memory and memory.generation != before:
+            if self.closed or (memory and memory.generation != before):
                 self._forget_read()
 
     def _pieces(
@@ -289,7 +290,7 @@ class Model:
         return image if isinstance(image, EncodedImage) else self.encode(image, memories=())
 
     def _forget_read(self) -> None:
-        """What was read of memories may hold what is forgotten now."""
+        """Let go of what was read: the memories in it may be forgotten now, or the model is closed."""
         if self._answering is not None:
             self._answering.prefixes.drop(lambda prefix: prefix.remembered)
         with self._listing:

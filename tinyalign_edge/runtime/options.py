@@ -39,7 +39,7 @@ class Generation:
             multiplied where negative (Keskar et al., 2019, arXiv 1909.05858). 1: none.
         stop: texts that end the answer; neither they nor what follows is part of it.
         choices: answer with one of these texts, the one whose tokens, the end included, have the highest mean
-            log-likelihood. The mean keeps long texts from losing for their length alone. What is about drawing,
+            log-likelihood. The mean keeps long texts from losing for their length alone. What is about drawing, time,
             stopping and processing has no effect then.
         regex: the answer matches it as a whole. Needs the extra `constrain`.
         json_schema: the answer is JSON of this schema, a dict or its text. Needs the extra `constrain`.

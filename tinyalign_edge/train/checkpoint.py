@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tinyalign_edge.config import read_versioned, write_json
+from tinyalign_edge.config import from_versioned, read_json, write_json
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.prompt import Prompt, load_tokenizer
@@ -73,7 +73,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(
             f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'"
         )
-    config = read_versioned(CheckpointConfig, folder / CONFIG, newest=SCHEMA_VERSION)
+    config = _read_config(folder / CONFIG)
     vision = load_vision(config.vision.path, image=config.image)
     own = config.language.path == LANGUAGE_FOLDER
     language = load_language(str(folder / LANGUAGE_FOLDER) if own else config.language.path)
@@ -88,6 +88,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     prompt = Prompt(config.prompt, load_tokenizer(folder / TOKENIZER))
     bank = Bank(folder / MEMORY) if config.memory.kind != "none" else None
     return Checkpoint(folder, config, vision, language, model, prompt, bank)
+
+
+def _read_config(path: Path) -> CheckpointConfig:
+    """Read a `config.json`; schema version 1 named one data file, by its path alone."""
+    data = read_json(path)
+    training = data.get("training") if isinstance(data, dict) else None
+    if isinstance(training, dict) and isinstance(training.get("data"), str):
+        training["data"] = [{"path": training["data"], "sha256": ""}]
+    return from_versioned(CheckpointConfig, data, path, newest=SCHEMA_VERSION)
 
 
 def _same_tower(expected: TowerRef, found: TowerRef) -> None:

@@ -125,6 +125,10 @@ class AlignTrainer(Trainer):
             )
         return loss
 
+    def _inner_training_loop(self, batch_size: Any = None, *args: Any, **options: Any) -> Any:
+        # a resumed run would take the rows of a pass from the state, and with other passes to a step another batch
+        return super()._inner_training_loop(self.args.train_batch_size, *args, **options)
+
     def take_tokens(self) -> int:
         """How many tokens were computed since this was last asked."""
         count, self.tokens = int(self.tokens) * int(self.args.world_size), 0

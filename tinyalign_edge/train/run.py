@@ -63,6 +63,8 @@ def train(
     processes.wait()  # before the first one writes there
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
     corpus = open_corpus(sources, images, skip_bad=options.skip_bad)
+    if not corpus.used():
+        raise InputError(f"{sources[0].data}: no row has a picture; key 'image' must name some")
     training, held_out = split(corpus, held_out=MAX_HELD_OUT, fraction=options.fraction, seed=options.seed)
     torch.manual_seed(options.seed)
     begun = _start(vision, lm, start, options)

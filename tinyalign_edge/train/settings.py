@@ -14,7 +14,7 @@ KeyKind = Literal["picture", "fused"]
 Stage = Literal["align", "instruct"]
 ConnectorKind = Literal["pooled", "pixel_shuffle", "mlp"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG = "config.json"
 
 
