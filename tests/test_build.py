@@ -170,7 +170,7 @@ def test_what_is_in_memory_does_not_grow_with_the_number_of_pairs(
     monkeypatch.setattr(shards_module, "BUCKET", 32)
     monkeypatch.setattr(join_module, "BLOCK", 32)
     silent = nullcontext(lambda *_: None)  # a bar keeps its last 1,000 steps
-    monkeypatch.setattr(build_module, "progress", lambda *_: silent)
+    monkeypatch.setattr(build_module, "progress", lambda *_, **__: silent)
     write = shards_module.Shards.write
     monkeypatch.setattr(shards_module.Shards, "write", lambda *given: (gc.collect(), write(*given)))  # no rubbish
     peaks = []

@@ -125,20 +125,27 @@ def test_a_mutated_bank_is_refused_or_has_the_right_content(original: Path, tmp_
         mutation = rng.choice(MUTATIONS)
         folder = Path(shutil.copytree(original, tmp_path / str(number) / "bank"))
         mutation(folder, rng)
-        tracemalloc.start()
-        try:
-            bank = Bank(folder)
-            found = contents(bank), [entry.id for entry in bank.search(query, 5)]
-            assert found == (expected, nearest), f"{number}: {mutation.__name__}"
-        except TinyAlignError as error:
-            refused += 1
-            assert "\n" not in str(error)
-        finally:
-            peak_bytes = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
+        found, peak_bytes = _open(folder, query)
+        if peak_bytes >= PEAK_BYTES:  # the first time may import what is loaded when it is wanted
+            found, peak_bytes = _open(folder, query)
+        refused += found is None
+        assert found in (None, (expected, nearest)), f"{number}: {mutation.__name__}"
         assert peak_bytes < PEAK_BYTES, f"{number}: {mutation.__name__}"
         shutil.rmtree(tmp_path / str(number))
     assert count / 2 < refused < count
+
+
+def _open(folder: Path, query: Any) -> tuple[Any, int]:
+    """What a bank holds and finds, None where it is refused, and the most memory that took."""
+    tracemalloc.start()
+    try:
+        bank = Bank(folder)
+        return (contents(bank), [entry.id for entry in bank.search(query, 5)]), tracemalloc.get_traced_memory()[1]
+    except TinyAlignError as error:
+        assert "\n" not in str(error)
+        return None, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("what", ["value_offsets", "record_offsets"])

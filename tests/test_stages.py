@@ -104,12 +104,18 @@ def test_each_stage_says_what_it_begins_with(world: Path, checkpoints: dict[str,
     assert not (tmp_path / "c").exists()
 
 
+def assert_same_training(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal but for rounding, which Adam shows in weights that hardly have a gradient; passes that are weighed wrongly
+    change whole tensors by a third."""
+    for name, weight in other.items():
+        assert (one[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
 def test_a_step_in_several_passes_is_the_same_step(world: Path, towers: Path, tmp_path: Path) -> None:
     """Answers differ in length, so passes weigh by their tokens."""
     whole = load_file(train_tiny(world, towers, tmp_path / "whole") / "model.safetensors")
     parts = load_file(train_tiny(world, towers, tmp_path / "parts", micro_batch=2) / "model.safetensors")
-    for name, weight in whole.items():
-        torch.testing.assert_close(parts[name], weight, rtol=2e-3, atol=2e-5)
+    assert_same_training(parts, whole)
     with pytest.raises(InputError, match="--batch-size 8: must be a multiple"):
         train_tiny(world, towers, tmp_path / "odd", micro_batch=3)
 
@@ -131,8 +137,7 @@ def test_a_run_may_go_on_with_smaller_passes(world: Path, towers: Path, tmp_path
         options=TrainOptions(steps=4, batch_size=8, visual_tokens=4, eval_every=2, device="cpu", micro_batch=2),
     )  # fmt: skip
     parts = load_file(tmp_path / "cut" / "model.safetensors")
-    for name, weight in whole.items():
-        torch.testing.assert_close(parts[name], weight, rtol=2e-3, atol=2e-5)
+    assert_same_training(parts, whole)
 
 
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> None:

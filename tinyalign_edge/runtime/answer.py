@@ -116,7 +116,7 @@ class _AsyncPieces:
 
     async def __anext__(self) -> str:
         try:
-            piece = await asyncio.to_thread(next, self._pieces, None)
+            piece: str | None = await asyncio.to_thread(next, self._pieces, None)
         except asyncio.CancelledError:
             self._stream.cancel()
             raise
