@@ -108,7 +108,7 @@ def assert_same_training(one: dict[str, torch.Tensor], other: dict[str, torch.Te
     """Equal but for rounding, which Adam shows in weights that hardly have a gradient; passes that are weighed wrongly
     change whole tensors by a third."""
     for name, weight in other.items():
-        assert (one[name] - weight).norm() <= 1e-3 * weight.norm(), name
+        assert (one[name] - weight).norm() <= 1e-2 * weight.norm(), name
 
 
 def test_a_step_in_several_passes_is_the_same_step(world: Path, towers: Path, tmp_path: Path) -> None:
