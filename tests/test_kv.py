@@ -27,9 +27,10 @@ from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.report import print_bundle
-from tinyalign_edge.runtime.decoder import Decoder
+from tinyalign_edge.runtime.decoder import Decoder, missing_for_cache
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+LACKING = missing_for_cache("int8")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 IDS = random_ids(64)
 INT8 = ExportOptions(kv="int8")
 
