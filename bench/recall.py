@@ -171,7 +171,7 @@ def _worker(threads: int, command: str, folder: Path, *arguments: object) -> dic
 
 
 def table(parts: list[dict[str, Any]]) -> Table:
-    """A column for each bank; times of a query are p50/p99 on so many threads."""
+    """A column for each bank; times of a query are p50/p99 on so many threads, cold: after other work."""
     shown = Table(box=None, pad_edge=False)
     shown.add_column("entries")
     for each in parts:
@@ -191,6 +191,7 @@ def _lines(dim: int) -> dict[str, Callable[[dict[str, Any]], str]]:
     }
     for threads in THREADS:
         lines |= {f"{name} x{threads}, ms": partial(_times, threads, key) for name, key in engines.items()}
+    lines |= {f"{name} x1 cold, ms": partial(_cold, key) for name, key in engines.items()}
     return lines | {
         "open, verified, ms": lambda p: f"{p['verified']['open_ms']:.1f}",
         "open, unverified, ms": lambda p: f"{p['unverified']['open_ms']:.1f}",
@@ -209,6 +210,10 @@ def _lines(dim: int) -> dict[str, Callable[[dict[str, Any]], str]]:
 
 def _times(threads: int, engine: str, part: dict[str, Any]) -> str:
     return "{p50_ms:.2g}/{p99_ms:.2g}".format(**part[f"threads_{threads}"][engine])
+
+
+def _cold(engine: str, part: dict[str, Any]) -> str:
+    return "{p50_ms:.2g}/{p99_ms:.2g}".format(**part["threads_1"][engine]["cold"])
 
 
 def _ours(part: dict[str, Any], of: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,9 @@ Float = npt.NDArray[np.float32]
 K = 4
 SECONDS = 10.0  # for each engine at most
 PEER_ROWS = 1 << 14  # of random keys made at once
+TURN = 100  # queries of one engine before the next one's
+COLD_QUERIES = 200
+OTHER_BYTES = 64 << 20  # read before a cold query
 
 
 def open_bank(folder: str, queries: str) -> dict[str, float]:
@@ -53,7 +56,10 @@ def open_bank(folder: str, queries: str) -> dict[str, float]:
 
 
 def time_queries(folder: str, queries: str, keys: str, threads: str, *peer_dims: str) -> dict[str, Any]:
-    """p50 and p99 of one query at a time, of ours and of FAISS, taken in turns."""
+    """p50 and p99 of one query at a time, of ours and of FAISS.
+
+    The engines take turns of `TURN` queries; then of one, each `cold`: after other work has filled the caches.
+    """
     asked, bank = np.load(queries), Bank(Path(folder))
     exact = replace(bank._snapshot, graph=None)
     engines: dict[str, Callable[[Float], object]] = {"exact": lambda q: nearest_entries(exact, q, K, floor=-1.0)}
@@ -64,14 +70,25 @@ def time_queries(folder: str, queries: str, keys: str, threads: str, *peer_dims:
         name = f"faiss_flat_{dim}"
         engines[name], own[name] = _faiss(np.load(keys, "r"), asked, dim, int(threads))
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for i in range(-3, len(asked)):  # three to warm up
+    cold: dict[str, list[float]] = {name: [] for name in engines}
+    for start in range(0, len(asked), TURN):
         for name, engine in engines.items():
-            if sum(times[name]) < SECONDS:
-                query = own[name][i][None]
-                started = time.perf_counter()
-                engine(query)
-                times[name] += [time.perf_counter() - started] if i >= 0 else []
-    return {name: _summary(taken) for name, taken in times.items()}
+            engine(own[name][start][None])  # warms up
+            for query in own[name][start : start + TURN]:
+                if sum(times[name]) < SECONDS:
+                    times[name].append(_seconds(engine, query[None]))
+    other = np.ones(OTHER_BYTES, np.uint8)
+    for i in range(COLD_QUERIES):
+        for name, engine in engines.items():
+            other.max()
+            cold[name].append(_seconds(engine, own[name][i % len(asked)][None]))
+    return {name: {**_summary(times[name]), "cold": _summary(cold[name])} for name in engines}
+
+
+def _seconds(engine: Callable[[Float], object], query: Float) -> float:
+    started = time.perf_counter()
+    engine(query)
+    return time.perf_counter() - started
 
 
 def _faiss(keys: Float, queries: Float, dim: int, threads: int) -> tuple[Callable[[Float], object], Float]:
@@ -91,7 +108,7 @@ def _faiss(keys: Float, queries: Float, dim: int, threads: int) -> tuple[Callabl
     return lambda query: index.search(query, K), queries
 
 
-def _summary(seconds: list[float]) -> dict[str, float]:
+def _summary(seconds: list[float]) -> dict[str, Any]:
     ms = 1e3 * np.array(seconds)
     return {"p50_ms": float(np.median(ms)), "p99_ms": float(np.quantile(ms, 0.99)), "queries": len(ms)}
 

@@ -25,6 +25,7 @@ from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
 LINKS, BUILD_WIDTH = 16, 128  # of a node; candidates kept while building
+MIN_WIDTH, WIDTH = 24, 0.32  # candidates kept while searching, times the root of the entries: 99 % are near enough
 BATCH = 4096  # entries added between two steps of progress
 
 
@@ -34,7 +35,7 @@ class Graph:
     def __init__(self, index: Any, entry: GraphEntry) -> None:
         self.count, self.last_id = entry.count, entry.last_id
         self._index, self._lock = index, threading.Lock()
-        self._width = max(64, round(16 * math.log2(self.count / 1024)))  # candidates kept while searching
+        self._width = max(MIN_WIDTH, round(WIDTH * math.sqrt(self.count)))
 
     def candidates(self, unit: Float, count: int) -> npt.NDArray[np.uint64]:
         """The rising ids of about the `count` entries most similar to `unit` (key_dim,)."""
