@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def profile(folder: Path, *, threads: int, tokens: int) -> list[dict[str, Any]]:
     found = []
     for stage, (file, prepare) in passes.items():
         events = trace(folder / file, prepare, threads=threads, passes=PASSES)
-        nodes = node_times(events, PASSES, lambda operator, name: f"{operator} {name}")
+        nodes = node_times(events, lambda operator, name: f"{operator} {name}")
         found += [{"stage": stage, "threads": threads, **asdict(node)} for node in nodes[:MOST]]
     return found
 
@@ -86,21 +87,22 @@ def trace(
     return events
 
 
-def node_times(events: Iterable[dict[str, Any]], passes: int, name_of: Callable[[str, str], str]) -> list[NodeTime]:
-    """What the nodes of `passes` passes take, the longest first.
+def node_times(events: Iterable[dict[str, Any]], name_of: Callable[[str, str], str]) -> list[NodeTime]:
+    """What the nodes take in a pass, the longest first: of each node the median of all passes, summed by name.
 
     Args:
         events: as `trace` gives them.
-        passes: in them.
-        name_of: the name under which a node, of an operator and with a name, is counted.
+        name_of: the name under which a node, of an operator and with a name of its own, is counted.
     """
-    spent: dict[str, float] = defaultdict(float)
-    nodes: dict[str, int] = defaultdict(int)
+    found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = name_of(event["args"]["op_name"], event["name"].removesuffix("_kernel_time"))
-            spent[name] += event["dur"] / 1e3 / passes
-            nodes[name] += 1
+            node = event["args"]["op_name"], event["name"].removesuffix("_kernel_time")
+            found[*node, int(event["args"].get("node_index", 0))].append(event["dur"] / 1e3)
+    spent: dict[str, float] = defaultdict(float)
+    for (operator, name, _), samples in found.items():
+        spent[name_of(operator, name)] += statistics.median(samples)
+    nodes = Counter(name_of(operator, name) for operator, name, _ in found)
     total = sum(spent.values())
     names = sorted(spent, key=lambda name: -spent[name])
-    return [NodeTime(name, nodes[name] // passes, spent[name], spent[name] / total) for name in names]
+    return [NodeTime(name, nodes[name], spent[name], spent[name] / total) for name in names]

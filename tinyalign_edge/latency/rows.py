@@ -66,7 +66,12 @@ class Row:
         """As `rows` of a result have it: the unit stands in the keys."""
         named = {"bundle": self.bundle, "memory": self.memory, "threads": self.threads, "stage": self.stage}
         named |= {} if self.context is None else {"context": self.context}
-        numbers = {"median": self.median, "spread": self.spread, "samples": list(self.samples)}
+        whole = round if self.unit == "bytes" else float
+        numbers = {
+            "median": whole(self.median),
+            "spread": whole(self.spread),
+            "samples": list(map(whole, self.samples)),
+        }
         return {**named, **{f"{name}_{self.unit}": value for name, value in numbers.items()}}
 
     @classmethod

@@ -174,9 +174,9 @@ def _about(checked: Sequence[Checked]) -> dict[str, dict[str, Any]]:
     """Of every bundle: its digest, and the tokens that its language model read with all of its memory."""
     about: dict[str, dict[str, Any]] = {}
     for setting, facts in ((one.setting, one.facts) for one in checked):
-        found = {"manifest_sha256": file_sha256(Path(setting.folder) / MANIFEST)}
-        found |= {"visual_tokens": facts.visual_tokens, "memory_tokens": facts.memory_tokens}
-        about.setdefault(setting.label, found | {"prompt_tokens": facts.prompt_tokens})
+        tokens = {name: getattr(facts, name) for name in ("visual_tokens", "memory_tokens", "prompt_tokens")}
+        digest = file_sha256(Path(setting.folder) / MANIFEST)
+        about.setdefault(setting.label, {"manifest_sha256": digest, **tokens})
     return about
 
 
