@@ -2,10 +2,10 @@
 
     python -m tinyalign_edge.bench.first_token [--threads 2] [--rounds 6] [--repetitions 5]
 
-Ours: from the picture's bytes to the first token, with 196 visual tokens, the memory's, and 24 of text, in the bundle of
-`bench/latency.py`. Beside it: llama.cpp (Q8_0) reads as many tokens, and onnxruntime runs optimum's float32 export of the
-encoder. The three take turns, each checked first; the goal is a quarter of the others' sum. Needs an idle machine and
-`just peers-setup`; writes `bench/results/first-token.json`.
+Ours: from the picture's bytes to the first token, with 196 visual tokens, the memory's, and 24 of text, in the bundle
+of `bench/latency.py`. Beside it: llama.cpp (Q8_0) reads as many tokens, and onnxruntime runs optimum's float32 export
+of the encoder. The three take turns, each checked first; the goal is a quarter of the others' sum. Needs an idle
+machine and `just peers-setup`; writes `bench/results/first-token.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from tinyalign_edge.bench.latency import GOAL_FILE, full_bundle, full_work
 from tinyalign_edge.bench.peers.client import Worker
 from tinyalign_edge.bench.peers.measure import Folders, Result, loaded, prepare
-from tinyalign_edge.bench.peers.plan import ENCODER_ENGINES, LANGUAGE_ENGINES, Engine, Part
+from tinyalign_edge.bench.peers.plan import ENCODER_ENGINES, LANGUAGE_ENGINES, Engine, Part, Phase
 from tinyalign_edge.bench.record import RESULTS, record
 from tinyalign_edge.config import from_json
 from tinyalign_edge.errors import InputError, TinyAlignError
@@ -68,12 +68,12 @@ def measure(checked: Checked, work: Work, llama: Worker, encoder: Worker, rounds
             rows = time_once(checked, work, work.repetitions, lambda: None)
             ms["ours"] += next(row.samples for row in rows if row.stage == "first_token")
             advance()
-            for name, worker, request in (
-                ("llama.cpp", llama, {"do": "prefill", "tokens": tokens}),
-                ("encoder", encoder, {"do": "encode", "images": 1}),
+            for name, worker, phase in (
+                ("llama.cpp", llama, Phase("prefill", tokens)),
+                ("encoder", encoder, Phase("encode")),
             ):
-                worker.ask(**request)  # after a pause the first one is slower
-                ms[name] += [1e3 * worker.ask(**request)["seconds"] for _ in range(work.repetitions)]
+                worker.ask(**phase.request())  # after a pause the first one is slower
+                ms[name] += [1e3 * worker.ask(**phase.request())["seconds"] for _ in range(work.repetitions)]
                 advance()
     median = {name: statistics.median(samples) for name, samples in ms.items()}
     share = median["ours"] / (median["llama.cpp"] + median["encoder"])

@@ -1,6 +1,7 @@
 """The latency benchmark on this machine, for the bundles that the README speaks of.
 
-    python -m tinyalign_edge.bench.latency [--only demo caltech siglip-b-smollm2-135m] [--threads 1 2] [--repetitions 30]
+    python -m tinyalign_edge.bench.latency [--only demo caltech siglip-b-smollm2-135m] [--threads 1 2]
+        [--repetitions 30]
 
 `demo` and `caltech` are the bundles of `bench/demo.py` and `bench/caltech.py`, which must be there. The last one has
 random weights in the full shapes of SigLIP-B/16-224 and SmolLM2-135M, 196 visual tokens, and a memory of synthetic
@@ -107,10 +108,8 @@ def _sentences(result: Result) -> list[str]:
     threads = max(row.threads for row in result.rows if row.threads)
     ms = {row.stage: row.median for row in result.rows if (row.memory, row.threads) == (True, threads)}
     share = ms["second_question_first_token"] / ms["first_token"]
-    return [
-        f"With {threads} threads and memory the first token comes {ms['first_token']:.0f} ms after the picture's bytes; the "
-        f"second question about the picture takes {share:.0%} of that."
-    ]
+    first = f"the first token comes {ms['first_token']:.0f} ms after the picture's bytes"
+    return [f"With {threads} threads and memory {first}, that of a second question about it after {share:.0%} of that."]
 
 
 def _goal_sentence(found: dict[str, Any]) -> str:

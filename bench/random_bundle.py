@@ -1,4 +1,4 @@
-"""Models in public shapes with random weights: what they say means nothing, what they cost is what the real ones cost."""
+"""Models in public shapes with random weights: they say nothing, and cost what the real ones cost."""
 
 from __future__ import annotations
 
