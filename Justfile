@@ -86,6 +86,12 @@ peers-setup:
         llama-cpp-python gguf safetensors
     touch runs/peers/venv-llama/done
 
+# Latency of the demo's, the Caltech and a full-shape bundle, and the first token beside llama.cpp and the encoder in
+# float32, on an idle machine (writes bench/results and the README's tables; the first two come from `just bench`)
+latency *ARGS: peers-setup
+    {{ bin }}/python -m tinyalign_edge.bench.first_token
+    {{ bin }}/python -m tinyalign_edge.bench.latency {{ ARGS }}
+
 # What the int8 cache gains in decoding, and the peak memory of an export, on an idle machine (writes bench/results)
 costs:
     {{ bin }}/python -m tinyalign_edge.bench.kv
