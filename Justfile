@@ -33,7 +33,7 @@ test-lowest:
     .venv-base/bin/python -m pip install --quiet uv
     .venv-base/bin/uv pip install --quiet --python .venv-base/bin/python --resolution lowest-direct --editable . 'pytest>=8.3'
     .venv-base/bin/python -m pytest tests/test_device.py tests/test_bundle.py tests/test_memory*.py \
-        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py
+        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py tests/test_latency.py
     {{ python }} -m venv .venv-lowest
     .venv-lowest/bin/python -m pip install --quiet uv 'torch>=2.6,<2.14'
     .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \

@@ -50,7 +50,7 @@ def random_checkpoint(encoder: str, language: str, folder: Path, *, visual_token
         vision=str(folder / "encoder"),
         lm=str(folder / "lm"),
         out=folder / "checkpoint",
-        options=TrainOptions(steps=2, batch_size=2, eval_every=2, visual_tokens=visual_tokens, device="cpu"),
+        options=TrainOptions(steps=1, batch_size=2, eval_every=1, visual_tokens=visual_tokens, device="cpu"),
     )
     return folder / "checkpoint"
 

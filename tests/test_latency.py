@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,20 @@ def test_a_bundle_that_computes_something_else_is_not_timed(bundle: Path) -> Non
         ask_child("check", Setting(str(bundle), "tiny", True, 1), Work())
 
 
+def test_an_interrupt_ends_the_other_process_and_leaves_no_copy_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        assert [path.name[:10] for path in tmp_path.iterdir()] == ["tinyalign-"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    setting, work = Setting(str(STORED_BUNDLE), "tiny", True, 1), Work(new_tokens=2)
+    with pytest.raises(KeyboardInterrupt):
+        ask_child("measure", setting, work, advance=interrupt, expected="", repetitions=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bundles_and_threads_are_named_once() -> None:
     with pytest.raises(ta.InputError, match="named twice"):
         bench([STORED_BUNDLE, STORED_BUNDLE])
@@ -333,7 +348,7 @@ def test_energy_is_read_from_rapl_or_from_a_battery_that_discharges(tmp_path: Pa
     assert meter.stop() == 2.5  # mJ; the counter began anew
 
 
-def test_the_benchmark_needs_the_base_dependencies_alone() -> None:
+def test_the_benchmark_needs_the_base_dependencies_alone(tmp_path: Path) -> None:
     heavy = ("torch", "transformers", "optimum", "onnx", "safetensors", "accelerate", "matplotlib")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({heavy!r}))\n"
@@ -343,9 +358,10 @@ def test_the_benchmark_needs_the_base_dependencies_alone() -> None:
         "setting = measure.Setting(sys.argv[1], 'tiny', True, 1)\n"
         "work = Work(new_tokens=2, repetitions=1)\n"
         "facts = measure.check(setting, work)\n"
-        "rows = measure.measure(setting, work, expected=facts.answer, repetitions=1, advance=lambda: None)\n"
+        "given = {'expected': facts.answer, 'repetitions': 1, 'scratch': Path(sys.argv[2]), 'advance': lambda: None}\n"
+        "rows = measure.measure(setting, work, **given)\n"
         "print(len(rows), len(profile.profile(Path(sys.argv[1]), threads=1, tokens=9)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(STORED_BUNDLE)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(STORED_BUNDLE), tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) >= 15 and done.stdout.split()[1] == "30"

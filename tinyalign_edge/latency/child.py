@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from tinyalign_edge.errors import TinyAlignError
 
 def main() -> None:
     """Do what is asked for, once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not come between the lines
     request = json.loads(sys.stdin.read())
@@ -47,7 +49,8 @@ def run(request: dict[str, Any], advance: Callable[[], None]) -> Any:
             return to_json(check(setting, work))
         case "measure":
             given = {"expected": request["expected"], "repetitions": request["repetitions"]}
-            return [row.to_json() for row in measure(setting, work, **given, advance=advance)]
+            rows = measure(setting, work, **given, scratch=Path(request["scratch"]), advance=advance)
+            return [row.to_json() for row in rows]
         case _:
             return profile(Path(setting.folder), threads=setting.threads, tokens=request["tokens"])
 

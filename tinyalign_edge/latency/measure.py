@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,7 +94,9 @@ def check(setting: Setting, work: Work) -> Facts:
         return Facts(len(image.visual_tokens), len(image.memory_tokens), asking.prompt_tokens, first)
 
 
-def measure(setting: Setting, work: Work, *, expected: str, repetitions: int, advance: Callable[[], None]) -> list[Row]:
+def measure(
+    setting: Setting, work: Work, *, expected: str, repetitions: int, scratch: Path, advance: Callable[[], None]
+) -> list[Row]:
     """Load the bundle and time every stage.
 
     Args:
@@ -103,6 +104,7 @@ def measure(setting: Setting, work: Work, *, expected: str, repetitions: int, ad
         work: that was checked.
         expected: the answer that was found then.
         repetitions: that count, of this process.
+        scratch: an empty folder, where a copy of the memory is added to.
         advance: called after loading and after each repetition of a part.
 
     Raises:
@@ -135,7 +137,7 @@ def measure(setting: Setting, work: Work, *, expected: str, repetitions: int, ad
         if model.memory is None:
             ms.pop("retrieve")
         else:
-            ms["memory_add"] = _add(model, image, work.warmup, repetitions)
+            ms["memory_add"] = _add(model, image, work.warmup + repetitions, scratch)[work.warmup :]
     rows = [setting.row(stage, "ms", samples) for stage, samples in (loading | ms).items()]
     rows += [setting.row("per_token", "ms", samples, context) for context, samples in per_token.items()]
     rows += [setting.row(moment, "bytes", [count]) for moment, count in occupied.items()]
@@ -211,15 +213,14 @@ def _decode(model: Model, work: Work, repetitions: int, advance: Callable[[], No
     return dict(sorted(samples.items()))
 
 
-def _add(model: Model, image: EncodedImage, warmup: int, repetitions: int) -> list[float]:
-    """Milliseconds of adding a text about an encoded picture to a copy of the memory that is deleted afterwards."""
+def _add(model: Model, image: EncodedImage, count: int, scratch: Path) -> list[float]:
+    """Milliseconds of adding a text about an encoded picture, so many times, to a copy of the memory."""
+    os.environ["TINYALIGN_CACHE"] = str(scratch)  # this process's alone: the user's keeps no record of the copy
+    bank = open_bank(model.folder, model.manifest, scratch / "memory")
+    memory = Memory(bank, model.manifest.memory, model.values, lambda _: image)
     samples = []
-    with tempfile.TemporaryDirectory(prefix="tinyalign-bench-") as scratch:
-        os.environ["TINYALIGN_CACHE"] = scratch  # this process's alone: the user's keeps no record of the copy
-        bank = open_bank(model.folder, model.manifest, Path(scratch) / "memory")
-        memory = Memory(bank, model.manifest.memory, model.values, lambda _: image)
-        for number in range(warmup + repetitions):
-            started = time.perf_counter()
-            memory.add(image, f"what picture {number} shows", source="bench")
-            samples.append((time.perf_counter() - started) * 1000)
-    return samples[warmup:]
+    for number in range(count):
+        started = time.perf_counter()
+        memory.add(image, f"what picture {number} shows", source="bench")
+        samples.append((time.perf_counter() - started) * 1000)
+    return samples

@@ -20,7 +20,7 @@ Format = Literal["table", "md", "csv", "json", "jsonl"]
 FORMATS: tuple[Format, ...] = ("table", "md", "csv", "json", "jsonl")
 WIDTH = 96  # characters of a line at most
 NAMES: dict[Unit, str] = {"ms": "ms", "bytes": "bytes", "mj": "mJ"}
-NAME = 44  # characters of a node's name that are shown
+NAME = 60  # characters of operator and name of a node that are shown
 
 
 @dataclass(frozen=True)

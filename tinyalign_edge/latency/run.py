@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,11 +109,15 @@ def ask_child(
     request = {"do": do, "setting": to_json(setting), "work": to_json(work), **given}
     command = [sys.executable, "-m", "tinyalign_edge.latency.child"]
     last: dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with (
+        tempfile.TemporaryDirectory(prefix="tinyalign-bench-") as scratch,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
+    ):
         try:
             assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it died at once: its code says so below
+                child.stdin.write(json.dumps({**request, "scratch": scratch}))
+                child.stdin.close()
             for line in child.stdout:
                 last = json.loads(line)
                 if "advance" in last:
@@ -122,8 +128,11 @@ def ask_child(
     if "error" in last:
         raise getattr(errors, last["kind"])(last["error"])
     if "result" not in last:
-        where = f"{setting.folder} with {setting.threads} threads"
-        raise TinyAlignError(f"{where}: the process ended with code {child.returncode}; is there enough memory?")
+        killed = child.returncode < 0
+        raise TinyAlignError(
+            f"{setting.folder} with {setting.threads} threads: the process ended with code {child.returncode}; "
+            f"{'is there enough memory?' if killed else 'it printed why above'}"
+        )
     return last["result"]
 
 
