@@ -302,6 +302,7 @@ def test_an_arm_board_tells_its_kinds_of_cores_governor_and_name(tmp_path: Path)
     ]
     assert (found["device"], found["governor"], found["emulated"]) == ("A board", "ondemand", False)
     assert found["features"] == ["asimd", "asimddp", "i8mm"]
+    assert found["cpu"] == "Cortex-A55, Cortex-A76, 0x41 0xfff"
 
 
 def test_emulation_is_seen_by_the_machine_below(tmp_path: Path) -> None:

@@ -40,13 +40,14 @@ def host(root: Path = ROOT, *, machine: str | None = None) -> dict[str, Any]:
     machine = machine or platform.machine()
     processors = _processors(root)
     flags = " ".join(_values(processors, "flags") + _values(processors, "Features")).split()
-    names = _values(processors, "model name")
+    kinds = _core_kinds(root, processors)
+    names = _values(processors, "model name") or [", ".join(dict.fromkeys(kind["kind"] for kind in kinds))]
     return {
-        "cpu": names[0] if names else platform.processor() or "unknown",
+        "cpu": names[0] or platform.processor() or "unknown",
         "device": read_text(root / "proc/device-tree/model").rstrip("\0") or None,
         "features": [feature for feature in FEATURES if feature in flags],
         "cores": os.cpu_count(),
-        "core_kinds": _core_kinds(root, processors),
+        "core_kinds": kinds,
         "governor": _governor(root),
         "machine": machine,
         "system": platform.system(),
