@@ -257,8 +257,16 @@ def test_an_interrupt_ends_the_other_process_and_leaves_no_copy_of_the_memory(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     setting, work = Setting(str(STORED_BUNDLE), "tiny", True, 1), Work(new_tokens=2)
     with pytest.raises(KeyboardInterrupt):
-        ask_child("measure", setting, work, advance=interrupt, expected="", repetitions=1)
+        ask_child("measure", setting, work, advance=interrupt, expected=[], repetitions=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_changes_between_checking_and_timing_is_an_error() -> None:
+    setting, work = Setting(str(STORED_BUNDLE), "tiny", False, 1), Work(new_tokens=4, warmup=0)
+    answer = check(setting, work).answer
+    assert len(answer) == 3
+    with pytest.raises(ta.GateError, match="another answer"):
+        ask_child("measure", setting, work, expected=[*answer[:-1], answer[-1] + 1], repetitions=1)
 
 
 def test_bundles_and_threads_are_named_once() -> None:
