@@ -33,7 +33,7 @@ test-lowest:
     .venv-base/bin/python -m pip install --quiet uv
     .venv-base/bin/uv pip install --quiet --python .venv-base/bin/python --resolution lowest-direct --editable . 'pytest>=8.3'
     .venv-base/bin/python -m pytest tests/test_device.py tests/test_bundle.py tests/test_memory*.py \
-        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py
+        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py tests/test_latency.py
     {{ python }} -m venv .venv-lowest
     .venv-lowest/bin/python -m pip install --quiet uv 'torch>=2.6,<2.14'
     .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
@@ -85,6 +85,12 @@ peers-setup:
         runs/peers/venv-llama/bin/python -m pip install --quiet --no-binary llama-cpp-python \
         llama-cpp-python gguf safetensors
     touch runs/peers/venv-llama/done
+
+# Latency of the demo's, the Caltech and a full-shape bundle, and the first token beside llama.cpp and the encoder in
+# float32, on an idle machine (writes bench/results and the README's tables; the first two come from `just bench`)
+latency *ARGS: peers-setup
+    {{ bin }}/python -m tinyalign_edge.bench.first_token
+    {{ bin }}/python -m tinyalign_edge.bench.latency {{ ARGS }}
 
 # What the int8 cache gains in decoding, and the peak memory of an export, on an idle machine (writes bench/results)
 costs:

@@ -23,18 +23,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from tinyalign_edge.bench.peers.shapes import LANGUAGE, write_encoder, write_language
+from tinyalign_edge.bench.peers.shapes import LANGUAGE
+from tinyalign_edge.bench.random_bundle import random_checkpoint
 from tinyalign_edge.bench.record import record
 from tinyalign_edge.bundle import open_bundle
-from tinyalign_edge.demo.dataset import write_dataset
-from tinyalign_edge.demo.world import make_scenes
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.train.options import TrainOptions
-from tinyalign_edge.train.run import train
 
 COMMAND = "python -m tinyalign_edge.bench.export_memory"
 ENCODER = "smoke-encoder"
-PICTURES, HELD_OUT = 24, 8
+VISUAL_TOKENS = 4
 POLL_SECONDS = 0.02
 IMPORTS = "import tinyalign_edge.export.run, tinyalign_edge.report"
 
@@ -76,7 +73,7 @@ def main() -> None:
 
 def measure(model: str, folder: Path) -> Export:
     """Make the checkpoint of `model` in `folder` and export it."""
-    write_checkpoint(model, folder)
+    random_checkpoint(ENCODER, model, folder, visual_tokens=VISUAL_TOKENS)
     parameters = _parameters(folder / "lm", folder / "encoder", folder / "checkpoint")
     base = run_watched([sys.executable, "-c", IMPORTS])
     command = ["-m", "tinyalign_edge", "export", str(folder / "checkpoint"), "--out", str(folder / "bundle")]
@@ -93,21 +90,6 @@ def measure(model: str, folder: Path) -> Export:
         multiple=(peak.resident_bytes - base.resident_bytes) / (4 * parameters),
         given_back=len(open_bundle(folder / "bundle").given_back),
         seconds=seconds,
-    )
-
-
-def write_checkpoint(model: str, folder: Path) -> None:
-    """A barely trained checkpoint with a memory of texts, in `folder/checkpoint`; its towers beside it."""
-    write_encoder(ENCODER, folder / "encoder")
-    write_language(model, folder / "lm")
-    write_dataset(folder / "world", make_scenes(PICTURES, seed=1), make_scenes(HELD_OUT, seed=2), seed=0)
-    train(
-        data=folder / "world" / "train.json",
-        images=folder / "world",
-        vision=str(folder / "encoder"),
-        lm=str(folder / "lm"),
-        out=folder / "checkpoint",
-        options=TrainOptions(steps=2, batch_size=2, visual_tokens=4, eval_every=2, device="cpu"),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinyalign_edge.latency.process import resident_bytes
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.lookup import nearest_entries
 
@@ -38,20 +39,20 @@ def open_bank(folder: str, queries: str) -> dict[str, float]:
     import usearch.index  # noqa: F401
 
     asked = np.load(queries)
-    before = _resident_bytes()
+    before = resident_bytes()
     started = time.perf_counter()
     bank = Bank(Path(folder))
     opened = time.perf_counter()
     bank.nearest(asked[:1], K)
     first = time.perf_counter()
-    after = _resident_bytes()
+    after = resident_bytes()
     for query in asked:
         bank.nearest(query[None], K)
     return {
         "open_ms": 1e3 * (opened - started),
         "first_query_ms": 1e3 * (first - opened),
         "resident_bytes": after - before,
-        "resident_after_queries_bytes": _resident_bytes() - before,
+        "resident_after_queries_bytes": resident_bytes() - before,
     }
 
 
@@ -111,12 +112,6 @@ def _faiss(keys: Float, queries: Float, dim: int, threads: int) -> tuple[Callabl
 def _summary(seconds: list[float]) -> dict[str, Any]:
     ms = 1e3 * np.array(seconds)
     return {"p50_ms": float(np.median(ms)), "p99_ms": float(np.quantile(ms, 0.99)), "queries": len(ms)}
-
-
-def _resident_bytes() -> int:
-    """Of this process; maps of files included."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

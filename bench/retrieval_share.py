@@ -2,11 +2,10 @@
 
     python -m tinyalign_edge.bench.retrieval_share [--entries 50000] [--tokens 3 6 12 24] [--threads 2]
 
-A bundle in the shapes of SigLIP-B/16-224 and SmolLM2-135M with random weights (`bench/peers/shapes.py`), trained for
-one step and exported, with a visual token for each of the 196 patches; its bank is replaced by synthetic entries
-(`bench/synthetic_keys.py`) of `--tokens` tokens each. Then one picture is asked about with and without the memory, in
-turns, nothing kept from one question to the next. Writes `bench/results/retrieval_share.json`; run
-it on an idle machine.
+A bundle in the shapes of SigLIP-B/16-224 and SmolLM2-135M with random weights (`bench/random_bundle.py`), with a visual
+token for each of the 196 patches; its bank is replaced by synthetic entries (`bench/synthetic_keys.py`) of `--tokens`
+tokens each. Then one picture is asked about with and without the memory, in turns, nothing kept from one question to
+the next. Writes `bench/results/retrieval_share.json`; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,38 +14,18 @@ import argparse
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinyalign_edge.bench.peers.shapes import write_encoder, write_language
+from tinyalign_edge.bench.random_bundle import Bundle, random_bundle, synthetic_bank
 from tinyalign_edge.bench.record import record
-from tinyalign_edge.bench.synthetic_keys import stored_spectrum, synthetic_keys
-from tinyalign_edge.bundle import Manifest
-from tinyalign_edge.demo.dataset import write_dataset
-from tinyalign_edge.demo.world import make_scenes
-from tinyalign_edge.export.components import Components, write_bundle
-from tinyalign_edge.export.language import park
-from tinyalign_edge.export.run import ExportOptions
-from tinyalign_edge.export.source import checkpoint_source
-from tinyalign_edge.memory import Bank, Record, write_bank
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model
-from tinyalign_edge.train.options import TrainOptions
-from tinyalign_edge.train.run import train
 
 QUESTION = "What is in this picture?"
 WARM_UP = 3
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What the exporter wrote, and its manifest."""
-
-    folder: Path
-    manifest: Manifest
 
 
 def main() -> None:
@@ -62,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/share"))
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
-    bundle = prepare(given.encoder, given.language, given.out, visual_tokens=given.visual_tokens)
+    bundle = random_bundle(given.encoder, given.language, given.out, visual_tokens=given.visual_tokens)
     rows = [measure(bundle, given.entries, tokens, given.threads, given.rounds) for tokens in given.tokens]
     for row in rows:
         times = " and ".join(f"{ms:.1f} ms {name}" for name, ms in row["first_token_ms"].items())
@@ -76,29 +55,10 @@ def main() -> None:
     print(record("retrieval_share", f"python -m tinyalign_edge.bench.retrieval_share {command}", result))
 
 
-def prepare(encoder: str, language: str, out: Path, *, visual_tokens: int) -> Bundle:
-    """A bundle with a memory in these shapes, in the new folder `out`. It is not gated: only its speed counts."""
-    write_dataset(out / "world", make_scenes(24, seed=1), make_scenes(4, seed=2), seed=0)
-    write_encoder(encoder, out / "encoder")
-    write_language(language, out / "language")
-    train(
-        data=out / "world" / "train.json",
-        images=out / "world",
-        vision=str(out / "encoder"),
-        lm=str(out / "language"),
-        out=out / "checkpoint",
-        options=TrainOptions(steps=1, batch_size=2, eval_every=1, visual_tokens=visual_tokens, device="cpu"),
-    )
-    source, folder = checkpoint_source(out / "checkpoint", None), out / "bundle"
-    folder.mkdir()
-    parts = Components(source, source.encoder(), park(source.language, out / "weights"))
-    return Bundle(folder, write_bundle(parts, folder, plans=ExportOptions().plans, target="vnni", name=out.name))
-
-
 def measure(bundle: Bundle, entries: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
     """Median times to the first token of a picture that was not seen before, in turns."""
-    folder = _bank(bundle, entries, tokens)
-    picture = next((bundle.folder.parent / "world" / "images").glob("*.png"))
+    folder = synthetic_bank(bundle.folder.with_name(f"bank-{tokens}"), bundle.manifest, entries, tokens)
+    picture = bundle.picture
     with Model(bundle.folder, bundle.manifest, threads=threads, memory_dir=folder, cache_mb=0) as model:
         found = model.encode(picture)
         if len(found.memories) != model.manifest.memory.k or len(found.memory_tokens) != tokens * len(found.memories):
@@ -132,24 +92,6 @@ def measure(bundle: Bundle, entries: int, tokens: int, threads: int, rounds: int
 
 def _median(times: list[float]) -> float:
     return statistics.median(times[WARM_UP:])
-
-
-def _bank(bundle: Bundle, entries: int, tokens: int) -> Path:
-    """A bank that fits the bundle, with its graph."""
-    settings, vocab_size = bundle.manifest.memory, bundle.manifest.decoder.vocab_size
-    folder = bundle.folder.with_name(f"bank-{tokens}")
-    write_bank(
-        folder,
-        synthetic_keys(entries, settings.key_dim, stored_spectrum(), seed=0),
-        [Record(f"a picture of thing {i}") for i in range(entries)],
-        fingerprint=settings.fingerprint,
-        vocab_size=vocab_size,
-        token_ids=np.random.default_rng(0).integers(0, vocab_size, (entries, tokens)).tolist(),
-    )
-    bank = Bank(folder)
-    with progress("Building the graph", entries) as advance:
-        bank.rebuild(advance)
-    return folder
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("demo", "train", "export", "ask", "eval", "verify", "inspect"))
+    assert all(
+        command in done.stdout for command in ("demo", "train", "export", "ask", "eval", "verify", "inspect", "bench")
+    )
 
 
 def test_ask_prints_the_answer_and_as_json_all_about_it(run) -> None:  # type: ignore[no-untyped-def]

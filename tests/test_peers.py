@@ -15,6 +15,7 @@ from tinyalign_edge.bench import record
 from tinyalign_edge.bench.peers import check, limits, profile, run, table
 from tinyalign_edge.bench.peers.plan import parts
 from tinyalign_edge.bench.peers.shapes import LANGUAGE
+from tinyalign_edge.latency.profile import node_times
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,8 @@ def test_profile_sums_the_nodes_of_a_kind(capsys: pytest.CaptureFixture[str]) ->
         return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": {"op_name": operator}}
 
     events = [event("MatMul", f"layers.{i}.o_proj", 3000) for i in range(2)] + [event("Mul", "x", 2000)]
-    profile.print_shares(
-        profile.node_times([*events * profile.RUNS, {"cat": "Session", "name": "model_run", "dur": 9}])
-    )
+    session = {"cat": "Session", "name": "model_run", "dur": 9}
+    profile.print_shares(node_times([*events * 3, session], profile.kind))
     first, second = capsys.readouterr().out.splitlines()[1:3]
     assert first.split() == ["MatMul", "o_proj", "2", "6.00", "75.0%"]
     assert second.split() == ["Mul", "1", "2.00", "25.0%"]

@@ -52,8 +52,9 @@ def test_synthetic_keys_have_the_spectrum_that_is_fitted_to_them() -> None:
 
 def test_the_memorys_share_of_the_first_token_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tinyalign_edge.bench import retrieval_share
+    from tinyalign_edge.bench.random_bundle import random_bundle
 
-    bundle = retrieval_share.prepare("smoke-encoder", "smoke-lm", tmp_path / "shapes", visual_tokens=4)
+    bundle = random_bundle("smoke-encoder", "smoke-lm", tmp_path / "shapes", visual_tokens=4)
     seen: list[object] = []
     preprocess = sight.preprocess
     monkeypatch.setattr(sight, "preprocess", lambda *given: (seen.append(given), preprocess(*given))[1])

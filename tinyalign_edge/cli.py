@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyalign_edge import cli_chat, cli_memory
+from tinyalign_edge import cli_bench, cli_chat, cli_memory
 from tinyalign_edge.cli_memory import Json, MemoryDir
 from tinyalign_edge.errors import DegradedWarning, InputError, MissingExtraError, TinyAlignError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_memory.app, name="memory")
 app.command("chat")(cli_chat.chat)
+app.command("bench")(cli_bench.bench)
 
 INTERRUPTED = 130
 

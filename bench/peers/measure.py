@@ -93,7 +93,7 @@ def measure(
     groups = [list(engines)] if part.resident else [[engine] for engine in engines]
     for _ in range(loads):
         for group in groups:
-            with _loaded(part, group, folders, result, say) as workers:
+            with loaded(part, group, folders, result, say) as workers:
                 for phase in part.phases:
                     for _ in range(rounds // loads):
                         for engine, worker in workers.items():
@@ -106,7 +106,7 @@ def measure(
 
 
 @contextmanager
-def _loaded(
+def loaded(
     part: Part, group: Sequence[Engine], folders: Folders, result: Result, say: Callable[[str], None]
 ) -> Iterator[dict[Engine, Worker]]:
     """Workers with the model loaded, checked and warm; those that fail are noted and closed."""

@@ -9,25 +9,21 @@ most: the pass without it is given beside.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from tinyalign_edge.bench.peers.engines import edge
 from tinyalign_edge.bench.peers.shapes import LANGUAGE, write_language
 from tinyalign_edge.bench.record import record
-from tinyalign_edge.bundle import DecoderBlock
-from tinyalign_edge.config import from_json, read_json
-from tinyalign_edge.runtime.decoder import Cache
+from tinyalign_edge.latency.profile import NodeTime, decoder_pass, node_times, trace
+from tinyalign_edge.runtime.sessions import open_session
 
 COMMAND = "python -m tinyalign_edge.bench.peers.profile"
 RUNS = 30
@@ -41,13 +37,11 @@ def main() -> None:
         folder.mkdir()
         write_language(given.model, source)
         edge.prepare(source, folder, given.precision)
-        options = _options(given.threads)
-        pass_ms = pass_milliseconds(folder, options, tokens=given.tokens, context=given.context)
-        options.enable_profiling, options.profile_file_prefix = True, str(folder / "trace")
-        pass_milliseconds(folder, options, tokens=given.tokens, context=given.context)
-        (trace,) = folder.glob("trace*.json")
-        print(f"{given.model} {given.precision}, {given.threads} threads, {given.tokens} tokens at {given.context}")
-        nodes = node_times(json.loads(trace.read_text()))
+        block = edge.read_block(folder)
+        prepare = partial(decoder_pass, block=block, tokens=given.tokens, context=given.context)
+        pass_ms = pass_milliseconds(prepare(open_session(folder / block.file, threads=given.threads)))
+        nodes = node_times(trace(folder / block.file, prepare, threads=given.threads, passes=RUNS), kind)
+    print(f"{given.model} {given.precision}, {given.threads} threads, {given.tokens} tokens at {given.context}")
     print_shares(nodes)
     print(f"without profile: {pass_ms:.2f} ms a pass")
     options_given = f"--model {given.model} --precision {given.precision} --threads {given.threads}"
@@ -56,67 +50,28 @@ def main() -> None:
     print(record(f"profile-{given.tokens}-at-{given.context}", command, result))
 
 
-def pass_milliseconds(folder: Path, options: ort.SessionOptions, *, tokens: int, context: int) -> float:
-    """Median time of `RUNS` passes over `tokens` tokens after `context`, of what `edge.prepare` wrote."""
-    block = from_json(DecoderBlock, read_json(folder / edge.BLOCK), edge.BLOCK)
-    session = ort.InferenceSession(folder / block.file, options, providers=["CPUExecutionProvider"])
-    cache = Cache(session, block, context + tokens)
-    cache.buffer[...] = np.random.default_rng(0).standard_normal(cache.buffer.shape, np.float32)
-    cache.length = context
-    cache.stage(np.random.default_rng(0).standard_normal((tokens, block.width), np.float32), 1)
+def pass_milliseconds(step: Callable[[], object]) -> float:
+    """Median time of `RUNS` passes."""
     seconds = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        session.run_with_iobinding(cache.binding)
+        step()
         seconds.append(time.perf_counter() - start)
-    if options.enable_profiling:
-        session.end_profiling()
     return 1e3 * float(np.median(seconds))
-
-
-@dataclass(frozen=True)
-class NodeTime:
-    """What the nodes of one kind take in a pass."""
-
-    kind: str
-    nodes: int
-    ms: float
-    share: float  # of all kinds together
-
-
-def node_times(events: Iterable[dict[str, Any]]) -> list[NodeTime]:
-    """The kinds of nodes in onnxruntime's trace of `RUNS` passes, the one that takes longest first."""
-    spent: dict[str, float] = defaultdict(float)
-    nodes: dict[str, int] = defaultdict(int)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            kind = _kind(event["args"]["op_name"], event["name"].removesuffix("_kernel_time"))
-            spent[kind] += event["dur"] / 1e3 / RUNS
-            nodes[kind] += 1
-    total = sum(spent.values())
-    kinds = sorted(spent, key=lambda kind: -spent[kind])
-    return [NodeTime(kind, nodes[kind] // RUNS, spent[kind], spent[kind] / total) for kind in kinds]
 
 
 def print_shares(nodes: list[NodeTime]) -> None:
     """Nodes, milliseconds and share of each kind."""
     print(f"{'node':<44}{'nodes':>6}{'ms':>8}{'share':>8}")
     for node in nodes:
-        print(f"{node.kind:<44}{node.nodes:>6}{node.ms:>8.2f}{node.share:>8.1%}")
+        print(f"{node.name:<44}{node.nodes:>6}{node.ms:>8.2f}{node.share:>8.1%}")
     print(f"{'all':<44}{sum(node.nodes for node in nodes):>6}{sum(node.ms for node in nodes):>8.2f}")
 
 
-def _kind(operator: str, name: str) -> str:
+def kind(operator: str, name: str) -> str:
     """The operator, with the part of the model where that is told by the node's name."""
     part = re.search(r"\b(\w+_(?:proj|head))\b", name)
     return f"{operator} {part[1]}" if part and "MatMul" in operator else operator
-
-
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return options
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,8 +20,9 @@ from tinyalign_edge.bench.peers.measure import Folders, measure, prepare, store
 from tinyalign_edge.bench.peers.plan import MEASURED, Engine, Part, Phase, measures, parts
 from tinyalign_edge.bench.peers.shapes import ENCODERS, LANGUAGE
 from tinyalign_edge.bench.peers.table import print_tables
-from tinyalign_edge.bench.record import RESULTS, commit, record
+from tinyalign_edge.bench.record import RESULTS, record
 from tinyalign_edge.config import read_json, write_json
+from tinyalign_edge.latency.host import commit
 
 COMMAND = "python -m tinyalign_edge.bench.peers.run"
 

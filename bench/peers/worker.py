@@ -30,6 +30,7 @@ from tinyalign_edge.bench.peers.check import (
     compare_features,
     compare_logits,
 )
+from tinyalign_edge.latency.process import peak_bytes
 
 CAPACITY = 1152  # positions that every engine keeps room for
 EXPECTED = "expected.npy"  # beside an encoder: what torch computes in float32 for `fixed_image`
@@ -154,7 +155,7 @@ class _Session:
         return {"seconds": time.perf_counter() - start}
 
     def memory(self) -> dict[str, int]:
-        return {"peak_rss_bytes": peak_rss_bytes()}
+        return {"peak_rss_bytes": peak_bytes()}
 
     def _fill(self, length: int) -> None:
         """Make the sequence `length` long, its last position fresh."""
@@ -175,16 +176,6 @@ def _version(package: str) -> str:
     if package == "tinyalign-edge":  # run from the working tree, installed or not
         return tinyalign_edge.__version__
     return importlib.metadata.version(package)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has had; `ru_maxrss` would count the parent's too, before `exec`."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 if __name__ == "__main__":

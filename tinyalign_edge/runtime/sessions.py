@@ -76,6 +76,13 @@ def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSes
     Raises:
         BundleError: onnxruntime does not take the file.
     """
+    options = session_options(threads)
+    with onnxruntime_errors(path):
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: ThreadsLike) -> ort.SessionOptions:
+    """How every session of this package runs; `threads` as for `threads_of`."""
     settings = threads_of(threads)
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.count or 0
@@ -86,8 +93,7 @@ def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSes
     if settings.affinity:
         options.add_session_config_entry("session.intra_op_thread_affinities", settings.affinity)
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
-    with onnxruntime_errors(path):
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def check_shapes(session: ort.InferenceSession, expected: Mapping[str, list[int]], path: Path) -> None:

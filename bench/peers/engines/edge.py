@@ -35,9 +35,14 @@ def load(source: Path, folder: Path, precision: str, threads: int) -> Language:
     return _Edge(folder, threads)
 
 
+def read_block(folder: Path) -> DecoderBlock:
+    """What `prepare` wrote there."""
+    return from_json(DecoderBlock, read_json(folder / BLOCK), BLOCK)
+
+
 class _Edge(Language):
     def __init__(self, folder: Path, threads: int) -> None:
-        block = from_json(DecoderBlock, read_json(folder / BLOCK), BLOCK)
+        block = read_block(folder)
         self._decoder = Decoder(folder, block, threads=threads)
         self._cache = self._decoder.new_cache(CAPACITY)
         self._logits: Floats = np.zeros((1, block.vocab_size), np.float32)

@@ -1,0 +1,1 @@
+"""The latency benchmark of a bundle on this device; needs the base dependencies alone."""
