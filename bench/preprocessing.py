@@ -98,7 +98,10 @@ def main() -> None:
             rows.append(compare(name, kind, pictures))
             advance()
     sizes = [open_image(picture).size for picture in pictures]
-    result = {"sizes": sorted({f"{width} x {height}" for width, height in sizes}), "rows": [asdict(row) for row in rows]}
+    result = {
+        "sizes": sorted({f"{width} x {height}" for width, height in sizes}),
+        "rows": [asdict(row) for row in rows],
+    }
     print(record("preprocessing", COMMAND, result))
     PAGE.write_text(page(rows, sizes), "utf-8")
 
@@ -159,15 +162,18 @@ def reference(processor: Any, picture: bytes) -> npt.NDArray[np.float32]:
 def page(rows: Sequence[Difference], sizes: Sequence[tuple[int, int]]) -> str:
     """The page as Markdown."""
     edges = [edge for size in sizes for edge in size]
-    lines = [(r.kind, f"`{r.processor}`", "all" if r.equal == 1 else f"{r.equal:.3%}", f"{r.largest_levels:.2g}") for r in rows]
+    lines = [
+        (r.kind, f"`{r.processor}`", "all" if r.equal == 1 else f"{r.equal:.3%}", f"{r.largest_levels:.2g}")
+        for r in rows
+    ]
     return f"""# Preprocessing
 
 Made by `{COMMAND}`; do not edit. The raw figures are in
 [`bench/results/preprocessing.json`](../bench/results/preprocessing.json).
 
-`pixel_values` as the runtime makes them, beside those of the encoder's own image processor in transformers, from the same
-files: {len(sizes)} pictures with edges from {min(edges)} to {max(edges)} pixels, one of them turned by its EXIF. The largest difference
-is in steps of 1/255 of the range from black to white; 0: the same bit for bit.
+`pixel_values` as the runtime makes them, beside those of the encoder's own image processor in transformers, from the
+same files: {len(sizes)} pictures with edges from {min(edges)} to {max(edges)} pixels, one of them turned by its EXIF.
+The largest difference is in steps of 1/255 of the range from black to white; 0: the same bit for bit.
 
 {markdown_table(("encoder", "processor", "equal values", "largest difference"), lines)}
 

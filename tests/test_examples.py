@@ -120,8 +120,8 @@ def test_the_graphs_example_preprocesses_as_the_runtime_does(monkeypatch: pytest
 
 
 def test_the_service_answers_streams_remembers_and_refuses(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install fastapi httpx python-multipart")
-    pytest.importorskip("httpx", reason="httpx is not installed; pip install fastapi httpx python-multipart")
+    pytest.importorskip("fastapi", reason="fastapi is not installed; pip install fastapi httpx2 python-multipart")
+    pytest.importorskip("httpx2", reason="httpx2 is not installed; pip install fastapi httpx2 python-multipart")
     pytest.importorskip("python_multipart", reason="python-multipart is not installed; pip install python-multipart")
     from fastapi.testclient import TestClient
 

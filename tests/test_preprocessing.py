@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,11 @@ def drawn() -> list[bytes]:
     noise = Image.fromarray(rng.integers(0, 256, (301, 217, 3), np.uint8))
     sizes = ((500, 90), (9, 700), (1, 1), (225, 223))
     pictures = [file(noise), *(file(noise.resize(size)) for size in sizes), bench.turned(noise)]
-    return [*pictures, *(file(noise.convert(mode)) for mode in ("L", "RGBA", "P", "1")), file(noise.convert("CMYK"), "TIFF")]
+    return [
+        *pictures,
+        *(file(noise.convert(mode)) for mode in ("L", "RGBA", "P", "1")),
+        file(noise.convert("CMYK"), "TIFF"),
+    ]
 
 
 @pytest.mark.parametrize("kind", bench.KINDS)
@@ -50,7 +55,7 @@ def test_another_filter_shows() -> None:
     other = bench.Kind("ViTImageProcessor", {"size": {"height": 64, "width": 64}, "resample": 3})
     settings = bench.read_settings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "read_settings", lambda processor: bench.replace(settings(processor), resample="bilinear"))
+        patch.setattr(bench, "read_settings", lambda processor: replace(settings(processor), resample="bilinear"))
         difference = bench.compare("vit", other, drawn()[:1])
     assert difference.equal < 0.5
     assert difference.largest_levels > 1
