@@ -47,7 +47,7 @@ def compare(bundle: Path, file: Path) -> bool:
         }
         limits = {name: (sign, float(limit)) for name, sign, limit in there["limits"].tolist()}
         same = {what: float((there[what] == here[what]).mean()) for what in ("answers", "memories")}
-    print(", ".join(f"{name} {value:.5f}" for name, value in figures.items()))
+    print(", ".join(f"{name} {value:.7g}" for name, value in figures.items()))
     print(", ".join(f"{name} equal: {share:.1%}" for name, share in same.items()))
     wrong = []
     for name, value in figures.items():

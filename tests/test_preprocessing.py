@@ -27,7 +27,7 @@ def drawn() -> list[bytes]:
     """Noise, where each rounding shows: upright, wide, long and thin, tiny, turned by EXIF, and in other modes."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (301, 217, 3), np.uint8))
-    sizes = ((500, 90), (9, 700), (1, 1), (225, 223))
+    sizes = ((500, 90), (9, 700), (8, 5), (225, 223))
     pictures = [file(noise), *(file(noise.resize(size)) for size in sizes), bench.turned(noise)]
     return [
         *pictures,
