@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 
 import tinyalign_edge as ta
 from tests.conftest import ROOT, STORED_BUNDLE
-from tinyalign_edge.bundle import MANIFEST, ImageConfig
+from tinyalign_edge.bundle import MANIFEST, ImageConfig, PictureInTemplate, open_bundle
 from tinyalign_edge.config import to_json, write_json
 from tinyalign_edge.image import open_image, preprocess
+from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.runtime.sessions import open_session
 
 EXAMPLES = ROOT / "examples"
@@ -23,6 +25,7 @@ PICTURE = STORED_BUNDLE.parent / "picture.png"
 EXPECTED = json.loads((STORED_BUNDLE.parent / "expected.json").read_text("utf-8"))
 QUESTION, OTHER_QUESTION = EXPECTED["answers"]
 CACHES = (("past_key_values.%d.key", "present.%d.key"), ("past_key_values.%d.value", "present.%d.value"))
+IN_PARTS = "Look:{% for p in messages[0].content %} {{ '<image>' if p.type == 'image' else p.text }}{% endfor %} Say:"
 WITHOUT_US = ("tinyalign_edge", "usearch", "jinja2", "typer", "rich")
 
 
@@ -160,3 +163,46 @@ def test_caches_that_are_handed_on_instead_of_shared_give_the_same_logits() -> N
             logits, *presents = session.run(["logits", *(present for _, present in names)], {**inputs, **cache})
             cache = {past: array for (past, _), array in zip(names, presents, strict=True)}
             np.testing.assert_array_equal(logits[0], model.decoder.forward(shared, part))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prepend_bos": False},
+        {"chat_template": "{{ bos_token }}A chat. {{ messages[0]['content'] | trim }}\nSay:", "prepend_bos": False},
+        {
+            "chat_template": "Look: <image> {{ messages[0].content }}:",
+            "picture": PictureInTemplate("<image>", "(", ")"),
+        },
+        {
+            "chat_template": "{{ bos_token }}{{ messages[0].content }}:",
+            "picture": PictureInTemplate("<image>", content="text"),
+        },
+    ],
+)
+def test_the_layout_gives_the_ids_that_the_template_gives(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    prompt_ids = runpy.run_path(str(EXAMPLES / "graphs.py"))["prompt_ids"]
+    manifest = open_bundle(STORED_BUNDLE)
+    tokenizer = load_tokenizer(STORED_BUNDLE / manifest.tokenizer_file)
+    tokenizer.add_special_tokens(["<image>"])
+    prompt = Prompt(replace(manifest.prompt, **changes), tokenizer)
+    for question in ("Why?", " How many circles are there? "):
+        found = prompt_ids(tokenizer, to_json(prompt.layout()), question)
+        ids = prompt.question(question)
+        assert tuple(map(tuple, found)) == (ids.before, ids.after)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content | upper }}:", "{% if messages %}{% endif %}Say:"])
+def test_a_template_that_changes_the_question_has_no_layout(template: str) -> None:
+    manifest = open_bundle(STORED_BUNDLE)
+    tokenizer = load_tokenizer(STORED_BUNDLE / manifest.tokenizer_file)
+    with pytest.raises(ta.UnsupportedError, match="does not write the question once"):
+        Prompt(replace(manifest.prompt, chat_template=template), tokenizer).layout()
+
+
+def test_inspect_prints_the_layout() -> None:
+    shown = run("-m", "tinyalign_edge", "inspect", STORED_BUNDLE, "--prompt")
+    expected = {"start": "<s>", "before": "Question: ", "after": " Answer:", "picture_marker": None}
+    assert json.loads(shown) == expected
