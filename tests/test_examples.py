@@ -172,7 +172,7 @@ def test_caches_that_are_handed_on_instead_of_shared_give_the_same_logits() -> N
         {"prepend_bos": False},
         {"chat_template": "{{ bos_token }}A chat. {{ messages[0]['content'] | trim }}\nSay:", "prepend_bos": False},
         {
-            "chat_template": "Look: <image> {{ messages[0].content }}:",
+            "chat_template": IN_PARTS,
             "picture": PictureInTemplate("<image>", "(", ")"),
         },
         {
