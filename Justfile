@@ -40,6 +40,10 @@ test-lowest:
         --override <(.venv-lowest/bin/python -m pip freeze | grep '^torch==') --editable '.[all]'
     .venv-lowest/bin/python -m pytest -W ignore  # old versions of others warn of each other
 
+# The device's part on an emulated aarch64, its answers beside this machine's (Debian: debootstrap proot qemu-user-static)
+test-arm64 *ARGS:
+    PYTHON={{ bin }}/python tests/arm64.sh {{ ARGS }}
+
 # Formatting, lint, types
 check:
     {{ bin }}/ruff format --check .
@@ -65,6 +69,10 @@ bench:
 recall *ARGS:
     {{ bin }}/python -m tinyalign_edge.bench.recall {{ ARGS }}
     {{ bin }}/python -m tinyalign_edge.bench.retrieval_share
+
+# Make docs/preprocessing.md anew: each encoder's own image processor, on photographs (needs TINYALIGN_SHARED)
+preprocessing:
+    {{ bin }}/python -m tinyalign_edge.bench.preprocessing
 
 # Make docs/models.md anew: every family on a tiny model, against torch
 models:

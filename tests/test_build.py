@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.memory_bank import read_bank
 from tests.banks import contents, files, named_files
 from tests.conftest import ROOT, STORED_BUNDLE
-from tests.plain_reader import read_bank
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import BundleError, InputError, TinyAlignError

@@ -10,9 +10,11 @@ import pytest
 
 import tinyalign_edge as ta
 from tests.banks import reseal
-from tinyalign_edge.bundle import MANIFEST, file_sha256, open_bundle
+from tests.conftest import STORED_BUNDLE
+from tinyalign_edge.bundle import MANIFEST, SCHEMA_VERSION, file_sha256, open_bundle
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.runtime.verify import verify
 
 
 def edit(bundle: Path, **changes: Any) -> None:
@@ -52,10 +54,30 @@ def test_a_missing_or_truncated_file_is_named(bundle: Path) -> None:
         ta.load(bundle)
 
 
-def test_a_newer_schema_says_to_upgrade(bundle: Path) -> None:
-    edit(bundle, schema_version=99)
-    with pytest.raises(BundleError, match=r"schema version 99 is newer.*upgrade"):
+@pytest.mark.parametrize(
+    ("tools", "remedy"),
+    [
+        ({"tinyalign-edge": "2.1.0"}, "upgrade tinyalign-edge to 2.1.0"),
+        ({"tinyalign-edge": "2\n\x1b[31m"}, "upgrade tinyalign-edge"),
+        ("none", "upgrade tinyalign-edge"),
+    ],
+)
+def test_a_newer_schema_says_which_version_reads_it(bundle: Path, tools: object, remedy: str) -> None:
+    edit(bundle, schema_version=99, tool_versions=tools)
+    with pytest.raises(BundleError, match=rf"schema version 99 is newer.*; {remedy}$"):
         ta.load(bundle)
+
+
+def test_a_stored_bundle_of_every_schema_opens_and_answers() -> None:
+    """What a version has released, the later ones read: `tests/make_stored_bundle.py` makes the next one."""
+    stored = {int(folder.name.rpartition("-")[2]): folder for folder in STORED_BUNDLE.parent.glob("bundle-schema-*")}
+    assert set(stored) == set(range(1, SCHEMA_VERSION + 1))
+    for version, folder in stored.items():
+        assert open_bundle(folder).schema_version == version
+        verify(folder)  # the probe holds what the graphs gave when it was made
+        with ta.load(folder, threads=1) as model:
+            answer = model.ask(STORED_BUNDLE.parent / "picture.png", "How many objects are there?")
+            assert (bool(answer.text), len(answer.memories)) == (True, model.manifest.memory.k)
 
 
 def test_an_unknown_or_mistyped_key_is_named(bundle: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.memory_bank import read_bank, search
 from tests.banks import contents, files, make_bank, named_files, records, reseal, teach, unit
-from tests.plain_reader import read_bank, search
+from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
 from tinyalign_edge.memory import write as write_module
@@ -217,7 +218,7 @@ def test_a_reader_that_knows_the_document_alone_reads_and_searches_the_same(
 
 
 def test_the_plain_reader_stays_as_short_as_the_document_says() -> None:
-    source = (Path(__file__).parent / "plain_reader.py").read_text("utf-8")
+    source = (ROOT / "examples" / "memory_bank.py").read_text("utf-8")
     assert sum(bool(line.strip()) for line in source.splitlines()) <= 60
     assert "tinyalign" not in source
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.memory_bank import read_bank
 from tests.banks import make_bank, teach, unit
 from tests.conftest import STORED_BUNDLE
-from tests.plain_reader import read_bank
 from tests.test_build import make_data
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Record, copy_bank, make_thumbnail, open_thumbnail

@@ -215,14 +215,19 @@ def verify(
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A folder that 'export' wrote.")],
     as_json: Json = False,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Print as JSON what stands around a question.")] = False,
 ) -> None:
     """Show what is inside a bundle."""
     from tinyalign_edge.bundle import open_bundle
     from tinyalign_edge.config import to_json
+    from tinyalign_edge.prompt import Prompt, load_tokenizer
     from tinyalign_edge.report import print_bundle
 
     manifest = open_bundle(bundle)
-    if as_json:
+    if prompt:
+        layout = Prompt(manifest.prompt, load_tokenizer(bundle / manifest.tokenizer_file)).layout()
+        print(json.dumps(to_json(layout), ensure_ascii=False))
+    elif as_json:
         print(json.dumps(to_json(manifest), ensure_ascii=False))
     else:
         print_bundle(bundle, manifest)

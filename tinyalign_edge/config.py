@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from tinyalign_edge.errors import BundleError, InputError
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 16 * 2**20
+PACKAGE = "tinyalign-edge"
 
 MemoryKind = Literal["none", "tokens", "latents"]
 
@@ -91,9 +93,16 @@ def from_versioned(kind: type[T], data: Any, path: Path, *, newest: int) -> T:
     if isinstance(version, int) and version > newest:
         raise BundleError(
             f"{path}: schema version {version} is newer than {newest}, the newest this version reads; "
-            "upgrade tinyalign-edge"
+            f"upgrade tinyalign-edge{_reader(data)}"
         )
     return from_json(kind, data, str(path))
+
+
+def _reader(data: dict[str, Any]) -> str:
+    """ " to VERSION", the one that wrote settings which keep it; what is no version is not repeated."""
+    tools = data.get("tool_versions")
+    version = tools.get(PACKAGE) if isinstance(tools, dict) else None
+    return f" to {version}" if isinstance(version, str) and re.fullmatch(r"[0-9][0-9a-z.+-]{,30}", version) else ""
 
 
 def read_json(path: Path) -> Any:

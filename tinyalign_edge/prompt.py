@@ -31,7 +31,7 @@ from tokenizers.decoders import DecodeStream
 
 from tinyalign_edge.bundle import PictureInTemplate, PromptConfig
 from tinyalign_edge.data import IMAGE, Turn
-from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }} Answer:"
@@ -40,6 +40,7 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 LATER_PICTURE = "\ufffc"  # stands for a picture of a later turn while a template is rendered
+ANY_QUESTION = "aB\ue000"  # stands for a question; its letters show whether a template changes case
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,23 @@ class PromptIds:
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """A single question as plain texts, for programs without a template engine; `docs/embedding.md` says how to use it.
+
+    Attributes:
+        start: encoded by itself, before all else.
+        before: encoded as one text with the question and `after`.
+        after: up to where the answer begins.
+        picture_marker: the token in whose place the picture stands; None: it stands right behind `start`.
+    """
+
+    start: str
+    before: str
+    after: str
+    picture_marker: str | None
 
 
 class Prompt:
@@ -92,19 +110,29 @@ class Prompt:
         Raises:
             InputError: a question is empty.
         """
-        text, pictures = self._render(turns), sum(turn.pictures for turn in turns)
+        (start, text), pictures = self._texts(turns), sum(turn.pictures for turn in turns)
+        before, first = self._encode(start), turns[0].pictures
         if self.config.picture:
-            return self._around_pictures(text, self.config.picture, pictures)
-        bos, first = self.config.bos_token, turns[0].pictures
-        starts = bool(bos) and text.startswith(bos)
-        before = self._encode(bos if starts or self.config.prepend_bos else "")
-        parts = [self._encode(part) for part in (text.removeprefix(bos) if starts else text).split(LATER_PICTURE)]
+            return self._around_pictures(before, text, self.config.picture, pictures)
+        parts = [self._encode(part) for part in text.split(LATER_PICTURE)]
         parts = [before, *[()] * (first - 1), *parts] if first else [before + parts[0], *parts[1:]]
         if len(parts) != pictures + 1:
             raise BundleError(
                 f"chat template: writes {len(parts) - 1} of {pictures} pictures; use one that writes each message once"
             )
         return parts
+
+    def layout(self) -> PromptLayout:
+        """What stands around a single question.
+
+        Raises:
+            UnsupportedError: the template changes the question, so that no fixed texts stand around it.
+        """
+        start, text = self._texts([Said(ANY_QUESTION)])
+        before, question, after = text.partition(ANY_QUESTION)
+        if not question or ANY_QUESTION in after:
+            raise UnsupportedError("chat template: it does not write the question once, as it is; use another template")
+        return PromptLayout(start, before, after, self.config.picture.marker if self.config.picture else None)
 
     def answer(self, question: str, answer: str) -> tuple[int, ...]:
         """Token ids of the answer as they follow `question(question).after`, closed by the end-of-answer token."""
@@ -144,10 +172,20 @@ class Prompt:
         """A decoder of one answer: `step(tokenizer, id)` gives the text that the id completes, or None."""
         return DecodeStream(skip_special_tokens=True)
 
-    def _around_pictures(self, text: str, picture: PictureInTemplate, pictures: int) -> list[tuple[int, ...]]:
+    def _texts(self, turns: Sequence[Said]) -> tuple[str, str]:
+        """What is encoded: the beginning by itself, and all that follows it."""
+        text, bos, picture = self._render(turns), self.config.bos_token, self.config.picture
+        starts = bool(bos) and text.startswith(bos)
+        if picture:
+            text = text.replace(picture.marker, picture.before + picture.marker + picture.after)
+            return bos if self.config.prepend_bos and not starts else "", text
+        return bos if starts or self.config.prepend_bos else "", text.removeprefix(bos) if starts else text
+
+    def _around_pictures(
+        self, start: tuple[int, ...], text: str, picture: PictureInTemplate, pictures: int
+    ) -> list[tuple[int, ...]]:
         """The ids of a rendered template around its pictures; one text, since neighbours share tokens."""
-        bos = self.config.bos_token
-        ids = self._encode(text.replace(picture.marker, picture.before + picture.marker + picture.after))
+        ids = self._encode(text)
         places = [place for place, token in enumerate(ids) if token == self._marker_id]
         if len(places) != pictures:
             raise BundleError(
@@ -155,10 +193,8 @@ class Prompt:
                 f"{'one picture' if pictures == 1 else f'{pictures} pictures'}; "
                 "use a template that writes it once for each"
             )
-        starts = bool(bos) and text.startswith(bos)
-        added = self._encode(bos) if self.config.prepend_bos and not starts else ()
         first, *rest = (ids[a + 1 : b] for a, b in pairwise([-1, *places, len(ids)]))
-        return [added + first, *rest]
+        return [start + first, *rest]
 
     def _render(self, turns: Sequence[Said]) -> str:
         turns = [replace(turn, question=self._clean(turn.question)) for turn in turns]
