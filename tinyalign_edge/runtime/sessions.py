@@ -34,8 +34,8 @@ class Threads:
     affinity: str | None = None
 
     def __post_init__(self) -> None:
-        if self.count is not None and not 1 <= self.count <= MAX_THREADS:
-            raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}")
+        if self.count is not None and not (isinstance(self.count, int) and 1 <= self.count <= MAX_THREADS):
+            raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}, a whole number")
         if self.affinity is None:
             return
         others = (self.count or 1) - 1
