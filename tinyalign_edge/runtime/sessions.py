@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from tinyalign_edge.errors import BundleError, InputError
 
+PROVIDERS = ["CPUExecutionProvider"]
 LOG_ERRORS = 3
 MAX_THREADS = 256
 PROCESSORS = r"\d+([,-]\d+)*"  # of one thread
@@ -66,17 +67,26 @@ def threads_of(given: ThreadsLike) -> Threads:
     return Threads(given)
 
 
-def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSession:
+def open_session(path: Path, *, threads: ThreadsLike = None, packed: Path | None = None) -> ort.InferenceSession:
     """Load an ONNX file for the CPU.
 
     Args:
         path: the model; its external data lie beside it.
         threads: see `threads_of`.
+        packed: the same model as `packed_graphs` wrote it, which is loaded in its place.
 
     Raises:
         BundleError: onnxruntime does not take the file.
     """
-    settings = threads_of(threads)
+    options = session_options(threads_of(threads))
+    if packed is not None:  # it is optimised already, and its weights fit the graph as it is
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with onnxruntime_errors(packed or path):
+        return ort.InferenceSession(packed or path, options, providers=PROVIDERS)
+
+
+def session_options(settings: Threads) -> ort.SessionOptions:
+    """How every graph is run."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.count or 0
     options.inter_op_num_threads = 1
@@ -86,8 +96,7 @@ def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSes
     if settings.affinity:
         options.add_session_config_entry("session.intra_op_thread_affinities", settings.affinity)
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
-    with onnxruntime_errors(path):
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def check_shapes(session: ort.InferenceSession, expected: Mapping[str, list[int]], path: Path) -> None:

@@ -73,10 +73,12 @@ class Sight:
         BundleError: onnxruntime does not take the file, or the graph is not the one the manifest describes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: ThreadsLike, cache_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: ThreadsLike, cache_bytes: int, packed: Path | None = None
+    ) -> None:
         self._image, self._vision = manifest.image, manifest.vision
         self._path = folder / manifest.vision.file
-        self._session: Any = open_session(self._path, threads=threads)
+        self._session: Any = open_session(self._path, threads=threads, packed=packed)
         self._lately: Lru[Seen] = Lru(cache_bytes)
         shapes = {
             "pixel_values": [3, self._image.height, self._image.width],
