@@ -30,7 +30,7 @@ from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
 from tinyalign_edge.runtime.recall import Recall
 from tinyalign_edge.runtime.packed import packed_graphs
-from tinyalign_edge.runtime.sessions import ThreadsLike, threads_of
+from tinyalign_edge.runtime.sessions import ThreadsLike
 from tinyalign_edge.runtime.sight import EncodedImage, Sight
 from tinyalign_edge.runtime.values import ValueMaker
 
@@ -110,7 +110,6 @@ class Model:
         self.folder, self.manifest = folder, manifest
         self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
         cache_bytes = int(cache_mb * 1e6)
-        threads = threads_of(threads)
         vision, decoder = packed_graphs(folder, manifest, Path(packed_dir)) if packed_dir is not None else (None, None)
         seen_bytes = cache_bytes // PICTURES
         self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=seen_bytes, packed=vision)

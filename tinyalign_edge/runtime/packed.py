@@ -31,7 +31,7 @@ from tinyalign_edge.errors import InputError, TinyAlignError, first_line
 from tinyalign_edge.folders import cause, whole_folder
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.verified import VerifiedFiles
-from tinyalign_edge.runtime.sessions import PROVIDERS, Threads, session_options
+from tinyalign_edge.runtime.sessions import PROVIDERS, session_options
 
 RECORD = "packed.json"
 LAYOUT = 1  # of an entry
@@ -97,7 +97,7 @@ def _write(entry: Path, graphs: dict[str, Path]) -> None:
 
 def _pack(source: Path, target: Path) -> None:
     """Have onnxruntime write the graph `source` as it would run it."""
-    options = session_options(Threads(1))
+    options = session_options(1)
     options.optimized_model_filepath = str(target)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", target.name + DATA)

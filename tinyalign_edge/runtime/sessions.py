@@ -78,15 +78,16 @@ def open_session(path: Path, *, threads: ThreadsLike = None, packed: Path | None
     Raises:
         BundleError: onnxruntime does not take the file.
     """
-    options = session_options(threads_of(threads))
+    options = session_options(threads)
     if packed is not None:  # it is optimised already, and its weights fit the graph as it is
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with onnxruntime_errors(packed or path):
         return ort.InferenceSession(packed or path, options, providers=PROVIDERS)
 
 
-def session_options(settings: Threads) -> ort.SessionOptions:
-    """How every graph is run."""
+def session_options(threads: ThreadsLike) -> ort.SessionOptions:
+    """How every session of this package runs; `threads` as for `threads_of`."""
+    settings = threads_of(threads)
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.count or 0
     options.inter_op_num_threads = 1
