@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written_says_so_and_a_finished_one_can_be_read_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ta.InputError, match="packed_dir .*file: cannot be written"):
+    with pytest.raises(ta.InputError, match=r"packed_dir .*file: cannot be written"):
         load(tmp_path / "file")
     with pytest.raises(ta.TinyAlignError, match=r"onnxruntime cannot pack .*encoder\.onnx"):
         monkeypatch.setattr(packed, "VISION", "missing/vision.onnx")  # where onnxruntime cannot create its file

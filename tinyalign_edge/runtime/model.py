@@ -28,8 +28,8 @@ from tinyalign_edge.runtime.conversation import Conversation
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
-from tinyalign_edge.runtime.recall import Recall
 from tinyalign_edge.runtime.packed import packed_graphs
+from tinyalign_edge.runtime.recall import Recall
 from tinyalign_edge.runtime.sessions import ThreadsLike
 from tinyalign_edge.runtime.sight import EncodedImage, Sight
 from tinyalign_edge.runtime.values import ValueMaker
