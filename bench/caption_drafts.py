@@ -52,13 +52,13 @@ def main() -> None:
         write_data(data)
     bundle = make_bundle(data, folder, given.steps, given.precision)
     rows = read_rows(data / "held-out.json", data)[: given.limit]
-    with tempfile.TemporaryDirectory() as scratch:
-        with ta.load(bundle, threads=given.threads, memory_dir=Path(scratch) / "memory") as model:
-            teach(model, rows)
-            arms = {
-                name: measure(model, pairs, given.new_tokens, given.rounds)
-                for name, pairs in asked(model, rows).items()
-            }
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ta.load(bundle, threads=given.threads, memory_dir=Path(scratch) / "memory") as model,
+    ):
+        teach(model, rows)
+        pairs = asked(model, rows)
+        arms = {name: measure(model, pairs[name], given.new_tokens, given.rounds) for name in pairs}
     print_table(arms)
     options = f"--steps {given.steps} --precision {given.precision} --rounds {given.rounds} --threads {given.threads}"
     result = {"steps": given.steps, "precision": given.precision, "threads": given.threads, "arms": arms}

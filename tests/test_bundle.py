@@ -10,9 +10,10 @@ import pytest
 
 import tinyalign_edge as ta
 from tests.banks import reseal
-from tinyalign_edge.bundle import MANIFEST, file_sha256, open_bundle
+from tinyalign_edge.bundle import MANIFEST, open_bundle
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.files import file_sha256
 
 
 def edit(bundle: Path, **changes: Any) -> None:

@@ -174,7 +174,7 @@ class Answering:
     ) -> Answer:
         """The likeliest of `choices`, each read after the prompt and forgotten again; none unless all were read."""
         length, question = len(context), asked.turns[-1].question
-        found = []
+        found = list[tuple[float, int]]()
         for choice in choices:
             if reason := patience.over():
                 return Answer("", 0, reason, asked.memories, passes=len(found))

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 import onnxruntime as ort
 
-from tinyalign_edge.bundle import FileEntry, Manifest, file_entries, file_sha256
+from tinyalign_edge.bundle import Manifest, file_entries
 from tinyalign_edge.config import from_json, read_json, to_json, write_json
 from tinyalign_edge.errors import InputError, TinyAlignError, first_line
+from tinyalign_edge.files import FileEntry, file_sha256
 from tinyalign_edge.folders import cause, whole_folder
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.verified import VerifiedFiles
