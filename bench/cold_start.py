@@ -39,7 +39,7 @@ from tinyalign_edge.runtime.probe import make_probe, pattern, write_probe
 COMMAND = "python -m tinyalign_edge.bench.cold_start"
 WORKER = "tinyalign_edge.bench.cold_start_worker"
 ARMS = ("plain", "packed")
-WARM_UP, ANSWERS = 20, 100
+WARM_UP, ANSWERS, AT_ONCE = 20, 100, 10  # the last: between two signs of progress
 GRAPHS = (".onnx", ".data")  # the files that hold weights
 
 Told = dict[str, Any]
@@ -136,17 +136,22 @@ def worker(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def growth(arguments: list[str]) -> dict[str, int]:
-    """Resident bytes of one process: what loading added, and what answers added once the cache of prefixes was full."""
-    with worker(arguments) as process:
-        told = _told(process)
-        full, later = (_told(process, answers)["memory"]["resident"] for answers in (WARM_UP, ANSWERS))
+def growth(arguments: list[str]) -> dict[str, Any]:
+    """Resident bytes of one process: what loading added, what answers added once the cache of prefixes was full, and
+    all readings."""
+    with worker(arguments) as process, progress("Answering", WARM_UP + ANSWERS) as advance:
+        told, resident = _told(process), list[int]()
+        for _ in range((WARM_UP + ANSWERS) // AT_ONCE):
+            resident.append(_told(process, AT_ONCE)["memory"]["resident"])
+            advance(AT_ONCE)
+    full, later = resident[WARM_UP // AT_ONCE - 1], resident[-1]
     imported = told["at_import"]["resident"]
     return {
         "import_bytes": imported,
         "load_bytes": told["at_load"]["resident"] - imported,
         "cache_full_bytes": full,
         "growth_bytes": later - full,
+        "resident_bytes": resident,
     }
 
 
