@@ -33,7 +33,8 @@ test-lowest:
     .venv-base/bin/python -m pip install --quiet uv
     .venv-base/bin/uv pip install --quiet --python .venv-base/bin/python --resolution lowest-direct --editable . 'pytest>=8.3'
     .venv-base/bin/python -m pytest tests/test_device.py tests/test_bundle.py tests/test_memory*.py \
-        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py tests/test_latency.py
+        tests/test_prefix.py tests/test_generation.py tests/test_conversation.py tests/test_endurance.py tests/test_cli_chat.py \
+        tests/test_bad_input.py tests/test_packed.py tests/test_latency.py
     {{ python }} -m venv .venv-lowest
     .venv-lowest/bin/python -m pip install --quiet uv 'torch>=2.6,<2.14'
     .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
@@ -104,3 +105,12 @@ latency *ARGS: peers-setup
 costs:
     {{ bin }}/python -m tinyalign_edge.bench.kv
     {{ bin }}/python -m tinyalign_edge.bench.export_memory
+
+# Cold start and memory of a process, and what drafts save, on an idle machine (needs `just bench`; writes bench/results)
+runtime:
+    {{ bin }}/python -m tinyalign_edge.bench.cold_start
+    {{ bin }}/python -m tinyalign_edge.bench.caption_drafts
+    {{ bin }}/python -m tinyalign_edge.bench.caption_drafts --precision fp32
+    {{ bin }}/python -m tinyalign_edge.bench.drafts runs/caltech/tokens-bundle --name caltech-drafts \
+        --data "${TINYALIGN_SHARED:-../shared}/data/caltech101/test.json" \
+        --images "${TINYALIGN_SHARED:-../shared}/data/caltech101"

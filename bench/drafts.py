@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,20 @@ def main() -> None:
             arms = {name: asked(model, rows, name, given.question) for name in ("own", "another's", "none")}
             found = {name: measure(model, pairs, given.new_tokens, given.rounds) for name, pairs in arms.items()}
             result = {"bundle": model.manifest.name, "threads": given.threads, "taught": given.teach, "arms": found}
-    print(f"{'memory':<12}{'answers':>9}{'differ':>8}{'tokens a pass':>15}{'speed-up':>10}{f'from {LONG} tokens':>16}")
-    for name, arm in found.items():
-        long = "" if arm["speed_up_long"] is None else f"{arm['speed_up_long']:.2f}"
-        figures = f"{arm['tokens_a_pass']:>15.2f}{arm['speed_up']:>10.2f}{long:>16}"
-        print(f"{name:<12}{arm['answers']:>9}{arm['differ']:>8}{figures}")
+    print_table(found)
     question = f" --question '{given.question}'" if given.question else ""
     options = f"--limit {given.limit} --new-tokens {given.new_tokens} --rounds {given.rounds} --threads {given.threads}"
     command = f"{COMMAND} {given.bundle.name} --data {given.data.name}{question}{' --teach' * given.teach} {options}"
     print(record(given.name, command, result))
+
+
+def print_table(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """The figures that `measure` gave for each arm."""
+    print(f"{'memory':<12}{'answers':>9}{'differ':>8}{'tokens a pass':>15}{'speed-up':>10}{f'from {LONG} tokens':>16}")
+    for name, arm in arms.items():
+        long = "" if arm["speed_up_long"] is None else f"{arm['speed_up_long']:.2f}"
+        figures = f"{arm['tokens_a_pass']:>15.2f}{arm['speed_up']:>10.2f}{long:>16}"
+        print(f"{name:<12}{arm['answers']:>9}{arm['differ']:>8}{figures}")
 
 
 def teach(model: ta.Model, rows: Sequence[Row]) -> None:

@@ -11,9 +11,10 @@ import pytest
 import tinyalign_edge as ta
 from tests.banks import reseal
 from tests.conftest import STORED_BUNDLE
-from tinyalign_edge.bundle import MANIFEST, SCHEMA_VERSION, file_sha256, open_bundle
+from tinyalign_edge.bundle import MANIFEST, SCHEMA_VERSION, open_bundle
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.runtime.verify import verify
 
 

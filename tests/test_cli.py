@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.conftest import STORED_BUNDLE
 from tinyalign_edge import cli
-from tinyalign_edge.bundle import MANIFEST, file_sha256
+from tinyalign_edge.bundle import MANIFEST
+from tinyalign_edge.files import file_sha256
 
 PICTURE = STORED_BUNDLE.parent / "picture.png"
 QUESTION = "What colour is the circle?"

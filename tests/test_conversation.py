@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,10 +193,52 @@ def test_cancelling_ends_the_answer_within_one_token(model: ta.Model) -> None:
     assert [stream.result().text] == [one.answer for one in talk.exchanges]
 
 
-def test_a_timeout_ends_the_answer_with_what_there_is(model: ta.Model) -> None:
-    answer = model.ask(PICTURE, QUESTIONS[0], timeout_s=1e-6)
-    assert (answer.tokens, answer.finish_reason) == (1, "timeout")
+def test_a_timeout_ends_the_answer_with_what_there_is(model: ta.Model, passes: list[int]) -> None:  # noqa: F811
+    def wait(ids: Sequence[int], logits: Floats) -> Floats:
+        if len(ids) == 1:
+            time.sleep(0.5)
+        return logits
+
+    answer = model.ask(PICTURE, QUESTIONS[0], timeout_s=0.5, processors=wait, drafts=False)
+    assert (answer.tokens, answer.finish_reason) == (2, "timeout")
+    passes.clear()
+    for options in ({}, {"choices": ["red", "blue"]}):
+        answer = model.ask(PICTURE, QUESTIONS[0], timeout_s=1e-6, **options)
+        assert (answer.text, answer.tokens, answer.finish_reason) == ("", 0, "timeout")
+    assert passes == [], "no pass begins after the time is up"
     assert model.ask(PICTURE, QUESTIONS[0], timeout_s=3600).finish_reason in ("stop", "length")
+
+
+def test_choosing_can_be_cancelled_between_two_choices(
+    model: ta.Model,
+    passes: list[int],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices = ["red", "blue", "a circle", "two"]
+    append, stream = Context.append, model.stream(drawn(77), QUESTIONS[0], choices=choices)
+
+    def cancel(self: Context, ids: Sequence[int], num_logits: int = 1) -> Floats:
+        stream.cancel()
+        return append(self, ids, num_logits)
+
+    monkeypatch.setattr(Context, "append", cancel)
+    passes.clear()
+    assert list(stream) == []
+    answer = stream.result()
+    assert (answer.text, answer.finish_reason, answer.likelihoods) == ("", "cancelled", ())
+    assert len(passes) == 3, "picture, question and the first choice"
+    monkeypatch.undo()
+    assert model.ask(PICTURE, QUESTIONS[0], choices=choices).text in choices
+
+
+def test_every_turn_tells_all_its_stages(model: ta.Model) -> None:
+    talk = model.chat()
+    stages = {"decode_image", "preprocess", "encode", "retrieve", "prefill", "first_token", "per_token", "total"}
+    with_picture, without = (talk.ask(QUESTIONS[0], images, max_new_tokens=2) for images in (PICTURE, ()))
+    ended = [talk.ask(QUESTIONS[1], timeout_s=1e-6), talk.ask(QUESTIONS[1], choices=["red", "blue"])]
+    for answer in (with_picture, without, *ended):
+        assert set(answer.timings_ms) == stages
+    assert with_picture.timings_ms["encode"] > 0 == without.timings_ms["encode"]
 
 
 def test_asyncio_goes_on_during_an_answer(model: ta.Model) -> None:
@@ -249,6 +292,33 @@ def test_cancelling_a_task_ends_its_answer(model: ta.Model) -> None:
     asyncio.run(converse())  # ends when its threads have ended
     assert ended.is_set()
     assert tokens == [0, 1, 2], "no token after the one that was being picked"
+
+
+def test_a_conversation_is_free_once_the_pass_of_a_cancelled_task_has_ended(model: ta.Model) -> None:
+    async def converse() -> None:
+        talk = model.chat()
+        entered, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def wait(ids: Sequence[int], logits: Floats) -> Floats:
+            if len(ids) == 1:
+                loop.call_soon_threadsafe(entered.set)
+                assert go_on.wait(60)
+            return logits
+
+        asked = asyncio.create_task(talk.aask(QUESTIONS[0], PICTURE, processors=wait, drafts=False))
+        await entered.wait()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        with pytest.raises(ta.InputError, match="an answer is being given"):
+            talk.reset()
+        go_on.set()
+        await loop.shutdown_default_executor()  # its threads have ended
+        talk.reset()
+        assert talk.ask(QUESTIONS[0], PICTURE).text == model.ask(PICTURE, QUESTIONS[0]).text
+
+    asyncio.run(converse())
 
 
 def test_what_is_forgotten_is_read_by_no_later_turn(bundle: Path, passes: list[int]) -> None:  # noqa: F811

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,18 @@ def test_threads_that_make_no_sense_are_refused() -> None:
     for count, affinity in ((None, "1"), (3, "1"), (1, "1"), (2, "first"), (2, "")):
         with pytest.raises(ta.InputError, match="name the processors of"):
             ta.Threads(count, affinity=affinity)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_closing_unmaps_every_file_though_answers_are_kept(bundle: Path) -> None:
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(bundle) in line]
+
+    model = ta.load(bundle, threads=1)
+    answer, image = model.ask(PICTURE, QUESTIONS[0]), model.encode(PICTURE)
+    assert mapped()
+    model.close()
+    gc.collect()
+    assert mapped() == []
+    assert answer.memories[0].text
+    assert image.memories[0].value.size

@@ -32,7 +32,8 @@ def read_picture(image: ImageLike) -> bytes | npt.NDArray[np.uint8]:
     """What identifies a picture: the bytes of its file, or upright RGB pixels (height, width, 3) uint8.
 
     Raises:
-        InputError: missing, over 64 MiB, an array of another kind, or a PIL picture that cannot be decoded.
+        InputError: missing, over 64 MiB, no picture at all, an array of another kind, or a PIL picture that cannot be
+            decoded.
     """
     if isinstance(image, np.ndarray):
         _check_array(image)
@@ -63,7 +64,7 @@ def open_image(image: ImageLike, *, name: str | None = None) -> Image.Image:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture in a known format ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
         raise InputError(f"{name}: more than the {MAX_PIXELS} pixels allowed; make it smaller") from None
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error) as error:
         raise InputError(f"{name}: truncated or damaged picture ({error})") from None
@@ -75,6 +76,10 @@ def _check_array(image: npt.NDArray[Any]) -> None:
 
 
 def _file_bytes(image: str | Path | bytes) -> bytes:
+    if not isinstance(image, str | Path | bytes):
+        raise InputError(
+            f"image: {type(image).__name__} is no picture; give a path, the bytes of a file, a PIL picture or an array"
+        )
     if isinstance(image, bytes):
         if len(image) > MAX_FILE_BYTES:
             raise InputError(f"image: {len(image)} bytes, more than the {MAX_FILE_BYTES} allowed; make it smaller")
@@ -86,8 +91,8 @@ def _file_bytes(image: str | Path | bytes) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: no file system takes such a name
+        raise InputError(f"{str(path)!r:.200}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

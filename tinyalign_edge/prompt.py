@@ -213,13 +213,18 @@ class Prompt:
 
     def _clean(self, text: str) -> str:
         """A message without what would stand for a picture."""
+        if not isinstance(text, str):
+            raise InputError(f"question: {text!r:.80} is not a text; ask with a str")
         picture = self.config.picture
         for marker in (IMAGE, picture.marker if picture else LATER_PICTURE):
             text = text.replace(marker, " ")
         return text.strip()
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # lone surrogates, which no UTF-8 has
+            raise InputError(f"text {text!r:.80}: is not valid Unicode; decode it as UTF-8") from None
 
 
 def chat_messages(turns: Sequence[Said], picture: PictureInTemplate | None) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import FileEntry, check_files, inside
 from tinyalign_edge.errors import BundleError, UnsupportedError
+from tinyalign_edge.files import FileEntry, check_files, inside
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, GraphEntry
 from tinyalign_edge.memory.search import Float

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import file_sha256
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
 from tinyalign_edge.memory.table import Table

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyalign_edge.bundle import inside
 from tinyalign_edge.errors import BundleError
+from tinyalign_edge.files import inside
 from tinyalign_edge.memory.layout import BankSpec, JournalEntry
 from tinyalign_edge.memory.table import Row, Table, from_rows
 

@@ -8,9 +8,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from tinyalign_edge.bundle import inside
 from tinyalign_edge.config import from_versioned, parse_json, read_small, to_json
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.files import inside
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import (
     GRAPH_NAME,

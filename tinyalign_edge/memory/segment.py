@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyalign_edge.bundle import FileEntry, check_files, inside
 from tinyalign_edge.errors import BundleError
+from tinyalign_edge.files import FileEntry, check_files, inside
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec, SegmentEntry, aligned, sections
 from tinyalign_edge.memory.table import Array, Table

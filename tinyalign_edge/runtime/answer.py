@@ -25,8 +25,9 @@ class Answer:
         finish_reason: the model's own end or a stop string; the limit; `timeout_s`; or `cancel`.
         memories: what the memory said of the pictures.
         timings_ms: `decode_image`, `preprocess`, `encode`, `retrieve`, `prefill`, `first_token`, `per_token` and
-            `total`. The last and `first_token` are counted from the call: from the image's bytes, unless it came
-            encoded. The time that the caller takes between two pieces of a stream counts in `total` alone.
+            `total`; 0 where there was nothing to do. Of a picture that came encoded, the first four are what it took
+            then. `total` and `first_token` are counted from the call: from the image's bytes, unless it came encoded.
+            The time that the caller takes between two pieces of a stream counts in `total` alone.
         passes: of the language model after the prompt was read; fewer than tokens where drafts were accepted.
         likelihoods: with `choices`, the mean log-likelihood of a token of each, in nats.
     """
@@ -74,7 +75,8 @@ class AnswerStream:
 class AsyncAnswerStream:
     """An `AnswerStream` for asyncio: each piece is computed in a thread, the loop goes on meanwhile.
 
-    A task that is cancelled while it waits for a piece cancels the answer.
+    A task that is cancelled while it waits for a piece cancels the answer; its conversation is busy until the pass
+    that is running has ended.
     """
 
     def __init__(self, stream: AnswerStream) -> None:

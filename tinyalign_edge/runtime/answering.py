@@ -27,6 +27,8 @@ from tinyalign_edge.runtime.picker import Picker
 from tinyalign_edge.runtime.sight import EncodedImage
 from tinyalign_edge.runtime.text import Text
 
+STAGES = ("decode_image", "preprocess", "encode", "retrieve", "prefill")
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -48,6 +50,18 @@ class Asked:
     def memories(self) -> tuple[Entry, ...]:
         """What the memory said of the pictures."""
         return tuple(entry for image in self.images for entry in image.memories)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What may end an answer before its own end: whoever asked, or the time (`time.perf_counter()`) it is due at."""
+
+    cancelled: threading.Event
+    due: float
+
+    def over(self) -> FinishReason | None:
+        """Why to end it now; None: go on."""
+        return "cancelled" if self.cancelled.is_set() else "timeout" if time.perf_counter() > self.due else None
 
 
 class Answering:
@@ -78,8 +92,15 @@ class Answering:
         """What the language model reads of turns with the pictures that they count.
 
         Raises:
-            InputError: a question is empty.
+            InputError: a question is empty, or a picture was encoded by another model.
         """
+        width = self._decoder.block.width
+        for image in images:
+            if image.tokens.shape[1:] != (width,):
+                raise InputError(
+                    f"image: encoded to tokens of width {image.tokens.shape[-1]}, this model reads {width}; encode it "
+                    "with this model"
+                )
         first, *rest = map(text_span, self._prompt.conversation(turns))
         pictures = map(picture_span, images)
         return [first, *(span for pair in zip(pictures, rest, strict=True) for span in pair)]
@@ -105,32 +126,37 @@ class Answering:
         """Read the prompt into `context` and answer it, piece by piece."""
         spans = self.spans(asked.turns, asked.images)
         limit = self.limit(spans, options)
-        timings = dict(asked.timings_ms)
+        picker = Picker(options, (*options.processors, *self._constraints.of(options)))  # errors before the work
+        patience = Patience(cancelled, np.inf if options.timeout_s is None else asked.started + options.timeout_s)
+        timings = dict.fromkeys(STAGES, 0.0) | asked.timings_ms
+        if reason := patience.over():
+            spent = dict.fromkeys(("first_token", "total"), _ms(asked.started))
+            return Answer("", 0, reason, asked.memories, timings | {"per_token": 0.0} | spent)
         before = time.perf_counter()
         logits, read = context.read(spans, room=limit), len(context)
         timings["prefill"] = _ms(before)
         if options.choices:
-            answer = self._choose(asked, options.choices, logits, context)
+            answer = self._choose(asked, options.choices, logits, context, patience)
             timings |= {"first_token": _ms(asked.started), "per_token": 0.0}
-            yield answer.text
+            if answer.text:
+                yield answer.text
             return replace(answer, timings_ms=timings | {"total": _ms(asked.started)})
         decoding = Decoding(
             context,
             logits,
-            Picker(options, (*options.processors, *self._constraints.of(options))),
+            picker,
             ends=self._ends,
             limit=limit,
             drafts=self._drafts(asked, spans[-1], options),
             exact=self._exact,
         )
-        text, reason = Text(self._prompt, options.stop), None
-        deadline = np.inf if options.timeout_s is None else asked.started + options.timeout_s
+        text = Text(self._prompt, options.stop)
         try:
             for token in decoding:
                 timings.setdefault("first_token", _ms(asked.started))
                 if piece := text.push(token):
                     yield piece
-                if reason := _reason(text.stopped, cancelled.is_set(), time.perf_counter() > deadline):
+                if reason := "stop" if text.stopped else patience.over():
                     break
             if piece := text.end():
                 yield piece
@@ -143,11 +169,15 @@ class Answering:
         reason = reason or ("stop" if decoding.ended else "length")
         return Answer(text.shown, len(decoding.ids), reason, asked.memories, timings, decoding.passes)
 
-    def _choose(self, asked: Asked, choices: Sequence[str], logits: Float, context: Context) -> Answer:
-        """The likeliest of `choices`, each read after the prompt and forgotten again."""
+    def _choose(
+        self, asked: Asked, choices: Sequence[str], logits: Float, context: Context, patience: Patience
+    ) -> Answer:
+        """The likeliest of `choices`, each read after the prompt and forgotten again; none unless all were read."""
         length, question = len(context), asked.turns[-1].question
-        found = []
+        found = list[tuple[float, int]]()
         for choice in choices:
+            if reason := patience.over():
+                return Answer("", 0, reason, asked.memories, passes=len(found))
             ids = self._prompt.answer(question, choice)
             rows = logits[None]
             if len(ids) > 1:
@@ -175,10 +205,6 @@ def answer_nll(logits: Float, ids: Sequence[int] | npt.NDArray[np.int64]) -> Flo
     peak = logits.max(axis=1, keepdims=True)
     log_total = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
     return np.asarray(log_total - logits[np.arange(len(ids)), np.asarray(ids)], np.float32)
-
-
-def _reason(stopped: bool, cancelled: bool, late: bool) -> FinishReason | None:
-    return "stop" if stopped else "cancelled" if cancelled else "timeout" if late else None
 
 
 def _ms(started: float) -> float:

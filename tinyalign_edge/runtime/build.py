@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
-from tinyalign_edge.bundle import MANIFEST, MEMORY_DIR, Manifest, file_sha256, inside, open_bundle
+from tinyalign_edge.bundle import MANIFEST, MEMORY_DIR, Manifest, open_bundle
 from tinyalign_edge.data import Row, check_images, one_picture, parse_row
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.files import file_sha256, inside
 from tinyalign_edge.jsonrows import RowFile
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.layout import BankManifest, BankSpec

@@ -98,13 +98,15 @@ class Decoder:
         BundleError: onnxruntime does not take a file, or the graph is not the one that `block` describes.
     """
 
-    def __init__(self, folder: Path, block: DecoderBlock, *, threads: ThreadsLike = None) -> None:
+    def __init__(
+        self, folder: Path, block: DecoderBlock, *, threads: ThreadsLike = None, packed: Path | None = None
+    ) -> None:
         self.block = block
         self._path = folder / block.file
         if lacking := missing_for_cache(block.kv):
             raise BundleError(f"{self._path}: its {lacking}, or export it with --kv fp32")
         self._embed_path = folder / block.embed_file
-        self._session = open_session(self._path, threads=threads)
+        self._session = open_session(self._path, threads=threads, packed=packed)
         self._embed_session = open_session(self._embed_path, threads=1)
         self._check_graph()
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tinyalign_edge.bundle import MEMORY_DIR, Manifest, MemoryBlock, inside
+from tinyalign_edge.bundle import MEMORY_DIR, Manifest, MemoryBlock
 from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import BundleError, InputError
+from tinyalign_edge.files import inside
 from tinyalign_edge.image import ImageLike, open_image
 from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank, make_thumbnail
 from tinyalign_edge.runtime.values import ValueMaker

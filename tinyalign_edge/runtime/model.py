@@ -28,6 +28,7 @@ from tinyalign_edge.runtime.conversation import Conversation
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
+from tinyalign_edge.runtime.packed import packed_graphs
 from tinyalign_edge.runtime.recall import Recall
 from tinyalign_edge.runtime.sessions import ThreadsLike
 from tinyalign_edge.runtime.sight import EncodedImage, Sight
@@ -47,6 +48,7 @@ def load(
     memory_dir: str | Path | None = None,
     expect_sha256: str | None = None,
     cache_mb: float = CACHE_MB,
+    packed_dir: str | Path | None = None,
 ) -> Model:
     """Open a bundle for answering.
 
@@ -59,10 +61,14 @@ def load(
         expect_sha256: hex SHA-256 that `bundle.json` must have, obtained from where the bundle comes from.
         cache_mb: 10^6 bytes for what was read of the last pictures, so that the next question about one begins
             after it; 0: nothing is kept.
+        packed_dir: a folder of this device that keeps the weights as its processor reads them, about twice their size.
+            The first load makes them, which takes longer; later ones are faster, and processes that load the same
+            bundle share its weights in memory. See `tinyalign_edge.runtime.packed`.
 
     Raises:
         InputError: `path` is not a bundle, or an option is out of bounds.
         BundleError: damaged, hostile, too new, or not the one expected.
+        TinyAlignError: `packed_dir` cannot be written, or the disk is full.
 
     Warns:
         DegradedWarning: the bundle failed the exporter's comparison with torch.
@@ -71,7 +77,15 @@ def load(
     if manifest.gate is not None and not manifest.gate.passed:
         failures = "; ".join(manifest.gate.failures).encode("unicode_escape").decode("ascii")[:400]  # from a file
         warnings.warn(f"{path}: degraded, it does not compute what torch computes: {failures}", DegradedWarning, 2)
-    return Model(Path(path), manifest, threads=threads, memory=memory, memory_dir=memory_dir, cache_mb=cache_mb)
+    return Model(
+        Path(path),
+        manifest,
+        threads=threads,
+        memory=memory,
+        memory_dir=memory_dir,
+        cache_mb=cache_mb,
+        packed_dir=packed_dir,
+    )
 
 
 class Model:
@@ -89,17 +103,19 @@ class Model:
         memory: bool = True,
         memory_dir: str | Path | None = None,
         cache_mb: float = CACHE_MB,
+        packed_dir: str | Path | None = None,
     ) -> None:
         if not 0 <= cache_mb <= 1e6:
             raise InputError(f"cache_mb {cache_mb}: must be 0 to 1000000")
         self.folder, self.manifest = folder, manifest
         self.prompt = Prompt(manifest.prompt, load_tokenizer(folder / manifest.tokenizer_file))
         cache_bytes = int(cache_mb * 1e6)
-        self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=cache_bytes // PICTURES)
-        self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads)
+        vision, decoder = packed_graphs(folder, manifest, Path(packed_dir)) if packed_dir is not None else (None, None)
+        seen_bytes = cache_bytes // PICTURES
+        self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=seen_bytes, packed=vision)
+        self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads, packed=decoder)
         self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
-        kept = cache_bytes - cache_bytes // PICTURES
-        self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=kept)
+        self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=cache_bytes - seen_bytes)
         self._recall: Any = None
         self._listing = threading.Lock()
         self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()

@@ -39,15 +39,15 @@ class Generation:
             multiplied where negative (Keskar et al., 2019, arXiv 1909.05858). 1: none.
         stop: texts that end the answer; neither they nor what follows is part of it.
         choices: answer with one of these texts, the one whose tokens, the end included, have the highest mean
-            log-likelihood. The mean keeps long texts from losing for their length alone. What is about drawing, time,
-            stopping and processing has no effect then.
+            log-likelihood. The mean keeps long texts from losing for their length alone. What is about drawing,
+            stopping and processing has no effect then. An answer that ends before all were read is empty.
         regex: the answer matches it as a whole. Needs the extra `constrain`.
         json_schema: the answer is JSON of this schema, a dict or its text. Needs the extra `constrain`.
         processors: each takes the answer's token ids so far and the logits (V,) float32 of the next one, and
             returns logits of the same shape. They may be called twice for one token, and for tokens that a stop
             text then cuts off.
-        timeout_s: seconds from the call, after which the answer ends with what there is. A pass that has begun is
-            finished first.
+        timeout_s: seconds from the call, after which the answer ends with what there is. A pass that has begun, and
+            work on pictures, is finished first.
         drafts: guess tokens from the memories and the question and verify several in one pass. No effect with a `seed`
             on int8 bundles that draw: drafts change their logits a little, so the text would not be the same.
     """
@@ -82,6 +82,7 @@ class Generation:
             "timeout_s": (self.timeout_s is None or self.timeout_s > 0, "above 0"),
             "stop": (_texts(self.stop), f"at most {MAX_TEXTS} texts, none empty"),
             "choices": (_texts(self.choices), f"at most {MAX_TEXTS} texts, none empty"),
+            "processors": (all(map(callable, self.processors)), "callables"),
         }
         for name, (good, wanted) in bounds.items():
             if not good:

@@ -42,10 +42,7 @@ class Picker:
             logits = logits.copy()
             logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         for processor in self._processors:
-            found = np.asarray(processor(ids, logits), np.float32)
-            if found.shape != logits.shape or not np.isfinite(found.max()):
-                raise InputError(f"logits processor {processor!r:.80}: must return {logits.shape}, some of them finite")
-            logits = found
+            logits = _checked(processor, processor(ids, logits), logits.shape)
         return logits
 
     def pick(self, scores: Float) -> int:
@@ -55,6 +52,17 @@ class Picker:
         tokens, shares = _likely(scores, self._options)
         ends = shares.cumsum()
         return int(tokens[np.searchsorted(ends, self._random.random() * ends[-1], side="right")])
+
+
+def _checked(processor: LogitsProcessor, found: object, shape: tuple[int, ...]) -> Float:
+    try:
+        logits = np.asarray(found, np.float32)
+        good = logits.shape == shape and bool(np.isfinite(logits.max()))
+    except (ValueError, TypeError):  # no numbers at all
+        good = False
+    if not good:
+        raise InputError(f"logits processor {processor!r:.80}: must return {shape} numbers, some of them finite")
+    return logits
 
 
 def is_clear(scores: Float, margin: float) -> bool:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from tinyalign_edge.errors import BundleError, InputError
 
+PROVIDERS = ["CPUExecutionProvider"]
 LOG_ERRORS = 3
 MAX_THREADS = 256
 PROCESSORS = r"\d+([,-]\d+)*"  # of one thread
@@ -34,8 +35,8 @@ class Threads:
     affinity: str | None = None
 
     def __post_init__(self) -> None:
-        if self.count is not None and not 1 <= self.count <= MAX_THREADS:
-            raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}")
+        if self.count is not None and not (isinstance(self.count, int) and 1 <= self.count <= MAX_THREADS):
+            raise InputError(f"threads {self.count}: must be 1 to {MAX_THREADS}, a whole number")
         if self.affinity is None:
             return
         others = (self.count or 1) - 1
@@ -66,19 +67,22 @@ def threads_of(given: ThreadsLike) -> Threads:
     return Threads(given)
 
 
-def open_session(path: Path, *, threads: ThreadsLike = None) -> ort.InferenceSession:
+def open_session(path: Path, *, threads: ThreadsLike = None, packed: Path | None = None) -> ort.InferenceSession:
     """Load an ONNX file for the CPU.
 
     Args:
         path: the model; its external data lie beside it.
         threads: see `threads_of`.
+        packed: the same model as `packed_graphs` wrote it, which is loaded in its place.
 
     Raises:
         BundleError: onnxruntime does not take the file.
     """
     options = session_options(threads)
-    with onnxruntime_errors(path):
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if packed is not None:  # it is optimised already, and its weights fit the graph as it is
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with onnxruntime_errors(packed or path):
+        return ort.InferenceSession(packed or path, options, providers=PROVIDERS)
 
 
 def session_options(threads: ThreadsLike) -> ort.SessionOptions:

@@ -23,7 +23,10 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A picture as the language model reads it, with the memories retrieved for it; ask it any number of questions."""
+    """A picture as the language model reads it, with the memories retrieved for it; ask it any number of questions.
+
+    Its arrays are read-only: the model knows the picture by them.
+    """
 
     visual_tokens: Float  # (N, D)
     key: Float | None  # (key_dim,), unit length; None where the bundle has no retrieval key
@@ -33,10 +36,16 @@ class EncodedImage:
     generation: int | None = None  # of the memory that was searched; None where it was not
     features: Float | None = None  # (N, C), which the memory's value encoder reads; None where there is none
 
+    def __post_init__(self) -> None:
+        for name in ("visual_tokens", "key", "memory_tokens", "features"):
+            array = getattr(self, name)
+            if array is not None:
+                object.__setattr__(self, name, _read_only(array))
+
     @cached_property
     def tokens(self) -> Float:
         """What the language model reads in the picture's place, (N + M, D)."""
-        return np.concatenate([self.visual_tokens, self.memory_tokens])
+        return _read_only(np.concatenate([self.visual_tokens, self.memory_tokens]))
 
     @cached_property
     def digest(self) -> bytes:
@@ -64,10 +73,12 @@ class Sight:
         BundleError: onnxruntime does not take the file, or the graph is not the one the manifest describes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: ThreadsLike, cache_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: ThreadsLike, cache_bytes: int, packed: Path | None = None
+    ) -> None:
         self._image, self._vision = manifest.image, manifest.vision
         self._path = folder / manifest.vision.file
-        self._session: Any = open_session(self._path, threads=threads)
+        self._session: Any = open_session(self._path, threads=threads, packed=packed)
         self._lately: Lru[Seen] = Lru(cache_bytes)
         shapes = {
             "pixel_values": [3, self._image.height, self._image.width],
@@ -103,6 +114,12 @@ class Sight:
         stages = zip(("decode_image", "preprocess", "encode"), times, times[1:], strict=False)
         timings_ms |= {stage: (end - start) * 1000 for stage, start, end in stages}
         return seen
+
+
+def _read_only(array: Float) -> Float:
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _digest(data: bytes | npt.NDArray[np.uint8]) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyalign_edge.bundle import MANIFEST, file_sha256
+from tinyalign_edge.bundle import MANIFEST
 from tinyalign_edge.errors import GateError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.runtime.probe import MIN_COSINE, run_probe
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import file_sha256
 from tinyalign_edge.data import Row, check_images, parse_row
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.jsonrows import RowFile
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.hub_rows import HubRows, is_hub_id

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import file_sha256
 from tinyalign_edge.config import to_json, write_json
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.files import file_sha256
 
 SUFFIX = ".features"
 SHARD_BYTES = 256 * 2**20

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from tinyalign_edge.bundle import file_sha256
 from tinyalign_edge.errors import InputError, first_line
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.train.settings import TowerRef
 from tinyalign_edge.train.weights import CONFIG, check_belonging, check_kind, check_weights, find_file
 
