@@ -58,6 +58,8 @@ def command(world: Path, out: Path, recipe: str, stage: Stage, **given: Any) -> 
         "images": world,
         "vision": None,
         "lm": None,
+        "vlm": None,
+        "chat_template": None,
         "start": None,
     }
     return TrainCommand(stage, options, out=out, resume=False, recipe=recipe, **(paths | given))

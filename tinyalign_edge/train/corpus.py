@@ -207,6 +207,20 @@ def data_refs(corpus: Corpus) -> tuple[DataRef, ...]:
     )
 
 
+def of_one_picture(corpus: Corpus, *, skip_bad: bool) -> Corpus:
+    """The rows that have one picture.
+
+    Raises:
+        InputError: one has none or several, and bad rows may not be skipped.
+    """
+    others = {
+        i: f"{corpus[i].where}: {len(pictures)} pictures; a model of --vlm is trained on rows of one"
+        for i, pictures in enumerate(corpus.pictures)
+        if len(pictures) != 1
+    }
+    return drop_bad(corpus, others, skip_bad=skip_bad)
+
+
 def drop_bad(corpus: Corpus, reasons: dict[int, str], *, skip_bad: bool) -> Corpus:
     """The corpus without the rows for which there is a reason; the first reason is an error unless bad rows may be
     skipped.

@@ -124,7 +124,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`config.json` of a checkpoint."""
+    """`config.json` of a checkpoint.
+
+    Attributes:
+        whole: `vision` is a whole vision-language model, whose connector is kept; `language` is the same or, after
+            stage "instruct", the checkpoint's own.
+    """
 
     schema_version: int
     vision: TowerRef
@@ -134,3 +139,11 @@ class CheckpointConfig:
     connector: ConnectorSettings
     memory: MemorySettings
     training: TrainSettings
+    whole: bool = False
+
+    @property
+    def towers(self) -> dict[str, TowerRef]:
+        """What the checkpoint was made of, by what it is in it."""
+        if self.whole and self.language == self.vision:
+            return {"model": self.vision}
+        return {"vision": self.vision, "language": self.language}
