@@ -77,6 +77,7 @@ def train(
     key_grid: Annotated[int | None, typer.Option(help="Keys see N x N regions of a picture (default 1).")] = None,
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
+    gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Let training close memory tokens.")] = None,
     latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,
@@ -93,7 +94,7 @@ def train(
     given = {
         "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
         "key": key and _one_of("--key", key, "picture", "fused"),
-        "key_dim": key_dim, "value_tokens": value_tokens, "latents": latents, "latent_dim": latent_dim,
+        "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
         "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
         "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
         "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "bf16": bf16,

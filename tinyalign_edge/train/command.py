@@ -14,8 +14,8 @@ from tinyalign_edge.train.run import train
 from tinyalign_edge.train.settings import Stage
 
 MADE_IN_ALIGN = (
-    "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "latents",
-    "latent_dim",
+    "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "gate",
+    "latents", "latent_dim",
 )  # fmt: skip
 
 OF_THE_VLM = ("connector", "visual_tokens", "image_size")

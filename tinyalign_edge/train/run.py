@@ -14,7 +14,14 @@ from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.corpus import data_refs, of_one_picture, open_corpus, parse_source, split
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
-from tinyalign_edge.train.options import TrainOptions, check_options, find_device, rows_at_once, train_settings
+from tinyalign_edge.train.options import (
+    TrainOptions,
+    check_options,
+    find_device,
+    rows_at_once,
+    steps_of,
+    train_settings,
+)
 from tinyalign_edge.train.prepare import examples, fingerprint, make_bank, region_sample, see, without_long
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
@@ -24,6 +31,8 @@ from tinyalign_edge.train.values import encode_values
 from tinyalign_edge.train.vlm_prompt import read_template
 
 MAX_HELD_OUT = 256
+LEAST_PICTURES = 2  # keys are what tells pictures apart
+KNOWN_LATER = ("memory.floor", "memory.fingerprint", "training.steps")  # once the pictures are seen
 FEATURES = "features"  # below the run's state: where several processes meet
 
 
@@ -76,13 +85,22 @@ def train(
     begun = _start(vision, lm, vlm, chat_template, start, options)
     if begun.whole:
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
-    room = begun.prompt.config.max_context_tokens - begun.connector.visual_tokens - begun.memory.max_memory_tokens
-    training, held_out = (
-        without_long(rows, begun.prompt, room, skip_bad=options.skip_bad) for rows in (training, held_out)
-    )
+    training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
     connector, memory, model = begun.connector, begun.memory, begun.model
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
+    settings = train_settings(
+        options, data_refs(training), images, len(training), device, processes=processes.count, start=start
+    )
+    config = CheckpointConfig(
+        SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
+        connector, memory, settings, whole=begun.whole,
+    )  # fmt: skip
+    state.check(config, but=KNOWN_LATER)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
+    if (left := len(seen.training.used())) < LEAST_PICTURES:
+        raise InputError(
+            f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed"
+        )
     if not begun.fitted:
         state.fit_key(model, lambda: region_sample(seen))
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
@@ -92,13 +110,8 @@ def train(
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
         values = replace(values, latents=encode_values(model, values))
-    settings = train_settings(
-        options, data_refs(training), images, len(rows), device, processes=processes.count, start=start
-    )
-    config = CheckpointConfig(
-        SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
-        connector, memory, settings, whole=begun.whole,
-    )  # fmt: skip
+    settings = replace(settings, steps=steps_of(options, len(rows)))
+    config = replace(config, memory=memory, training=settings)
     if processes.first:
         state.begin(config, model)
     processes.wait()

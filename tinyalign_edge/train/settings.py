@@ -58,7 +58,8 @@ class ConnectorSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none.
+    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none;
+    with `gate` each memory token can be closed, from what it says and how similar its entry is.
 
     Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
     where the "fused" key is, too.
@@ -73,6 +74,7 @@ class MemorySettings:
     value_tokens: int = 24
     latents: int = 8
     latent_dim: int = 96
+    gate: bool = False
     dropout: float = 0.25
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
     fingerprint: str = ""
