@@ -32,9 +32,9 @@ ALIKE = {"dinov2_with_registers": "dinov2"}  # kinds that optimum does not name 
 TESTED = "siglip, clip, dinov2, dinov2_with_registers, vit, mobilenet_v2, convnext"
 
 
-class _Eye(nn.Module):
-    """`pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D), `key` (1, key_dim), and for a value encoder
-    `features` (1, N, C)."""
+class Eye(nn.Module):
+    """What a bundle's vision graph computes: `pixel_values` (1, 3, height, width) -> `visual_tokens` (1, N, D), `key`
+    (1, key_dim), and for a value encoder `features` (1, N, C)."""
 
     def __init__(self, vision: nn.Module, model: AlignModel, grid: tuple[int, int, int]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def trace_encoder(tower: VisionTower, model: AlignModel) -> onnx.ModelProto:
         UnsupportedError: an encoder that optimum does not know or cannot trace; the message lists those it does.
     """
     refuse_large(tower.model, f"vision encoder {tower.ref.path}")
-    eye = _Eye(tower.model, model, tower.grid).eval()
+    eye = Eye(tower.model, model, tower.grid).eval()
     image = tower.image
     config = _config(eye, image.height, image.width)
     with tempfile.TemporaryDirectory() as folder, _quiet(), _fixed_positions(eye.vision, image.height, image.width):
@@ -113,7 +113,7 @@ def _fixed_positions(vision: nn.Module, height: int, width: int) -> Iterator[Non
             del module.interpolate_pos_encoding
 
 
-def _config(eye: _Eye, height: int, width: int) -> Any:
+def _config(eye: Eye, height: int, width: int) -> Any:
     """optimum's description of the encoder, with our input and outputs in place of its own."""
     config = _constructor(str(eye.config.model_type))(eye.config)
     outputs = OrderedDict((name, {0: "B"}) for name in eye.outputs)

@@ -36,9 +36,23 @@ def export_memory_connector(connector: MemoryConnector, folder: Path, *, plan: P
     residual = product(
         graph, hidden, _array(connector.down.weight), _array(connector.down.bias), name="down", plan=plan, level=True
     )
-    graph.op("Add", values, residual, output="memory_tokens")
+    if connector.gate is None:
+        graph.op("Add", values, residual, output="memory_tokens")
+    else:
+        _gate(graph, connector, normed, graph.op("Add", values, residual))
     graph.output("memory_tokens", np.float32, ("M", width))
     graph.save(folder / FILE)
+
+
+def _gate(graph: Graph, connector: MemoryConnector, normed: str, tokens: str) -> None:
+    """`nothing + gate * (tokens - nothing)`; the gate, one number a token, stays in float32."""
+    assert connector.gate is not None
+    assert connector.nothing is not None
+    closing = graph.op("MatMul", normed, graph.constant("gate.weight", _array(connector.gate.weight).T))  # (M, 1)
+    share = graph.op("Sigmoid", graph.op("Add", closing, graph.constant("gate.bias", _array(connector.gate.bias))))
+    nothing = graph.constant("nothing", _array(connector.nothing))
+    passed = graph.op("Mul", share, graph.op("Sub", tokens, nothing))
+    graph.op("Add", nothing, passed, output="memory_tokens")
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -20,11 +20,13 @@ from tinyalign_edge.export.language import check_language, park
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
 from tinyalign_edge.export.tune import SAMPLES, Tuner, calibration_samples
-from tinyalign_edge.export.vlm import is_whole_model, vlm_source
+from tinyalign_edge.export.vlm import vlm_source
 from tinyalign_edge.folders import whole_folder
 from tinyalign_edge.runtime.decoder import missing_for_cache
 from tinyalign_edge.runtime.model import Model
 from tinyalign_edge.runtime.probe import make_probe, write_probe
+from tinyalign_edge.train.vlm import is_whole_model
+from tinyalign_edge.train.vlm_prompt import read_template
 
 FP32 = Plans(*[Plan("fp32")] * 3)
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of what the gate allows, given to each component until the whole passes
@@ -121,7 +123,8 @@ def _open_source(folder: Path, options: ExportOptions) -> Source:
         raise InputError("--calibration and --images: give both, a conversation file and the folder of its pictures")
     rows = read_rows(options.calibration, options.images) if options.calibration and options.images else None
     if is_whole_model(folder):
-        return vlm_source(folder, rows=rows and sample_questions(rows), chat_template=options.chat_template)
+        template = read_template(options.chat_template) if options.chat_template else None
+        return vlm_source(folder, rows=rows and sample_questions(rows), template=template)
     if options.chat_template:
         raise InputError(f"{folder}: --chat-template is for whole vision-language models; a checkpoint has its own")
     return checkpoint_source(folder, rows)

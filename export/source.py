@@ -15,6 +15,7 @@ from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.encoder import encoder_graph
+from tinyalign_edge.export.vlm_graph import remembering_graph
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
@@ -118,10 +119,10 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
         tokenizer_json=(folder / TOKENIZER).read_text("utf-8"),
         visual_tokens=config.connector.visual_tokens,
         key_dim=config.memory.key_dim,
-        towers={"vision": config.vision, "language": config.language},
+        towers=config.towers,
         reference=TorchAnswerer(checkpoint),
         rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
-        encoder=lambda: encoder_graph(checkpoint),
+        encoder=lambda: remembering_graph(checkpoint) if config.whole else encoder_graph(checkpoint),
         calibration=calibration,
         memory=_memory(checkpoint),
     )

@@ -14,11 +14,11 @@ from transformers import GenerationConfig
 
 from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.data import Row
-from tinyalign_edge.export.vlm_prompt import processor_ids
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.progress import progress
 from tinyalign_edge.prompt import Prompt
+from tinyalign_edge.train.vlm_prompt import processor_ids
 
 MAX_NEW_TOKENS = 32
 

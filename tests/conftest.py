@@ -61,6 +61,18 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vlms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole vision-language model of each of `tests.vlms.KINDS`; do not change them, copy them."""
+    pytest.importorskip("torch")
+    from tests.vlms import KINDS, save_vlm
+
+    folder = tmp_path_factory.mktemp("vlms")
+    for kind in KINDS:
+        save_vlm(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, world: Path, towers: Path) -> dict[str, Path]:
     """A few steps' training for each kind of memory, on the ViT-like tower."""
     from tests.towers import train_tiny

@@ -143,6 +143,14 @@ def test_a_row_longer_than_the_context_stops_the_run_or_is_counted(world: Path, 
     assert len(checkpoint.bank) in (71, 72)  # one less, unless it was held out
 
 
+def test_a_row_of_more_pictures_than_the_context_holds_is_named(world: Path, towers: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    for row in rows[:2]:  # of two one at least is not held out
+        row["image"] = [row["image"]] * 16
+    with pytest.raises(InputError, match=r"row [12] .*the context leaves -96 beside 256 of 16 pictures"):
+        train_tiny(world, towers, tmp_path / "c", data=write(tmp_path / "a.json", rows), visual_tokens=16)
+
+
 def test_a_picture_that_cannot_be_read_stops_the_run_or_is_counted(world: Path, towers: Path, tmp_path: Path) -> None:
     rows = rows_of(world)
     (world / "cut.png").write_bytes((world / rows[0]["image"]).read_bytes()[:60])
@@ -153,6 +161,51 @@ def test_a_picture_that_cannot_be_read_stops_the_run_or_is_counted(world: Path, 
         train_tiny(
             world, towers, tmp_path / f"c{cache is None}", data=data, skip_bad=True, steps=1, cache_features=cache
         )
+
+
+def test_held_out_pictures_may_all_be_bad_and_training_ones_may_not(world: Path, towers: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.json", rows_of(world)[:20])
+    training, held_out = split(open_corpus([Source(str(data))], world), held_out=256, fraction=1.0, seed=0)
+    for part, name in ((held_out, "held-out"), (training, "training")):
+        folder = tmp_path / name
+        shutil.copytree(world / "images", folder / "images")
+        for picture in part.used():
+            (folder / part.names[picture]).write_bytes(b"cut")
+        if name == "held-out":
+            out = train_tiny(folder, towers, tmp_path / "c", data=data, skip_bad=True, steps=1)
+            lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+            assert [json.loads(line)["held_out_loss"] for line in lines] == [None, None]
+        else:
+            with pytest.raises(InputError, match=r"a\.json: 0 pictures to train on that can be read"):
+                train_tiny(folder, towers, tmp_path / "d", data=data, skip_bad=True)
+            assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("memory", ["latents", "paper"])
+def test_two_rows_are_enough_to_train_on(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
+    """Nothing is held out; neither is kept from the other."""
+    data = write(tmp_path / "a.json", rows_of(world)[:2])
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", data=data, memory=memory, steps=2))
+    assert checkpoint.bank is not None
+    assert len(checkpoint.bank) == 2
+    side = TorchAnswerer(checkpoint)
+    rows = read_rows(world / "test.json", world)[:2]
+    assert np.isfinite(np.concatenate(side.losses(side.prepare(rows).examples))).all()
+    with pytest.raises(InputError, match="1 pictures to train on that can be read, 2 are needed"):
+        train_tiny(world, towers, tmp_path / "d", data=write(tmp_path / "b.json", rows_of(world)[:1]), memory=memory)
+
+
+def test_a_tokenizer_without_a_pad_token_is_enough(world: Path, towers: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(towers / "lm", tmp_path / "towers" / "lm"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text("utf-8"))
+        kept = {key: value for key, value in settings.items() if key not in ("pad_token", "pad_token_id")}
+        assert kept != settings or name == "generation_config.json"
+        (folder / name).write_text(json.dumps(kept), "utf-8")
+    shutil.copytree(towers / "vit", tmp_path / "towers" / "vit")
+    side = TorchAnswerer(load_checkpoint(train_tiny(world, tmp_path / "towers", tmp_path / "c", steps=1)))
+    rows = read_rows(world / "test.json", world)[:3]
+    assert len(side.answers(side.prepare(rows).examples)) == 3
 
 
 def test_features_from_the_cache_train_the_same_weights(

@@ -43,6 +43,19 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     assert open_image(image).mode == "RGB"
 
 
+def test_of_an_animation_the_first_frame_is_taken_and_transparency_is_dropped() -> None:
+    frames, buffer = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")], io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert open_image(buffer.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(png(Image.new("RGBA", (2, 2), (9, 99, 199, 0)))).getpixel((1, 1)) == (9, 99, 199)
+
+
+def test_pictures_of_one_pixel_and_long_thin_ones_are_squeezed() -> None:
+    config = ImageConfig(8, 8, "bicubic")
+    assert preprocess(open_image(png(Image.new("L", (1, 1), 51))), config).max() == pytest.approx(0.2)
+    assert preprocess(open_image(png(Image.new("L", (20_000, 1), 51))), config).shape == (1, 3, 8, 8)
+
+
 def test_what_is_not_a_picture_is_refused(tmp_path: Path) -> None:
     whole = png(noise(200, 200))
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def command(world: Path, out: Path, recipe: str, stage: Stage, **given: Any) -> 
         "images": world,
         "vision": None,
         "lm": None,
+        "vlm": None,
+        "chat_template": None,
         "start": None,
     }
     return TrainCommand(stage, options, out=out, resume=False, recipe=recipe, **(paths | given))
@@ -68,16 +71,20 @@ def test_each_recipe_runs_both_stages_on_tiny_towers_of_its_kinds(name: str, wor
     encoder, patches, lm = TOWERS[name]
     save_encoder(tmp_path / "vision", encoder, patches)
     save_lm(tmp_path / "lm", lm, steps=0, max_position_embeddings=2048)
-    towers = {"vision": str(tmp_path / "vision"), "lm": str(tmp_path / "lm")}
+    rows = json.loads((world / "train.json").read_text("utf-8"))[:12]
+    (tmp_path / "few.json").write_text(json.dumps(rows), "utf-8")
+    few = {"data": (str(tmp_path / "few.json"),)}
+    towers = {"vision": str(tmp_path / "vision"), "lm": str(tmp_path / "lm"), **few}
     run_command(command(world, tmp_path / "align", name, "align", **towers))
     first = load_checkpoint(tmp_path / "align").config
     recipe = load_recipe(name)
+    assert first.memory.kind == recipe.align.options["memory"]
     assert first.connector.kind == recipe.align.options["connector"]
     assert first.connector.visual_tokens == recipe.align.options.get("visual_tokens", patches**2)
     assert (first.training.bf16, first.training.warmup, first.training.steps) == (True, 0.03, 2)
     if recipe.instruct.options.get("lora_rank"):
         pytest.importorskip("peft")
-    run_command(command(world, tmp_path / "instruct", name, "instruct", start=tmp_path / "align"))
+    run_command(command(world, tmp_path / "instruct", name, "instruct", start=tmp_path / "align", **few))
     second = load_checkpoint(tmp_path / "instruct").config
     assert second.training.lm_learning_rate == recipe.instruct.options["lm_learning_rate"]
     assert second.language.sha256 != first.language.sha256

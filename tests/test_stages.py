@@ -207,7 +207,7 @@ def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Pat
     answer_losses = AlignModel.answer_losses
 
     def hungry(self: Any, **batch: Any) -> Any:
-        if self.training and len(batch["labels"]) > 4:
+        if len(batch["labels"]) > 4:
             torch.empty(1 << 50)
         return answer_losses(self, **batch)
 

@@ -18,29 +18,21 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tinyalign_edge as ta
-from tests.vlms import KINDS, load_processor, load_vlm, processor_inputs, save_vlm
+from tests.vlms import KINDS, load_processor, load_vlm, processor_inputs
 from tinyalign_edge.bundle import CachePrecision, PictureInTemplate, PromptConfig, open_bundle
 from tinyalign_edge.errors import BundleError, GateError, InputError, UnsupportedError
-from tinyalign_edge.export import vlm, vlm_samples
+from tinyalign_edge.export import vlm_samples
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.image import open_image, preprocess
 from tinyalign_edge.prompt import Prompt, Said, chat_messages, load_tokenizer
 from tinyalign_edge.runtime.decoder import missing_for_cache
 from tinyalign_edge.runtime.verify import verify
+from tinyalign_edge.train import vlm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = ("What colour is the circle?", "How many objects are there?", "zz", " Is it  <image> red? ")
 MAX_NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def vlms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one model of each kind."""
-    folder = tmp_path_factory.mktemp("vlms")
-    for kind in KINDS:
-        save_vlm(folder / kind, kind)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ def train(
     images: Annotated[Path | None, typer.Option(help="The folder that the rows' image paths start from.")] = None,
     vision: Annotated[str | None, typer.Option(help="Vision encoder: a folder, or a hub id.")] = None,
     lm: Annotated[str | None, typer.Option(help="Language model: a folder, or a hub id.")] = None,
+    vlm: Annotated[Path | None, typer.Option(help="A whole vision-language model; only a memory is trained.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A TOML file, or the name of one that ships.")] = None,
     stage: Annotated[str, typer.Option(help="align: towers frozen; instruct: the LM trains too.")] = "align",
     start: Annotated[Path | None, typer.Option("--from", help="The checkpoint that instruct goes on from.")] = None,
@@ -77,8 +78,10 @@ def train(
     key_grid: Annotated[int | None, typer.Option(help="Keys see N x N regions of a picture (default 1).")] = None,
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
+    gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Let training close memory tokens.")] = None,
     latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
@@ -92,7 +95,7 @@ def train(
     given = {
         "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
         "key": key and _one_of("--key", key, "picture", "fused"),
-        "key_dim": key_dim, "value_tokens": value_tokens, "latents": latents, "latent_dim": latent_dim,
+        "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
         "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
         "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
         "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "bf16": bf16,
@@ -103,8 +106,8 @@ def train(
     wanted = TrainCommand(
         stage=_one_of("--stage", stage, "align", "instruct"),
         options={name: value for name, value in given.items() if value is not None},
-        data=tuple(data or ()), images=images, vision=vision, lm=lm, start=start, out=out, resume=resume,
-        recipe=recipe,
+        data=tuple(data or ()), images=images, vision=vision, lm=lm, vlm=vlm,
+        chat_template=chat_template, start=start, out=out, resume=resume, recipe=recipe,
     )  # fmt: skip
     if run_command(wanted):
         print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")

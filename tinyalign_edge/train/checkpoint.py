@@ -17,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tinyalign_edge.config import from_versioned, read_json, write_json
 from tinyalign_edge.errors import BundleError, InputError
@@ -25,6 +26,7 @@ from tinyalign_edge.prompt import Prompt, load_tokenizer
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import CONFIG, SCHEMA_VERSION, CheckpointConfig, TowerRef
 from tinyalign_edge.train.towers import LanguageTower, VisionTower, load_language, load_vision
+from tinyalign_edge.train.vlm import load_vlm
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -74,12 +76,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: not a checkpoint (no {CONFIG} with {WEIGHTS}); make one with 'tinyalign-edge train'"
         )
     config = _read_config(folder / CONFIG)
-    vision = load_vision(config.vision.path, image=config.image)
-    own = config.language.path == LANGUAGE_FOLDER
-    language = load_language(str(folder / LANGUAGE_FOLDER) if own else config.language.path)
+    vision, language, projector = _towers(folder, config)
     _same_tower(config.vision, vision.ref)
     _same_tower(config.language, language.ref)
-    model = AlignModel(language.model, config.connector, config.memory)
+    model = AlignModel(language.model, config.connector, config.memory, projector=projector)
     try:
         model.load_own_state(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -88,6 +88,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     prompt = Prompt(config.prompt, load_tokenizer(folder / TOKENIZER))
     bank = Bank(folder / MEMORY) if config.memory.kind != "none" else None
     return Checkpoint(folder, config, vision, language, model, prompt, bank)
+
+
+def _towers(folder: Path, config: CheckpointConfig) -> tuple[VisionTower, LanguageTower, nn.Module | None]:
+    own = config.language.path == LANGUAGE_FOLDER
+    if config.whole:
+        whole = load_vlm(Path(config.vision.path), template=config.prompt.chat_template)
+        language = load_language(str(folder / LANGUAGE_FOLDER)) if own else whole.language
+        return whole.vision, language, whole.projector
+    vision = load_vision(config.vision.path, image=config.image)
+    return vision, load_language(str(folder / LANGUAGE_FOLDER) if own else config.language.path), None
 
 
 def _read_config(path: Path) -> CheckpointConfig:

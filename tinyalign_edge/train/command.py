@@ -14,9 +14,11 @@ from tinyalign_edge.train.run import train
 from tinyalign_edge.train.settings import Stage
 
 MADE_IN_ALIGN = (
-    "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "latents",
-    "latent_dim",
+    "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "gate",
+    "latents", "latent_dim",
 )  # fmt: skip
+
+OF_THE_VLM = ("connector", "visual_tokens", "image_size")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class TrainCommand:
     images: Path | None
     vision: str | None
     lm: str | None
+    vlm: Path | None
+    chat_template: Path | None
     start: Path | None
     out: Path
     resume: bool
@@ -50,16 +54,22 @@ def run_command(command: TrainCommand) -> bool:
         for name in MADE_IN_ALIGN:
             if name in given:
                 raise InputError(f"{name} {given[name]}: belongs to stage align; --stage instruct takes it from --from")
+    if command.vlm is not None:
+        for name in OF_THE_VLM:
+            if name in given:
+                raise InputError(f"{name} {given[name]}: with --vlm it is the model's own; leave it out")
     data = command.data or stage.data
     images = command.images or (Path(stage.images) if stage.images else None)
     if not data or images is None:
         raise InputError("--data and --images: give both, on the command line or in the recipe")
-    towers = recipe if recipe and command.stage == "align" else None
+    towers = recipe if recipe and command.stage == "align" and command.vlm is None else None
     train(
         data=data,
         images=images,
         vision=command.vision or (towers.vision if towers else None),
         lm=command.lm or (towers.lm if towers else None),
+        vlm=command.vlm,
+        chat_template=command.chat_template,
         start=command.start,
         out=command.out,
         options=TrainOptions(stage=command.stage, **given),

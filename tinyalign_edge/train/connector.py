@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 HEADS = 4  # of the value encoder
+OPEN = 4.0  # where a memory token's gate begins: 98 % of it passes
 
 
 def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
@@ -63,7 +64,8 @@ class MemoryConnector(nn.Module):
 
     Token values arrive as embeddings of width D; latents are first brought to width D by `expand`. Each token is
     then told the rank of its entry and how similar that entry is, and passes a residual bottleneck MLP that begins
-    at zero, so that before training a memory token is the plain embedding of the retrieved text.
+    at zero, so that before training a memory token is the plain embedding of the retrieved text. With a gate, which
+    begins open, it is drawn towards a vector that says nothing.
     """
 
     def __init__(self, settings: MemorySettings, embeddings: Tensor) -> None:
@@ -82,14 +84,22 @@ class MemoryConnector(nn.Module):
         self.down = nn.Linear(max(64, width // 4), width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
+        self.gate = nn.Linear(width, 1) if settings.gate else None
+        self.nothing = nn.Parameter(embeddings.detach().float().mean(dim=0)) if settings.gate else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, OPEN)
 
     def forward(self, values: Tensor, rank: Tensor, similarity: Tensor) -> Tensor:
         """`values` (M, D or latent_dim), `rank` (M,) int64, `similarity` (M,) float32 -> (M, D)."""
         if self.expand is not None:
             values = self.expand(values)
         values = values + self.rank[rank] + similarity[:, None] * self.similarity
-        out: Tensor = values + self.down(nn.functional.gelu(self.up(self.norm(values))))
-        return out
+        normed = self.norm(values)
+        out: Tensor = values + self.down(nn.functional.gelu(self.up(normed)))
+        if self.gate is None or self.nothing is None:
+            return out
+        return torch.lerp(self.nothing.expand_as(out), out, torch.sigmoid(self.gate(normed)))
 
 
 class ValueEncoder(nn.Module):

@@ -207,19 +207,31 @@ def data_refs(corpus: Corpus) -> tuple[DataRef, ...]:
     )
 
 
-def drop_bad(corpus: Corpus, reasons: dict[int, str], *, skip_bad: bool) -> Corpus:
-    """The corpus without the rows for which there is a reason; the first reason is an error unless bad rows may be
-    skipped.
+def of_one_picture(corpus: Corpus, *, skip_bad: bool) -> Corpus:
+    """The rows that have one picture.
 
     Raises:
-        InputError: a row is bad, or all are.
+        InputError: one has none or several, and bad rows may not be skipped.
+    """
+    others = {
+        i: f"{corpus[i].where}: {len(pictures)} pictures; a model of --vlm is trained on rows of one"
+        for i, pictures in enumerate(corpus.pictures)
+        if len(pictures) != 1
+    }
+    return drop_bad(corpus, others, skip_bad=skip_bad)
+
+
+def drop_bad(corpus: Corpus, reasons: dict[int, str], *, skip_bad: bool) -> Corpus:
+    """The corpus without the rows for which there is a reason; the first reason is an error unless bad rows may be
+    skipped. It may come out empty.
+
+    Raises:
+        InputError: a row is bad.
     """
     if not reasons:
         return corpus
     if not skip_bad:
         raise InputError(next(iter(reasons.values())))
-    if len(reasons) == len(corpus):
-        raise InputError(f"all {len(reasons)} rows are bad; the first: {next(iter(reasons.values()))}")
     _say_skipped(list(reasons.values()))
     return corpus.select([i for i in range(len(corpus)) if i not in reasons])
 

@@ -70,6 +70,7 @@ def fit(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would split a batch's memory at the wrong rows
     with ExitStack() as stack:
+        stack.enter_context(_out_of_memory(settings))
         advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
         watcher = Watcher(collate, held_out, settings, metrics, advance)
         trainer = AlignTrainer(
@@ -78,7 +79,6 @@ def fit(
         trainer.lm_learning_rate = settings.lm_learning_rate
         watcher.seen_tokens = trainer.take_tokens
         trainer.remove_callback(PrinterCallback)
-        stack.enter_context(_out_of_memory(settings))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         warnings.filterwarnings("ignore", message="mtime may not be reliable")  # states are ordered by their steps then

@@ -38,13 +38,20 @@ class AlignModel(nn.Module):
 
     accepts_loss_kwargs = True  # for the Trainer: it gives `forward` the answer tokens of a whole step
 
-    def __init__(self, language: Any, connector: ConnectorSettings, memory: MemorySettings) -> None:
+    def __init__(
+        self,
+        language: Any,
+        connector: ConnectorSettings,
+        memory: MemorySettings,
+        *,
+        projector: nn.Module | None = None,  # a whole model's own, in place of a connector that is trained
+    ) -> None:
         super().__init__()
         embeddings = language.get_input_embeddings().weight.detach()
         self.language = language
         self.memory_settings = memory
         self.pool = Patches(connector)
-        self.connector = Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
+        self.connector = projector or Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
         regions_dim = connector.feature_dim * memory.key_grid**2
         self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim, regions_dim))
         self.fused_key = FusedKey(self.connector) if memory.key == "fused" else None
@@ -143,7 +150,10 @@ class AlignModel(nn.Module):
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""
         losses = self.answer_losses(**batch)
-        return {"loss": losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch}
+        loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        if not loss.requires_grad:  # nobody in the batch has a memory, and nothing else trains
+            loss = loss + 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
+        return {"loss": loss}
 
 
 def body_name(language: Any) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.data import Row
 from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
 from tinyalign_edge.train.keys import Keys
 from tinyalign_edge.train.settings import MemorySettings
@@ -26,17 +25,20 @@ class Retrieved:
     floor: float
 
 
-def retrieve(rows: Sequence[Row], keys: Keys, settings: MemorySettings) -> Retrieved:
-    """Look up the neighbours of every example among the keys of the entries, which `rows` became.
+def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySettings) -> Retrieved:
+    """Look up the neighbours of every example among the keys of the entries.
 
+    An entry that has a picture in common with the example's own is left out, as are near-duplicates.
     The floor is the similarity that 99 % of the training examples' nearest neighbours reach.
+
+    Args:
+        pictures: the numbers of every entry's pictures.
     """
     if settings.kind == "none":
         return Retrieved(_none(len(keys.queries)), _none(len(keys.held_out)), -1.0)
     quantised, scales = quantize_keys(keys.entries)
     found = nearest(quantised, scales, keys.queries, settings.k + EXTRA)
-    images = np.array([row.image for row in rows])
-    same = images[found.rows] == images[keys.own][:, None]  # (Q, K + EXTRA)
+    same = _share_a_picture(pictures, keys.own, found.rows)
     alike = found.similarity if keys.pictures is None else _picture_similarity(keys.pictures, keys.own, found.rows)
     drop = same | (alike >= settings.duplicate_similarity) | (found.rows < 0)
     training = _keep_first(found, ~drop, settings.k)
@@ -44,6 +46,19 @@ def retrieve(rows: Sequence[Row], keys: Keys, settings: MemorySettings) -> Retri
     floor = float(np.percentile(best, FLOOR_PERCENTILE)) if len(best) else -1.0
     training = _keep_first(training, (training.rows >= 0) & (training.similarity >= floor), settings.k)
     return Retrieved(training, nearest(quantised, scales, keys.held_out, settings.k, floor=floor), floor)
+
+
+def _share_a_picture(
+    pictures: Sequence[tuple[int, ...]], own: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Whether entries `rows` (Q, K) and entries `own` (Q,) have a picture in common."""
+    shared = np.zeros(rows.shape, np.bool_)
+    most = max(map(len, pictures), default=0)
+    table = np.array([[*numbers, *[-1] * (most - len(numbers))] for numbers in pictures], np.int64)  # (E, most)
+    for mine in table[own].T:
+        for theirs in table.T:
+            shared |= (theirs[rows] == mine[:, None]) & (mine[:, None] >= 0)
+    return shared
 
 
 def _picture_similarity(

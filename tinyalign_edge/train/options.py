@@ -37,6 +37,7 @@ class TrainOptions:
         key: None: "fused" with the memory "paper", else "picture".
         key_dim: of a picture's key; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
+        gate: memory tokens can be closed, by what is learnt.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
 
@@ -45,6 +46,7 @@ class TrainOptions:
     key: KeyKind | None = None
     key_dim: int | None = None
     value_tokens: int = 24
+    gate: bool = False
     latents: int | None = None
     latent_dim: int | None = None
     fraction: float = 1.0
@@ -88,6 +90,8 @@ def check_options(options: TrainOptions) -> None:
             raise InputError(f"--{option} {value}: must be at least 1")
     if options.latent_dim and options.latent_dim % HEADS:
         raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
+    if options.gate and options.memory in ("none", "paper"):
+        raise InputError(f"--gate: there is none with --memory {options.memory}; leave it out")
     if options.key == "fused" and options.memory == "none":
         raise InputError("--key fused: there is no key with --memory none; leave it out")
     for rate in ("learning_rate", "lm_learning_rate"):
@@ -117,6 +121,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         k=options.k,
         key_grid=options.key_grid,
         value_tokens=options.value_tokens,
+        gate=options.gate,
     )
     if settings.key == "fused" and options.key_dim:
         raise InputError(
@@ -177,17 +182,22 @@ def rows_at_once(options: TrainOptions, processes: int) -> int:
     return at_once
 
 
+def steps_of(options: TrainOptions, rows: int) -> int:
+    """The steps of a run with `rows` training rows an epoch."""
+    an_epoch = -(-rows // options.batch_size)
+    return options.steps or an_epoch * (options.epochs or DEFAULT_EPOCHS)
+
+
 def train_settings(
     options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Device, *, processes: int,
     start: Path | None,
 ) -> TrainSettings:  # fmt: skip
     """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
-    an_epoch = -(-rows // options.batch_size)
     tuned = options.stage == "instruct"
     return TrainSettings(
         data=data,
         images=str(images),
-        steps=options.steps or an_epoch * (options.epochs or DEFAULT_EPOCHS),
+        steps=steps_of(options, rows),
         batch_size=options.batch_size,
         micro_batch=rows_at_once(options, processes),
         learning_rate=options.learning_rate,

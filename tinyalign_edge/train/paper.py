@@ -14,7 +14,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tinyalign_edge.train.connector import Connector
 from tinyalign_edge.train.settings import MemorySettings
 
 LATENTS, LATENT_DIM = 32, 96
@@ -29,7 +28,7 @@ class FusedKey(nn.Module):
     The picture passes a copy of the connector as it begins, since keys must not move while it is trained.
     """
 
-    def __init__(self, connector: Connector) -> None:
+    def __init__(self, connector: nn.Module) -> None:
         super().__init__()
         self.connector = copy.deepcopy(connector).requires_grad_(False)
 

@@ -88,17 +88,19 @@ def see(
     return Seen(parts[0], parts[1], features)
 
 
-def without_long(corpus: Corpus, prompt: Prompt, max_tokens: int, *, skip_bad: bool) -> Corpus:
-    """The rows that fit into the context with all that stands before them.
+def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
+    """The rows that fit into the context with their pictures and memories.
 
     Raises:
         InputError: one does not, and bad rows may not be skipped.
     """
     long = {}
     for i, row in enumerate(corpus):
-        left = max_tokens
-        if (tokens := longest_tokens(row, prompt, left)) > left:
-            long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}; shorten the row"
+        seen = len(row.pictures) * start.connector.visual_tokens
+        left = start.prompt.config.max_context_tokens - start.memory.max_memory_tokens - seen
+        if (tokens := longest_tokens(row, start.prompt, left)) > left:
+            pictures = f" beside {seen} of {len(row.pictures)} pictures" if len(row.pictures) > 1 else ""
+            long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}{pictures}; shorten the row"
     return drop_bad(corpus, long, skip_bad=skip_bad)
 
 
@@ -182,7 +184,7 @@ def examples(
         )
         pictures = picture_keys(seen, model, bank.rows)
     held_out_keys = make_keys(seen, model, held_out_asked, lambda row: query_text(row, prompt, memory.value_tokens))
-    found = retrieve(bank.rows, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
+    found = retrieve(bank.rows.pictures, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
     near = _spread(found.training, numbers, len(asked))
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,

@@ -11,18 +11,28 @@ import torch
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.batches import Collate
 from tinyalign_edge.train.checkpoint import METRICS
-from tinyalign_edge.train.corpus import data_refs, open_corpus, parse_source, split
+from tinyalign_edge.train.corpus import data_refs, of_one_picture, open_corpus, parse_source, split
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
-from tinyalign_edge.train.options import TrainOptions, check_options, find_device, rows_at_once, train_settings
+from tinyalign_edge.train.options import (
+    TrainOptions,
+    check_options,
+    find_device,
+    rows_at_once,
+    steps_of,
+    train_settings,
+)
 from tinyalign_edge.train.prepare import examples, fingerprint, make_bank, region_sample, see, without_long
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
-from tinyalign_edge.train.start import Start, start_align, start_instruct
+from tinyalign_edge.train.start import Start, start_align, start_instruct, start_whole
 from tinyalign_edge.train.state import RunState
 from tinyalign_edge.train.values import encode_values
+from tinyalign_edge.train.vlm_prompt import read_template
 
 MAX_HELD_OUT = 256
+LEAST_PICTURES = 2  # keys are what tells pictures apart
+KNOWN_LATER = ("memory.floor", "memory.fingerprint", "training.steps")  # once the pictures are seen
 FEATURES = "features"  # below the run's state: where several processes meet
 
 
@@ -32,6 +42,8 @@ def train(
     images: Path,
     vision: str | None = None,
     lm: str | None = None,
+    vlm: Path | None = None,
+    chat_template: Path | None = None,
     start: Path | None = None,
     out: Path,
     options: TrainOptions | None = None,
@@ -47,6 +59,9 @@ def train(
         images: the folder that the rows' `image` is relative to.
         vision: folder or hub id of the vision encoder, in stage "align".
         lm: folder or hub id of the language model, in stage "align".
+        vlm: folder of a whole vision-language model that is given a memory, instead of `vision` and `lm`: nothing
+            of the model itself is trained.
+        chat_template: a Jinja file to use in place of that model's own.
         start: the aligned checkpoint that stage "instruct" goes on from.
         out: the checkpoint folder; new, or an interrupted run's with `resume`.
 
@@ -67,14 +82,25 @@ def train(
         raise InputError(f"{sources[0].data}: no row has a picture; key 'image' must name some")
     training, held_out = split(corpus, held_out=MAX_HELD_OUT, fraction=options.fraction, seed=options.seed)
     torch.manual_seed(options.seed)
-    begun = _start(vision, lm, start, options)
-    room = begun.prompt.config.max_context_tokens - begun.connector.visual_tokens - begun.memory.max_memory_tokens
-    training, held_out = (
-        without_long(rows, begun.prompt, room, skip_bad=options.skip_bad) for rows in (training, held_out)
-    )
+    begun = _start(vision, lm, vlm, chat_template, start, options)
+    if begun.whole:
+        training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
+    training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
     connector, memory, model = begun.connector, begun.memory, begun.model
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
+    settings = train_settings(
+        options, data_refs(training), images, len(training), device, processes=processes.count, start=start
+    )
+    config = CheckpointConfig(
+        SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
+        connector, memory, settings, whole=begun.whole,
+    )  # fmt: skip
+    state.check(config, but=KNOWN_LATER)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
+    if (left := len(seen.training.used())) < LEAST_PICTURES:
+        raise InputError(
+            f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed"
+        )
     if not begun.fitted:
         state.fit_key(model, lambda: region_sample(seen))
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
@@ -84,13 +110,8 @@ def train(
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
         values = replace(values, latents=encode_values(model, values))
-    settings = train_settings(
-        options, data_refs(training), images, len(rows), device, processes=processes.count, start=start
-    )
-    config = CheckpointConfig(
-        SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
-        connector, memory, settings,
-    )  # fmt: skip
+    settings = replace(settings, steps=steps_of(options, len(rows)))
+    config = replace(config, memory=memory, training=settings)
     if processes.first:
         state.begin(config, model)
     processes.wait()
@@ -105,15 +126,28 @@ def train(
     return config
 
 
-def _start(vision: str | None, lm: str | None, start: Path | None, options: TrainOptions) -> Start:
+def _start(
+    vision: str | None,
+    lm: str | None,
+    vlm: Path | None,
+    chat_template: Path | None,
+    start: Path | None,
+    options: TrainOptions,
+) -> Start:
+    if chat_template and not vlm:
+        raise InputError(f"--chat-template {chat_template}: is for --vlm")
     if options.stage == "instruct":
         if start is None:
             raise InputError("--stage instruct: give the aligned checkpoint to go on from with --from")
-        if vision or lm:
-            raise InputError("--stage instruct: --vision and --lm are those of --from; leave them out")
+        if vision or lm or vlm:
+            raise InputError("--stage instruct: --vision, --lm and --vlm are those of --from; leave them out")
         return start_instruct(start, options)
     if start is not None:
         raise InputError(f"--from {start}: is for --stage instruct")
+    if vlm is not None:
+        if vision or lm:
+            raise InputError("--vlm: --vision and --lm are the model's own; leave them out")
+        return start_whole(vlm, options, template=read_template(chat_template) if chat_template else None)
     if not vision or not lm:
-        raise InputError("--vision and --lm: give both, folders in Hugging Face format or hub ids")
+        raise InputError("--vision and --lm: give both, folders in Hugging Face format or hub ids; or --vlm")
     return start_align(vision, lm, options)

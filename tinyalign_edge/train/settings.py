@@ -58,7 +58,8 @@ class ConnectorSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none.
+    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none;
+    with `gate` each memory token can be closed, from what it says and how similar its entry is.
 
     Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
     where the "fused" key is, too.
@@ -73,6 +74,7 @@ class MemorySettings:
     value_tokens: int = 24
     latents: int = 8
     latent_dim: int = 96
+    gate: bool = False
     dropout: float = 0.25
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
     fingerprint: str = ""
@@ -124,7 +126,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`config.json` of a checkpoint."""
+    """`config.json` of a checkpoint.
+
+    Attributes:
+        whole: `vision` is a whole vision-language model, whose connector is kept; `language` is the same or, after
+            stage "instruct", the checkpoint's own.
+    """
 
     schema_version: int
     vision: TowerRef
@@ -134,3 +141,11 @@ class CheckpointConfig:
     connector: ConnectorSettings
     memory: MemorySettings
     training: TrainSettings
+    whole: bool = False
+
+    @property
+    def towers(self) -> dict[str, TowerRef]:
+        """What the checkpoint was made of, by what it is in it."""
+        if self.whole and self.language == self.vision:
+            return {"model": self.vision}
+        return {"vision": self.vision, "language": self.language}

@@ -1,14 +1,16 @@
-"""Where a run begins: at two frozen towers (stage "align"), or at an aligned checkpoint (stage "instruct")."""
+"""Where a run begins: at two frozen towers or a whole model, or at an aligned checkpoint (stage "instruct")."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.checkpoint import load_checkpoint
 from tinyalign_edge.train.lora import add_adapters
@@ -16,6 +18,7 @@ from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.options import TrainOptions, connector_settings, memory_settings
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 from tinyalign_edge.train.towers import LanguageTower, VisionTower, image_settings, load_language, load_vision
+from tinyalign_edge.train.vlm import load_vlm
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Start:
     Attributes:
         fitted: the key's projection is known and stays.
         merge: to be called after the last step: adapters become part of the weights.
+        whole: the towers are a whole model's, whose connector stays as it is.
     """
 
     vision: VisionTower
@@ -35,6 +39,7 @@ class Start:
     model: AlignModel
     fitted: bool = False
     merge: Callable[[], None] = lambda: None
+    whole: bool = False
 
 
 def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
@@ -54,6 +59,32 @@ def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
     return Start(eye, tongue, prompt, connector, memory, model)
 
 
+def start_whole(folder: Path, options: TrainOptions, *, template: str | None) -> Start:
+    """A memory for a whole vision-language model, which stays as it is.
+
+    Raises:
+        InputError, UnsupportedError: as `load_vlm`; nothing is to be trained; or the prompt has no place that is the
+            same for every question.
+    """
+    if options.memory == "none":
+        raise InputError("--memory none: with --vlm only the memory is trained; use tokens or latents")
+    if options.visual_tokens or options.image_size:
+        raise InputError("--visual-tokens and --image-size: with --vlm they are the model's own; leave them out")
+    whole = load_vlm(folder, template=template)
+    eye, tongue, connector = whole.vision, whole.language, whole.connector
+    memory = memory_settings(options, connector)
+    model = AlignModel(tongue.model, connector, memory, projector=whole.projector)
+    if options.bf16:
+        tongue.model.to(torch.bfloat16)
+    prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
+    if prompt.question("a").before != prompt.question("b").before:
+        raise UnsupportedError(
+            f"{folder}: its chat template writes the question before the picture, where memories stand; give one that "
+            "writes it after with --chat-template FILE"
+        )
+    return Start(eye, tongue, prompt, connector, memory, model, whole=True)
+
+
 def start_instruct(checkpoint: Path, options: TrainOptions) -> Start:
     """The parts of a checkpoint, its language model free to train; connector and memory are as they were made.
 
@@ -64,8 +95,9 @@ def start_instruct(checkpoint: Path, options: TrainOptions) -> Start:
     begun = load_checkpoint(checkpoint)
     config, language = begun.config, begun.language.model
     parts = begun.vision, begun.language, begun.prompt, config.connector, config.memory, begun.model
+    fixed: dict[str, Any] = {"fitted": True, "whole": config.whole}
     if options.lora_rank:
         alpha = options.lora_alpha or 2 * options.lora_rank
-        return Start(*parts, fitted=True, merge=add_adapters(language, rank=options.lora_rank, alpha=alpha))
+        return Start(*parts, **fixed, merge=add_adapters(language, rank=options.lora_rank, alpha=alpha))
     language.requires_grad_(True)
-    return Start(*parts, fitted=True)
+    return Start(*parts, **fixed)

@@ -52,27 +52,36 @@ class RunState:
         else:  # a new run, or one with other settings, which `begin` refuses
             model.key.fit(torch.from_numpy(regions()))
 
-    def begin(self, config: CheckpointConfig, model: AlignModel) -> None:
-        """Record the settings and keys of the run, or compare the settings with the interrupted run's.
+    @property
+    def resumed(self) -> bool:
+        """Whether there is a run to go on with."""
+        return self.resume and (self.folder / RUN).is_file()
+
+    def check(self, config: CheckpointConfig, *, but: tuple[str, ...] = ()) -> None:
+        """Compare the settings of a resumed run, but some that are not known yet, with the interrupted one's.
 
         Raises:
             InputError: they differ; the message names those that do.
         """
-        run = self.folder / RUN
-        if self.resume and run.is_file():
-            before, now = read_json(run), to_json(config)
-            changed = sorted(
-                f"{part}.{key}"
-                for part in now
-                for key in (now[part] if isinstance(now[part], dict) else {})
-                if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
-                and f"{part}.{key}" not in FREE
-            )
-            if changed:
-                raise InputError(
-                    f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same"
-                )
+        if not self.resumed:
             return
+        before, now = read_json(self.folder / RUN), to_json(config)
+        changed = sorted(
+            f"{part}.{key}"
+            for part in now
+            for key in (now[part] if isinstance(now[part], dict) else {})
+            if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
+            and f"{part}.{key}" not in (*FREE, *but)
+        )
+        if changed:
+            raise InputError(f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same")
+
+    def begin(self, config: CheckpointConfig, model: AlignModel) -> None:
+        """Record the settings and keys of the run, or `check` them."""
+        self.check(config)
+        if self.resumed:
+            return
+        run = self.folder / RUN
         run.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.key_state(), self.folder / KEY)
         write_json(run.with_suffix(".part"), config)

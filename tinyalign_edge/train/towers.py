@@ -134,6 +134,8 @@ def patch_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
             encoder's own size may leave a rest, which it does not see: SigLIP-so400m/14 has 384 pixels a side).
     """
     output = model(pixel_values=pixel_values, **_interpolation(model, pixel_values))
+    if isinstance(output, Tensor):  # the eye of a whole model (`vlm_eye`) gives the grid itself
+        return output
     hidden = getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
         raise UnsupportedError(f"{type(model).__name__} gives no last_hidden_state; use an encoder that does")

@@ -16,7 +16,6 @@ from tinyalign_edge.train.batches import Collate, Example
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import TrainSettings
 
-EVAL_BATCH = 64
 BOARD = "tensorboard"
 
 
@@ -75,7 +74,7 @@ class Watcher(TrainerCallback):
     def _evaluate(self, step: int, model: Any) -> None:
         loss = None
         if self.held_out:
-            loss = round(held_out_loss(model, self.collate, self.held_out, bf16=self.settings.bf16), 6)
+            loss = round(held_out_loss(model, self.collate, self.held_out, self.settings), 6)
             self._show(step, held_out_loss=loss)
         point = {
             "step": step,
@@ -91,15 +90,15 @@ class Watcher(TrainerCallback):
                 self.board.add_scalar(name, value, step)
 
 
-def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example], *, bf16: bool = False) -> float:
-    """Mean negative log-likelihood an answer token, in nats, over all examples."""
+def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example], settings: TrainSettings) -> float:
+    """Mean negative log-likelihood an answer token, in nats, over all examples; as many at once as in training."""
     training = model.training
     device = next(model.parameters()).device
     model.eval()
     losses = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(examples), EVAL_BATCH):
-            batch = to_device(collate(examples[start : start + EVAL_BATCH]), device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        for start in range(0, len(examples), settings.micro_batch):
+            batch = to_device(collate(examples[start : start + settings.micro_batch]), device)
             losses.append(model.answer_losses(**batch))
     model.train(training)
     return float(torch.cat(losses).mean())

@@ -16,20 +16,18 @@ REMEDY = "write one that puts the picture's token into the user's message and gi
 QUESTION = "What is in the picture?"
 
 
-def find_chat_template(folder: Path, tokenizer: Any, given: Path | None) -> str:
-    """The text of the template: the one given, else the processor's, else the tokenizer's.
+def find_chat_template(folder: Path, tokenizer: Any) -> str:
+    """The text of the template: the processor's, else the tokenizer's.
 
     Raises:
-        InputError: there is none, or the file cannot be read.
+        InputError: there is none, or a file cannot be read.
     """
-    if given is not None:
-        return _read_text(given)
     for name in ("chat_template.json", "processor_config.json"):  # transformers reads them in this order, too
         stored = read_json(folder / name) if (folder / name).is_file() else {}
         if isinstance(stored, dict) and isinstance(stored.get("chat_template"), str):
             return str(stored["chat_template"])
         if name == "chat_template.json" and (folder / "chat_template.jinja").is_file():
-            return _read_text(folder / "chat_template.jinja")
+            return read_template(folder / "chat_template.jinja")
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if not template:
@@ -112,7 +110,12 @@ def _eos_ids(folder: Path, model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_text(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
