@@ -44,7 +44,8 @@ def bench(world: Path, towers: Path, tmp_path: Path) -> Bench:
 def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> None:
     parts = plan.plan()
     assert len({part.name for part in parts}) == len(parts)
-    assert [part.name for part in parts[:4]] == [
+    mine = [part.name for part in parts if part.run.seed != plan.TUNING_SEED]
+    assert mine[:4] == [
         "caltech.baseline.100.0.scores", "caltech.memory.100.0.scores",
         "easy_vqa.baseline.100.0.scores", "easy_vqa.memory.100.0.scores",
     ]  # fmt: skip
