@@ -108,6 +108,18 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert "0 of 5" in runner.time_left(bench.out, parts)
 
 
+@pytest.mark.slow
+def test_a_bundle_and_a_share_are_measured_too(bench: Bench) -> None:
+    run = SCORES.run
+    parts = [SCORES, Part(run, "int8"), Part(replace(run, share=50), "full_bank")]
+    run_missing(bench, parts)
+    done = results(bench.out, parts)
+    assert done[parts[1].name]["loss"] == pytest.approx(done[SCORES.name]["loss"], rel=0.05)
+    assert done[parts[1].name]["fp32"]["loss"] == pytest.approx(done[SCORES.name]["loss"], abs=1e-6)
+    assert done[parts[1].name]["answers_as_fp32"] > 0.5
+    assert done[parts[2].name]["loss"] > 0
+
+
 def test_answers_are_those_of_plain_greedy_decoding(world: Path, checkpoints: dict[str, Path]) -> None:
     answerer = TorchAnswerer(load_checkpoint(checkpoints["tokens"]))
     rows = single_questions(measure.read_rows(world / "train.json", world), 24)
