@@ -17,8 +17,9 @@ from tinyalign_edge.bench.study.goals import goals
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import Part, Run
 from tinyalign_edge.bench.study.report import Places, filled, write_report
-from tinyalign_edge.bench.study.runner import results, run_missing
+from tinyalign_edge.bench.study.runner import run_missing
 from tinyalign_edge.bench.study.score import ask
+from tinyalign_edge.bench.study.store import keep, results
 from tinyalign_edge.bench.study.summary import steps_ratio, summarise
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import InputError
@@ -55,6 +56,18 @@ def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> No
                 (p.run.share, p.run.seed) for p in parts if (p.run.dataset, p.run.arm, p.kind) == (name, arm, "scores")
             }
             assert done == {(share, seed) for share in plan.SHARES for seed in plan.SEEDS}
+
+
+def test_both_arms_take_the_learning_rate_with_which_the_baseline_ends_lowest(bench: Bench) -> None:
+    tiny = bench.dataset("tiny")
+    bench.dataset = lambda name: tiny
+    with pytest.raises(InputError, match=r"its learning rate comes from caltech\.baseline-lr-0\.001"):
+        bench.options(Run("caltech", "memory"))
+    for (rate, trial), loss in zip(plan.rate_trials("caltech").items(), (0.3, 0.2, 0.25), strict=True):
+        keep(bench.out, trial, {"curve": [{"step": 0, "held_out_loss": 0.1}, {"step": 9, "held_out_loss": loss}]})
+        assert bench.options(trial.run).learning_rate == rate
+    for arm in ("baseline", "memory", "baseline-long"):
+        assert bench.options(Run("caltech", arm)).learning_rate == 3e-3
 
 
 def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_settings() -> None:
@@ -105,6 +118,9 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
+    bench.dataset = lambda name, tiny=bench.dataset("tiny"): replace(tiny, options=replace(tiny.options, steps=3))
+    with pytest.raises(InputError, match="was trained with steps 2, the study wants 3"):
+        bench.checkpoint(run)
     assert "0 of 5" in runner.time_left(bench.out, parts)
 
 

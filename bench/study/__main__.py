@@ -17,7 +17,8 @@ from tinyalign_edge.bench.study.datasets import find_dataset
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import plan
 from tinyalign_edge.bench.study.report import write_report
-from tinyalign_edge.bench.study.runner import chosen, results, run_missing, time_left
+from tinyalign_edge.bench.study.runner import chosen, run_missing, time_left
+from tinyalign_edge.bench.study.store import results
 
 
 def main() -> None:

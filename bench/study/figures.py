@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinyalign_edge.bench.study.plan import ARMS, DATASETS, MAIN, SEEDS, SHARES, Run
-from tinyalign_edge.bench.study.runner import Results
+from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.study.summary import Summary, curve, find
 
 COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bench.study.datasets import DataSet
-from tinyalign_edge.bench.study.plan import BANK_SHARES, Part, Run
+from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, Part, Run, rate_trials
 from tinyalign_edge.bench.study.score import Eye, ask, summarise
+from tinyalign_edge.bench.study.store import results
 from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, normalize
 from tinyalign_edge.export.run import export
 from tinyalign_edge.memory import Bank
@@ -26,10 +28,13 @@ from tinyalign_edge.runtime.answerer import BundleAnswerer
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import METRICS, Checkpoint, is_checkpoint, load_checkpoint
+from tinyalign_edge.train.options import TrainOptions
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.state import STATE
 
 Result = dict[str, Any]
+
+SAME = ("steps", "batch_size", "learning_rate", "fraction", "seed")  # of a checkpoint and what the plan says now
 
 
 @dataclass
@@ -50,10 +55,14 @@ class Bench:
         return KINDS[part.kind](self, part.run)
 
     def checkpoint(self, run: Run) -> Checkpoint:
-        """The run's checkpoint, trained if it is not there; a training that was killed goes on."""
+        """The run's checkpoint, trained if it is not there; a training that was killed goes on.
+
+        Raises:
+            InputError: it was trained with other settings.
+        """
         data, arm, folder = self.dataset(run.dataset), run.of(), self.out / "checkpoints" / run.name
+        options = self.options(run)
         if not is_checkpoint(folder):
-            options = arm.options(data.options, dataset=run.dataset, share=run.share, seed=run.seed)
             train(
                 data=data.train if arm.text == "open" else data.turns,
                 images=data.train_images,
@@ -64,7 +73,30 @@ class Bench:
                 resume=(folder / STATE).exists(),
                 label=run.name,
             )
-        return load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder)
+        for name in SAME:
+            if (found := getattr(checkpoint.config.training, name)) != (wanted := getattr(options, name)):
+                raise InputError(f"{folder}: was trained with {name} {found}, the study wants {wanted}; remove it")
+        return checkpoint
+
+    def options(self, run: Run) -> TrainOptions:
+        """The run's options; the learning rate is the one that the data set's trials chose.
+
+        Raises:
+            InputError: a trial has no result yet.
+        """
+        options = run.of().options(
+            self.dataset(run.dataset).options, dataset=run.dataset, share=run.share, seed=run.seed
+        )
+        if run.dataset not in DATASETS or "learning_rate" in run.of().changes:
+            return options
+        trials = rate_trials(run.dataset)
+        done = results(self.out, trials.values())
+        for trial in trials.values():
+            if trial.name not in done:
+                raise InputError(f"{run.name}: its learning rate comes from {trial.name}; measure that first")
+        last = {rate: done[trial.name]["curve"][-1]["held_out_loss"] for rate, trial in trials.items()}
+        return replace(options, learning_rate=min(last, key=last.__getitem__))
 
     def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:
         """The run's checkpoint, ready to be asked; with another run's bank, and the keys that belong to it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyalign_edge.bench.record import RESULTS, host
 from tinyalign_edge.bench.study.figures import draw
 from tinyalign_edge.bench.study.plan import DATASETS, plan
-from tinyalign_edge.bench.study.runner import Results
+from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.study.summary import Summary, missing, summarise
 from tinyalign_edge.bench.study.tables import TABLES
 from tinyalign_edge.config import write_json

@@ -7,34 +7,22 @@ import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from tinyalign_edge.bench.record import commit
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import Part
-from tinyalign_edge.config import read_json, write_json
-
-Results = dict[str, dict[str, Any]]
+from tinyalign_edge.bench.study.store import is_done, keep, results
 
 
 def run_missing(bench: Bench, parts: Sequence[Part]) -> None:
-    """Measure every part that has no result yet; each result is a file of its own, which appears whole."""
+    """Measure every part that has no result yet."""
     for part in parts:
-        file = _file(bench.out, part)
-        if file.is_file():
+        if is_done(bench.out, part):
             continue
         print(f"{time.strftime('%H:%M:%S')} {part.name} ({time_left(bench.out, parts)})", file=sys.stderr, flush=True)
         start = time.process_time()
         result = bench.measure(part)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        seconds = round(time.process_time() - start, 1)
-        write_json(file.with_suffix(".part"), {"commit": commit(), "cpu_seconds": seconds, **result})
-        file.with_suffix(".part").replace(file)
-
-
-def results(out: Path, parts: Iterable[Part]) -> Results:
-    """What is there, by the names of the parts."""
-    return {part.name: read_json(_file(out, part)) for part in parts if _file(out, part).is_file()}
+        keep(bench.out, part, {"commit": commit(), "cpu_seconds": round(time.process_time() - start, 1), **result})
 
 
 def chosen(parts: Iterable[Part], patterns: Sequence[str]) -> list[Part]:
@@ -64,7 +52,3 @@ def _expected(part: Part, seconds: dict[Part, float]) -> float:
     )
     found = next(times for like in alike if (times := [s for other, s in seconds.items() if like(other)]))
     return sum(found) / len(found)
-
-
-def _file(out: Path, part: Part) -> Path:
-    return out / "parts" / f"{part.name}.json"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyalign_edge.bench.study.plan import DATASETS, SEEDS, SHARES, Kind, Part, Run
-from tinyalign_edge.bench.study.runner import Results
+from tinyalign_edge.bench.study.store import Results
 
 Summary = dict[str, Any]
 Spread = dict[str, float | int | None]  # mean, sample standard deviation, seeds

@@ -18,7 +18,7 @@ from tinyalign_edge.bench.study.plan import (
     Run,
     plan,
 )
-from tinyalign_edge.bench.study.runner import Results
+from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.study.summary import Summary, curve, find, missing, score_of, steps_ratio
 from tinyalign_edge.export.card import markdown_table
 
