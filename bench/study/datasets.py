@@ -16,7 +16,7 @@ from tinyalign_edge.train.options import TrainOptions
 CLOSED = ("yes", "no", "true", "false")  # answers of questions that are reported apart from the open ones
 SCENES_SEED = 0
 
-# What all arms of a data set share. Steps: where the baseline's held-out loss is flat (the trials have twice as many, too).
+# What all arms of a data set share. Steps: where the baseline's held-out loss is flat (trials have twice as many, too).
 # The learning rate is chosen by the plan's trials.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25)
 SETTINGS = {
