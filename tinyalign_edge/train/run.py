@@ -73,6 +73,8 @@ def train(
         without_long(rows, begun.prompt, room, skip_bad=options.skip_bad) for rows in (training, held_out)
     )
     connector, memory, model = begun.connector, begun.memory, begun.model
+    if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all
+        begun.language.model.set_attn_implementation("eager")
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
     if not begun.fitted:
