@@ -66,6 +66,11 @@ bench:
     {{ bin }}/python -m tinyalign_edge.bench.budget
     {{ bin }}/python -m tinyalign_edge.bench.train_step
 
+# What the memory buys, in parts that go on where they were stopped: hours of one core (needs TINYALIGN_SHARED);
+# writes bench/results/study, figures and tables of docs/study.md
+study *ARGS:
+    {{ bin }}/python -m tinyalign_edge.bench.study {{ ARGS }}
+
 # What the memory finds, and how fast, beside FAISS, on an idle machine (writes bench/results/recall.json)
 recall *ARGS:
     {{ bin }}/python -m tinyalign_edge.bench.recall {{ ARGS }}

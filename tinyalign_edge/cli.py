@@ -176,15 +176,23 @@ def evaluate(
     images: ImagesFolder,
     no_memory: NoMemory = False,
     shuffle_memory: Annotated[bool, typer.Option("--shuffle-memory", help="Another picture's memories.")] = False,
+    emi: Annotated[bool, typer.Option("--emi", help="What picture and memory tell, in nats; no answers.")] = False,
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions.")] = None,
     as_json: Json = False,
 ) -> None:
     """Ask every question of a file, each alone, and score the answers."""
     from dataclasses import asdict
 
+    from tinyalign_edge.emi import emi as measure
     from tinyalign_edge.evaluate import evaluate as run
-    from tinyalign_edge.report import print_scores
+    from tinyalign_edge.report import print_emi, print_scores
 
+    if emi and (no_memory or shuffle_memory):
+        raise InputError("--emi compares with and without memory itself; leave --no-memory and --shuffle-memory out")
+    if emi:
+        found = measure(target, data=data, images=images, limit=limit)
+        print(json.dumps(asdict(found))) if as_json else print_emi(found)
+        return
     if no_memory and shuffle_memory:
         raise InputError("--no-memory and --shuffle-memory: give one of them")
     mode = "none" if no_memory else "shuffled" if shuffle_memory else "own"

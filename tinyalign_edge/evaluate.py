@@ -33,6 +33,13 @@ class Asked:
 class Answerer(Protocol):
     """What can be evaluated: a checkpoint in torch, or a bundle."""
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a memory to be read."""
+
+    def reference_losses(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Iterator[tuple[float, int]]:
+        """The loss of the first reference of every row, in nats, and over how many tokens; nothing is answered."""
+
     def ask_all(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Iterator[Asked]:
         """The answer to the first question of every row, and the loss of its reference."""
 

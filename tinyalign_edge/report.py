@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyalign_edge.bundle import MEMORY_DIR, Manifest
+from tinyalign_edge.emi import Emi
 from tinyalign_edge.evaluate import Scores
 from tinyalign_edge.memory import BankStats, Entry
 from tinyalign_edge.runtime.answer import Answer
@@ -109,6 +110,18 @@ def print_scores(scores: Scores) -> None:
             ("loss of the reference", f"{scores.nll_per_token:.4f} nats a token"),
         ]
     )
+
+
+def print_emi(emi: Emi) -> None:
+    """The result of `eval --emi`."""
+    rows = [
+        ("answer tokens", f"{emi.tokens} of {emi.n} questions"),
+        ("the picture tells", f"{emi.image:+.4f} nats a token"),
+    ]
+    if emi.memory is not None and emi.shuffled_memory is not None:
+        rows.append(("the memory adds", f"{emi.memory:+.4f} nats a token"))
+        rows.append(("another picture's adds", f"{emi.shuffled_memory:+.4f} nats a token"))
+    print_table(rows)
 
 
 def print_gate(manifest: Manifest) -> None:

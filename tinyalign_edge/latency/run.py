@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign_edge import errors
-from tinyalign_edge.bundle import MANIFEST, file_sha256, open_bundle
+from tinyalign_edge.bundle import MANIFEST, open_bundle
 from tinyalign_edge.config import from_json, to_json
 from tinyalign_edge.errors import InputError, TinyAlignError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.latency.energy import find_meter
 from tinyalign_edge.latency.host import commit, host, versions
 from tinyalign_edge.latency.measure import Facts, Setting

@@ -19,6 +19,7 @@ from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.encode import Encode, encode_rows
 from tinyalign_edge.train.keys import make_keys, query_texts
+from tinyalign_edge.train.references import read_references
 from tinyalign_edge.train.values import encode_values
 
 BATCH = 32
@@ -65,6 +66,17 @@ class TorchAnswerer:
                 for row, text, loss in zip(rows[start : start + BATCH], texts, losses, strict=True):
                     yield Asked(row.turns[0].question, row.turns[0].answer, text, float(loss.sum()), len(loss))
                 advance(len(examples))
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the checkpoint has a bank."""
+        return self.checkpoint.bank is not None
+
+    def reference_losses(self, rows: Sequence[Row], *, memory: MemoryMode = "own") -> Iterator[tuple[float, int]]:
+        """The loss of the first reference of every row, in nats, and over how many tokens."""
+        examples = self.prepare(rows, memory=memory).examples
+        for reference in read_references(self.checkpoint.model, self.collate, examples):
+            yield reference.nll, reference.tokens
 
     def losses(self, examples: Sequence[Example]) -> list[npt.NDArray[np.float32]]:
         """Negative log-likelihood of every token of each reference answer, in nats."""

@@ -61,6 +61,14 @@ def _share_a_picture(
     return shared
 
 
+def of_others(near: Neighbours, seed: int) -> Neighbours:
+    """Give every example the neighbours of another one, drawn once: what retrieval is then worth is nothing."""
+    drawn = np.random.default_rng(seed).permutation(len(near.rows))
+    source = np.empty_like(drawn)
+    source[drawn] = np.roll(drawn, 1)
+    return Neighbours(near.rows[source], near.similarity[source])
+
+
 def _picture_similarity(
     pictures: npt.NDArray[np.float32], own: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:

@@ -70,6 +70,7 @@ class TrainOptions:
     seed: int = 0
     eval_every: int = 50
     skip_bad: bool = False  # count and leave out bad rows instead of stopping at the first
+    shuffle_memory: bool = False  # the control: train with the neighbours of other examples
     cache_features: Path | None = None  # where features are kept between runs; None: in memory
 
 
@@ -122,6 +123,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         key_grid=options.key_grid,
         value_tokens=options.value_tokens,
         gate=options.gate,
+        shuffled=options.shuffle_memory,
     )
     if settings.key == "fused" and options.key_dim:
         raise InputError(

@@ -24,7 +24,7 @@ from tinyalign_edge.train.features import Features, find_features, record_type
 from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
-from tinyalign_edge.train.neighbours import retrieve
+from tinyalign_edge.train.neighbours import of_others, retrieve
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import MemorySettings
 from tinyalign_edge.train.start import Start
@@ -185,6 +185,8 @@ def examples(
         pictures = picture_keys(seen, model, bank.rows)
     held_out_keys = make_keys(seen, model, held_out_asked, lambda row: query_text(row, prompt, memory.value_tokens))
     found = retrieve(bank.rows.pictures, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
+    if memory.shuffled:
+        found = replace(found, training=of_others(found.training, seed), held_out=of_others(found.held_out, seed))
     near = _spread(found.training, numbers, len(asked))
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,

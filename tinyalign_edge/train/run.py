@@ -87,6 +87,8 @@ def train(
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
     connector, memory, model = begun.connector, begun.memory, begun.model
+    if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all
+        begun.language.model.set_attn_implementation("eager")
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
     settings = train_settings(
         options, data_refs(training), images, len(training), device, processes=processes.count, start=start

@@ -77,6 +77,7 @@ class MemorySettings:
     gate: bool = False
     dropout: float = 0.25
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
+    shuffled: bool = False  # the control: every training and held-out example sees another one's neighbours
     fingerprint: str = ""
 
     @property

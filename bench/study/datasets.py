@@ -1,0 +1,129 @@
+"""The study's data sets: their rows as the arms read them, their towers, and the settings that all arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tinyalign_edge.bench.record import shared
+from tinyalign_edge.config import read_json, write_json
+from tinyalign_edge.data import Row, read_rows
+from tinyalign_edge.train.options import TrainOptions
+
+CLOSED = ("yes", "no", "true", "false")  # answers of questions that are reported apart from the open ones
+SCENES_SEED = 0
+
+# What all arms of a data set share. Steps: where the baseline's held-out loss is flat (trials have twice as many, too).
+# The learning rate is chosen by the plan's trials.
+COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25)
+SETTINGS = {
+    "caltech": replace(COMMON, steps=400),
+    "easy_vqa": replace(COMMON, steps=400, batch_size=16, eval_every=40),  # a row has some ten questions
+    "scenes": replace(COMMON, steps=300, visual_tokens=4, k=1, key_grid=3),  # as the demo
+    "nlvr": replace(COMMON, steps=200),
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows to train on and to test on, and the towers between which the connectors train.
+
+    Attributes:
+        train: rows whose entry in the bank is what they say openly (see `with_captions`).
+        turns: the same rows, whose entries are their questions with their answers.
+        options: of every arm, before what the arm changes.
+    """
+
+    name: str
+    train: Path
+    turns: Path
+    train_images: Path
+    tests: tuple[Path, ...]
+    test_images: Path
+    vision: str
+    lm: str
+    options: TrainOptions
+
+    def test_rows(self) -> list[Row]:
+        """The questions of the test files, one a row."""
+        return [row for file in self.tests for row in read_rows(file, self.test_images)]
+
+
+def find_dataset(name: str, out: Path) -> DataSet:
+    """A data set by name, its prepared files below `out`."""
+    return _MAKERS[name](name, out / "data" / name)
+
+
+def with_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose caption, what an entry of the bank keeps, is made of their own answers to open questions.
+
+    "a bonsai" and not "Is there a chair? no What is in the picture? a bonsai": fewer tokens, and what `memory add`
+    teaches has the same form. Rows that answer no open question stay as they are.
+    """
+    made = []
+    for row in rows:
+        answers = [message["value"] for message in row["conversations"][1::2]]
+        known = list(dict.fromkeys(answer for answer in answers if answer not in CLOSED))
+        made.append({**row, "caption": ", ".join(known)} if known and "caption" not in row else row)
+    return made
+
+
+def is_closed(answer: str) -> bool:
+    """Whether an answer is one of a yes/no question."""
+    return answer in CLOSED
+
+
+def _shared(folder: str, train: str, tests: tuple[str, ...]) -> Callable[[str, Path], DataSet]:
+    def make(name: str, prepared: Path) -> DataSet:
+        source = shared("data", folder)
+        captioned = prepared / "train.json"
+        if not captioned.is_file():
+            _write_rows(captioned, with_captions(read_json(source / train)))
+        return DataSet(
+            name, captioned, source / train, source, tuple(source / test for test in tests), source,
+            vision=str(shared("models", "mobilenet-v2-imagenet")), lm=str(shared("models", "caption-lm")),
+            options=SETTINGS[name],
+        )  # fmt: skip
+
+    return make
+
+
+def _scenes(name: str, prepared: Path) -> DataSet:
+    """The built-in world and its own towers, as the demo makes them."""
+    from tinyalign_edge.demo.dataset import write_dataset
+    from tinyalign_edge.demo.language_tower import pretrain_language
+    from tinyalign_edge.demo.run import TEST_SCENES, TRAIN_SCENES
+    from tinyalign_edge.demo.vision_tower import pretrain_vision
+    from tinyalign_edge.demo.world import make_scenes
+
+    whole = prepared / "whole"
+    if not whole.exists():
+        scenes = make_scenes(TRAIN_SCENES, seed=1000), make_scenes(TEST_SCENES, seed=2000)
+        write_dataset(prepared, *scenes, seed=SCENES_SEED)
+        pretrain_vision(prepared / "vision", seed=SCENES_SEED)
+        pretrain_language(prepared / "language", seed=SCENES_SEED)
+        rows = read_json(prepared / "train.json")
+        _write_rows(prepared / "turns.json", [{k: v for k, v in row.items() if k != "caption"} for row in rows])
+        whole.touch()
+    return DataSet(
+        name, prepared / "train.json", prepared / "turns.json", prepared, (prepared / "test.json",), prepared,
+        vision=str(prepared / "vision"), lm=str(prepared / "language"), options=SETTINGS[name],
+    )  # fmt: skip
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path.with_suffix(".part"), rows)
+    path.with_suffix(".part").replace(path)
+
+
+_MAKERS = {
+    "caltech": _shared("caltech101", "train.json", ("test.json", "test_yesno.json")),
+    "easy_vqa": _shared("easy_vqa", "train.json", ("test.json",)),
+    "scenes": _scenes,
+    "nlvr": _shared("nlvr", "dev.json", ("test.json",)),
+}
+find_dataset = cache(find_dataset)

@@ -1,0 +1,110 @@
+"""The figures of `docs/study.md`, drawn from whatever parts there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tinyalign_edge.bench.study.plan import ARMS, DATASETS, MAIN, SEEDS, SHARES, Run
+from tinyalign_edge.bench.study.store import Results
+from tinyalign_edge.bench.study.summary import Summary, curve, find
+
+COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}
+LABELS = {"baseline": "no memory", "memory": "memory", "shuffled": "other pictures' memory",
+          "full_bank": "memory, bank of all data"}  # fmt: skip
+LATENTS = ("latents-2", "latents-4", "latents", "latents-16", "latents-32")
+NEIGHBOURS = ("k-1", "k-2", "memory", "k-8", "k-16")
+
+
+def draw(folder: Path, done: Results, summary: Summary) -> list[Path]:
+    """Write the PNGs for which there is something to draw; returns their paths."""
+    drawn = []
+    for name, make in (("loss", _losses), ("share", _shares), ("ablations", _ablations)):
+        figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+        if make(figure, done, summary):
+            drawn.append(folder / f"study-{name}.png")
+            figure.savefig(drawn[-1])
+    return drawn
+
+
+def _losses(figure: Figure, done: Results, summary: Summary) -> bool:
+    """Held-out loss against steps: a line a seed, and the step at which memory reaches the baseline's last loss."""
+    names = [name for name in DATASETS if curve(done, Run(name, "baseline"))]
+    for axes, name in zip(_panels(figure, names), names, strict=True):
+        for arm in ("baseline", "memory", "shuffled"):
+            curves = [points for seed in SEEDS if (points := curve(done, Run(name, arm, seed=seed)))]
+            for number, points in enumerate(curves):
+                steps, losses = zip(*points[1:], strict=True)
+                axes.plot(steps, losses, color=COLOURS[arm], lw=1.3, label=None if number else LABELS[arm])
+        last = curve(done, Run(name, "baseline"))[-1][1]
+        axes.axhline(last, color="black", lw=0.8, ls=":")
+        axes.set(title=name, xlabel="steps", yscale="log")
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        ticks = np.geomspace(low * 1.05, high / 1.05, 5)
+        axes.set_yticks(ticks, [f"{tick:.2f}" for tick in ticks])
+    _finish(figure, "held-out loss, nats a token")
+    return bool(names)
+
+
+def _shares(figure: Figure, done: Results, summary: Summary) -> bool:
+    """Score against the share of the training pictures."""
+    names = [name for name in DATASETS if summary[name]["score"]["baseline"]["100"]["seeds"]]
+    for axes, name in zip(_panels(figure, names), names, strict=True):
+        score = summary[name]["score"]
+        for arm in ("baseline", "memory", "full_bank"):
+            known = [(share, score[arm][str(share)]) for share in SHARES if score[arm].get(str(share), {}).get("seeds")]
+            if known:
+                shares, found = zip(*known, strict=True)
+                means = [100 * figures["mean"] for figures in found]
+                spread = [100 * (figures["std"] or 0) for figures in found]
+                style = "--" if arm == "full_bank" else "-"
+                axes.errorbar(
+                    shares, means, spread, color=COLOURS[arm], label=LABELS[arm], capsize=3, ls=style, marker="."
+                )
+        copied = score["copy_neighbour"]["mean"]
+        if copied is not None:
+            axes.axhline(100 * copied, color="tab:green", lw=0.9, ls=":", label="copy the nearest answer (all data)")
+        axes.axhline(100 * score["baseline"]["100"]["mean"], color="black", lw=0.8, ls=":")
+        axes.set(title=name, xlabel="training pictures, %", xticks=SHARES)
+    _finish(figure, "exact match, %")
+    return bool(names)
+
+
+def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
+    """Test loss of every ablation, beside baseline and memory."""
+    names = [name for name in MAIN if len(_ablated(done, name)) > 2]
+    for axes, name in zip(_panels(figure, names), names, strict=True):
+        found = _ablated(done, name)
+        places = range(len(found))
+        colours = [COLOURS.get(arm, "tab:olive") for arm, _ in found]
+        axes.barh(places, [loss for _, loss in found], color=colours)
+        axes.set_yticks(places, [arm for arm, _ in found])
+        axes.invert_yaxis()
+        axes.set(title=name, xlabel="loss of the test questions, nats a token")
+    return bool(names)
+
+
+def _ablated(done: Results, name: str) -> list[tuple[str, float]]:
+    losses = [(arm, find(done, Run(name, arm), "scores", "loss")) for arm in ARMS if arm not in ("shuffled", "half")]
+    return sorted([(arm, loss) for arm, loss in losses if loss is not None], key=lambda pair: pair[1])
+
+
+def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
+    return list(np.atleast_1d(figure.subplots(1, len(names)))) if names else []
+
+
+def _finish(figure: Figure, label: str) -> None:
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(text, handle)
+    if figure.axes:
+        figure.axes[0].set_ylabel(label)
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False)

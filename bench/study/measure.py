@@ -1,0 +1,222 @@
+"""The parts of the study: a run is trained where its checkpoint is missing, and measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyalign_edge.bench.study.datasets import DataSet
+from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, Part, Run, rate_trials
+from tinyalign_edge.bench.study.score import Eye, ask, summarise
+from tinyalign_edge.bench.study.store import results
+from tinyalign_edge.config import to_json
+from tinyalign_edge.data import Row, read_rows
+from tinyalign_edge.emi import measure
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.evaluate import Asked, MemoryMode, normalize
+from tinyalign_edge.export.run import export
+from tinyalign_edge.memory import Bank
+from tinyalign_edge.memory.search import Neighbours
+from tinyalign_edge.runtime.answerer import BundleAnswerer
+from tinyalign_edge.runtime.model import load
+from tinyalign_edge.train.answer import TorchAnswerer
+from tinyalign_edge.train.checkpoint import METRICS, Checkpoint, is_checkpoint, load_checkpoint
+from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.run import train
+from tinyalign_edge.train.state import STATE
+
+Result = dict[str, Any]
+
+SAME = ("steps", "batch_size", "learning_rate", "fraction", "seed")  # of a checkpoint and what the plan says now
+
+
+@dataclass
+class Bench:
+    """Where a study keeps its checkpoints, and what it has seen already.
+
+    Attributes:
+        out: `checkpoints/` and `features/` are made in it.
+        dataset: finds a data set by its name.
+    """
+
+    out: Path
+    dataset: Callable[[str], DataSet]
+    eyes: dict[str, Eye] = field(default_factory=dict)
+
+    def measure(self, part: Part) -> Result:
+        """Train the part's run, unless its checkpoint is there, and measure it."""
+        return KINDS[part.kind](self, part.run)
+
+    def checkpoint(self, run: Run) -> Checkpoint:
+        """The run's checkpoint, trained if it is not there; a training that was killed goes on.
+
+        Raises:
+            InputError: it was trained with other settings.
+        """
+        data, arm, folder = self.dataset(run.dataset), run.of(), self.out / "checkpoints" / run.name
+        options = self.options(run)
+        if not is_checkpoint(folder):
+            train(
+                data=data.train if arm.text == "open" else data.turns,
+                images=data.train_images,
+                vision=data.vision,
+                lm=data.lm,
+                out=folder,
+                options=replace(options, cache_features=self.out / "features"),
+                resume=(folder / STATE).exists(),
+                label=run.name,
+            )
+        checkpoint = load_checkpoint(folder)
+        for name in SAME:
+            if (found := getattr(checkpoint.config.training, name)) != (wanted := getattr(options, name)):
+                raise InputError(f"{folder}: was trained with {name} {found}, the study wants {wanted}; remove it")
+        return checkpoint
+
+    def options(self, run: Run) -> TrainOptions:
+        """The run's options; the learning rate is the one that the data set's trials chose.
+
+        Raises:
+            InputError: a trial has no result yet.
+        """
+        options = run.of().options(
+            self.dataset(run.dataset).options, dataset=run.dataset, share=run.share, seed=run.seed
+        )
+        if run.dataset not in DATASETS or "learning_rate" in run.of().changes:
+            return options
+        trials = rate_trials(run.dataset)
+        done = results(self.out, trials.values())
+        for trial in trials.values():
+            if trial.name not in done:
+                raise InputError(f"{run.name}: its learning rate comes from {trial.name}; measure that first")
+        last = {rate: done[trial.name]["curve"][-1]["held_out_loss"] for rate, trial in trials.items()}
+        return replace(options, learning_rate=min(last, key=last.__getitem__))
+
+    def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:
+        """The run's checkpoint, ready to be asked; with another run's bank, and the keys that belong to it."""
+        checkpoint = self.checkpoint(run)
+        if bank_of is not None:
+            other = self.checkpoint(bank_of)
+            checkpoint.model.key.load_state_dict(other.model.key.state_dict())
+            checkpoint = replace(checkpoint, bank=other.bank)
+        return TorchAnswerer(checkpoint, encode=self.eyes.setdefault(run.dataset, Eye()))
+
+    def rows(self, run: Run) -> list[Row]:
+        """The questions of the run's data set."""
+        return self.dataset(run.dataset).test_rows()
+
+
+def scores(bench: Bench, run: Run) -> Result:
+    """The curve of the training, loss and scores of all test questions; of a memory also with an empty bank."""
+    answerer = bench.answerer(run)
+    rows, config = bench.rows(run), answerer.checkpoint.config
+    lines = (answerer.checkpoint.folder / METRICS).read_text("utf-8").splitlines()
+    own: MemoryMode = "shuffled" if config.memory.shuffled else "own"
+    result = summarise(ask(answerer, rows, memory=own))
+    if answerer.has_memory:
+        result["empty_bank"] = summarise(ask(answerer, rows, memory="none"))
+    training = to_json(config.training)
+    for path in ("data", "images"):  # where they lie is a matter of the machine
+        training.pop(path)
+    settings = {"training": training, "memory": to_json(config.memory), "connector": to_json(config.connector)}
+    bank = answerer.checkpoint.bank
+    return {
+        **result,
+        "curve": [json.loads(line) for line in lines],
+        "settings": settings,
+        "bank": None if bank is None else {"entries": len(bank), "entry_bytes": bank.stats().entry_bytes},
+    }
+
+
+def emi(bench: Bench, run: Run) -> Result:
+    """What picture and memory tell, in nats per answer token."""
+    return asdict(measure(bench.answerer(run), bench.rows(run)))
+
+
+def full_bank(bench: Bench, run: Run) -> Result:
+    """A model that was trained on a share, asked with the bank of all training pictures."""
+    return summarise(ask(bench.answerer(run, bank_of=replace(run, share=100)), bench.rows(run)))
+
+
+def bank_sizes(bench: Bench, run: Run) -> Result:
+    """A model that was trained on all pictures, asked with a bank of some of its entries, drawn at random."""
+    answerer, rows, result = bench.answerer(run), bench.rows(run), {}
+    whole = answerer.checkpoint.bank
+    assert whole is not None
+    drawn = np.random.default_rng(run.seed).permutation(len(whole))
+    for share in BANK_SHARES:
+        kept = np.sort(drawn[: max(1, round(len(whole) * share / 100))])
+        smaller = replace(answerer.checkpoint, bank=_Part(whole, kept))  # type: ignore[arg-type]
+        answerer.checkpoint = smaller
+        result[str(share)] = {"entries": len(kept), **summarise(ask(answerer, rows))}
+    return result
+
+
+class _Part:
+    """Some entries of a bank, under their own numbers, as far as `TorchAnswerer` looks things up."""
+
+    def __init__(self, whole: Bank, kept: npt.NDArray[np.int64]) -> None:
+        self.whole, self.kept = whole, set(kept.tolist())
+
+    def nearest(self, queries: npt.NDArray[np.float32], k: int, *, floor: float = -1.0) -> Neighbours:
+        """The nearest of the entries that are kept."""
+        found = self.whole.nearest(queries, len(self.whole), floor=floor)
+        keep = np.isin(found.rows, list(self.kept))
+        order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(keep, order, axis=1)
+        rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
+        return Neighbours(rows, np.take_along_axis(found.similarity, order, axis=1))
+
+
+def copy(bench: Bench, run: Run) -> Result:
+    """No model: the answer of the nearest entry whose picture was asked the same question."""
+    answerer, rows = bench.answerer(run), bench.rows(run)
+    bank, data = answerer.checkpoint.bank, bench.dataset(run.dataset)
+    assert bank is not None
+    known = {
+        row.id: {turn.question: turn.answer for turn in row.turns} for row in read_rows(data.turns, data.train_images)
+    }
+    entries = [known[bank.entry(number).source] for number in bank.ids]
+    found = bank.nearest(answerer.prepare(rows).keys, len(entries)).rows
+    asked = []
+    for row, near in zip(rows, found, strict=True):
+        turn = row.turns[0]
+        answer = next((entries[i][turn.question] for i in near if turn.question in entries[i]), "")
+        asked.append(Asked(turn.question, turn.answer, answer, 0.0, 1))
+    result = summarise(asked)
+    del result["loss"]  # there is none
+    return result
+
+
+def int8(bench: Bench, run: Run) -> Result:
+    """The same questions, asked of the int8 bundle of the run's checkpoint one by one."""
+    checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
+    shutil.rmtree(bundle, ignore_errors=True)
+    manifest = export(checkpoint.folder, bundle)
+    torch_asked = ask(bench.answerer(run), bench.rows(run))
+    with load(bundle) as model:
+        asked = list(BundleAnswerer(model).ask_all(bench.rows(run)))
+    same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
+    shutil.rmtree(bundle)
+    return {
+        **summarise(asked),
+        "fp32": summarise(torch_asked),
+        "answers_as_fp32": float(np.mean(same)),
+        "given_back": to_json(manifest.given_back),
+    }
+
+
+KINDS: dict[str, Callable[[Bench, Run], Result]] = {
+    "scores": scores,
+    "emi": emi,
+    "copy": copy,
+    "full_bank": full_bank,
+    "bank_sizes": bank_sizes,
+    "int8": int8,
+}

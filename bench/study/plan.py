@@ -1,0 +1,177 @@
+"""What the study consists of: training runs, what is measured on each, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tinyalign_edge.train.options import TrainOptions
+
+Kind = Literal["scores", "emi", "copy", "full_bank", "bank_sizes", "int8"]
+
+DATASETS = ("caltech", "easy_vqa", "scenes", "nlvr")
+MAIN = ("caltech", "easy_vqa")  # three seeds, shares, controls, ablations
+SHARES = (10, 20, 40, 70, 100)  # per cent of the training pictures
+SEEDS = (0, 1, 2)
+TUNING_SEED = 1000
+BANK_SHARES = (1, 10, 100)  # per cent of the entries, of a model that was trained with all
+QUESTIONS_A_ROW = {"caltech": 3, "easy_vqa": 10}  # of the training rows, which a fused key takes apart
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a training run differs from its data set's settings.
+
+    Attributes:
+        changes: of `TrainOptions`.
+        text: what the entries of the bank keep: "open" answers, or all "turns".
+        steps: times the data set's.
+    """
+
+    title: str
+    changes: dict[str, Any]
+    text: Literal["open", "turns"] = "open"
+    steps: float = 1.0
+
+    def options(self, of: TrainOptions, *, dataset: str, share: int, seed: int) -> TrainOptions:
+        """The run's options."""
+        steps = round((of.steps or 0) * self.steps)
+        options = replace(of, fraction=share / 100, seed=seed, steps=steps, **self.changes)
+        if options.key == "fused" or (options.memory == "paper" and options.key is None):  # as many questions a step
+            options = replace(options, batch_size=of.batch_size * QUESTIONS_A_ROW.get(dataset, 1))
+        return options
+
+
+TOKENS: dict[str, Any] = {"memory": "tokens"}
+LATENTS: dict[str, Any] = {"memory": "latents"}
+BASELINE: dict[str, Any] = {"memory": "none"}
+
+ARMS = {
+    "baseline": Arm("no memory", BASELINE),
+    "memory": Arm("memory: token ids, key from the picture, k = 4", TOKENS),
+    "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True}),
+    "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
+    "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
+    "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
+    **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
+    **{f"k-{k}": Arm(f"token ids, k = {k}", {**TOKENS, "k": k}) for k in (1, 2, 8, 16)},
+    "random": Arm("32 random latents, key from the picture", {"memory": "paper", "key": "picture"}),
+    "fused": Arm("token ids, fused key", {**TOKENS, "key": "fused"}),
+    "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper"}),
+}
+RATES = (1e-3, 3e-3, 1e-2)
+TRIALS = {
+    **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
+                                     changes={**ARMS[arm].changes, "learning_rate": rate})
+       for arm in ("baseline", "memory") for rate in RATES},
+    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
+       for arm in ("baseline", "memory")},
+}  # fmt: skip
+ABLATIONS = ("turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16", "latents-32",
+             "random", "fused", "paper")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    dataset: str
+    arm: str
+    share: int = 100
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.dataset}.{self.arm}.{self.share}.{self.seed}"
+
+    def of(self) -> Arm:
+        """Its arm."""
+        return {**ARMS, **TRIALS}[self.arm]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A measurement on a run's checkpoint; "scores" is the one that trains it."""
+
+    run: Run
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Its file's name, without suffix."""
+        return f"{self.run.name}.{self.kind}"
+
+
+def plan() -> list[Part]:
+    """All parts, the most telling ones first, each once."""
+    return list(dict.fromkeys(_ordered()))
+
+
+def rate_trials(name: str) -> dict[float, Part]:
+    """The trials by which the learning rate of both arms is chosen: the baseline's lowest held-out loss at the end."""
+    return {rate: Part(Run(name, f"baseline-lr-{rate:g}", seed=TUNING_SEED), "scores") for rate in RATES}
+
+
+def _ordered() -> Iterator[Part]:
+    for name in MAIN:
+        yield from rate_trials(name).values()
+        yield Part(Run(name, "baseline-long", seed=TUNING_SEED), "scores")
+        for arm in ("baseline", "memory"):
+            yield Part(Run(name, arm), "scores")
+    for name in MAIN:
+        yield Part(Run(name, "memory"), "copy")
+        yield Part(Run(name, "memory"), "emi")
+    yield from _shares(0)
+    yield from _controls(0)
+    for seed in SEEDS[1:]:
+        for name in MAIN:
+            for arm in ("baseline", "memory"):
+                yield Part(Run(name, arm, seed=seed), "scores")
+    for seed in SEEDS[1:]:
+        yield from _shares(seed)
+        yield from _controls(seed)
+    for name in DATASETS:
+        yield from rate_trials(name).values()
+        for arm in ("baseline", "memory"):
+            yield Part(Run(name, arm), "scores")
+    for name in DATASETS:
+        yield from _measures(name, 0)
+        for share in SHARES:
+            yield from _share(name, share, 0)
+    for name in DATASETS:
+        yield from (Part(Run(name, arm, seed=TUNING_SEED), "scores") for arm in TRIALS)
+    for arm in ABLATIONS[:-2]:
+        yield from (Part(Run(name, arm), "scores") for name in MAIN)
+    yield from (Part(Run(name, arm), "scores") for name in MAIN for arm in ABLATIONS[-2:])  # the slowest
+
+
+def _shares(seed: int) -> Iterator[Part]:
+    for share in SHARES:
+        for name in MAIN:
+            yield from _share(name, share, seed)
+
+
+def _share(name: str, share: int, seed: int) -> Iterator[Part]:
+    for arm in ("baseline", "memory"):
+        yield Part(Run(name, arm, share, seed), "scores")
+    if share < 100:
+        yield Part(Run(name, "memory", share, seed), "full_bank")
+
+
+def _controls(seed: int) -> Iterator[Part]:
+    for name in MAIN:
+        yield from _measures(name, seed)
+        yield Part(Run(name, "half", seed=seed), "scores")
+
+
+def _measures(name: str, seed: int) -> Iterator[Part]:
+    yield Part(Run(name, "shuffled", seed=seed), "scores")
+    yield Part(Run(name, "memory", seed=seed), "copy")
+    for arm in ("memory", "baseline", "shuffled"):
+        yield Part(Run(name, arm, seed=seed), "emi")
+    yield Part(Run(name, "memory", seed=seed), "int8")
+    yield Part(Run(name, "baseline", seed=seed), "int8")
+    if seed == 0:
+        yield Part(Run(name, "memory", seed=seed), "bank_sizes")

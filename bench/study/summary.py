@@ -1,0 +1,107 @@
+"""What the parts say together: means and deviations over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from tinyalign_edge.bench.study.plan import DATASETS, SEEDS, SHARES, Kind, Part, Run
+from tinyalign_edge.bench.study.store import Results
+
+Summary = dict[str, Any]
+Spread = dict[str, float | int | None]  # mean, sample standard deviation, seeds
+
+COMPARED = ("baseline", "memory")
+
+
+def summarise(done: Results) -> Summary:
+    """Per data set mean, sample standard deviation and number of seeds of every figure; null where there is none."""
+    return {name: _dataset(done, name) for name in DATASETS}
+
+
+def find(done: Results, run: Run, kind: Kind, *keys: str) -> Any:
+    """A figure of a part, by the keys that lead to it; None where the part is missing or has no such figure."""
+    value: Any = done.get(Part(run, kind).name)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def score_of(done: Results, run: Run, kind: Kind, *keys: str, questions: str = "open") -> float | None:
+    """The exact match of a part's open questions, or of its yes/no questions where there are no others."""
+    for group in (questions, "yes_no"):
+        value = find(done, run, kind, *keys, group, "exact_match")
+        if value is not None:
+            return float(value)
+    return None
+
+
+def curve(done: Results, run: Run) -> list[tuple[int, float]]:
+    """Steps and held-out losses of a training; empty where it is missing."""
+    points = find(done, run, "scores", "curve") or []
+    return [(point["step"], point["held_out_loss"]) for point in points]
+
+
+def steps_ratio(done: Results, name: str, seed: int, arm: str = "memory") -> float | None:
+    """The share of the baseline's steps after which an arm first has a held-out loss at or below the baseline's last;
+    None where a part is missing or it never has."""
+    baseline, other = curve(done, Run(name, "baseline", seed=seed)), curve(done, Run(name, arm, seed=seed))
+    if not baseline or not other:
+        return None
+    steps, last = baseline[-1]
+    return next((step / steps for step, loss in other if loss <= last), None)
+
+
+def over_seeds(figure: Callable[[int], float | None]) -> Spread:
+    """Mean and sample standard deviation over the seeds for which the figure is known."""
+    known = [value for seed in SEEDS if (value := figure(seed)) is not None]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "seeds": len(known),
+    }
+
+
+def missing(done: Results, parts: Iterable[Part]) -> list[str]:
+    """The names of the parts that have no result."""
+    return [part.name for part in parts if part.name not in done]
+
+
+def _dataset(done: Results, name: str) -> Summary:
+    def value(arm: str, kind: Kind, *keys: str) -> Spread:
+        return over_seeds(lambda seed: find(done, Run(name, arm, seed=seed), kind, *keys))
+
+    return {
+        "final_loss": {
+            **{arm: value(arm, "scores", "loss") for arm in COMPARED},
+            "shuffled_memory": value("shuffled", "scores", "loss"),
+            "empty_bank": value("memory", "scores", "empty_bank", "loss"),
+            "half_the_steps": value("half", "scores", "loss"),
+            "int8": {arm: value(arm, "int8", "loss") for arm in COMPARED},
+        },
+        "steps_to_baseline_loss_ratio": over_seeds(lambda seed: steps_ratio(done, name, seed)),
+        "score": _scores(done, name, "open"),
+        "score_yes_no": _scores(done, name, "yes_no"),
+        "emi": {
+            "image": value("memory", "emi", "image"),
+            "memory": value("memory", "emi", "memory"),
+            "shuffled": value("shuffled", "emi", "shuffled_memory"),
+            "image_of_baseline": value("baseline", "emi", "image"),
+        },
+    }
+
+
+def _scores(done: Results, name: str, questions: str) -> Summary:
+    def one(arm: str, kind: Kind, *keys: str, share: int = 100) -> Spread:
+        return over_seeds(lambda seed: score_of(done, Run(name, arm, share, seed), kind, *keys, questions=questions))
+
+    return {
+        **{arm: {str(share): one(arm, "scores", share=share) for share in SHARES} for arm in COMPARED},
+        "full_bank": {str(share): one("memory", "full_bank", share=share) for share in SHARES if share < 100},
+        "shuffled_memory": one("shuffled", "scores"),
+        "copy_neighbour": one("memory", "copy"),
+        "empty_bank": one("memory", "scores", "empty_bank"),
+        "int8": {arm: one(arm, "int8") for arm in COMPARED},
+    }

@@ -1,0 +1,221 @@
+"""The tables of `docs/study.md`, as Markdown, from whatever parts there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tinyalign_edge.bench.study.goals import goals
+from tinyalign_edge.bench.study.plan import (
+    ABLATIONS,
+    ARMS,
+    BANK_SHARES,
+    DATASETS,
+    MAIN,
+    SHARES,
+    TRIALS,
+    TUNING_SEED,
+    Run,
+    plan,
+)
+from tinyalign_edge.bench.study.store import Results
+from tinyalign_edge.bench.study.summary import Summary, curve, find, missing, score_of, steps_ratio
+from tinyalign_edge.export.card import markdown_table
+
+NONE = "–"
+OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
+
+
+def state(done: Results, summary: Summary) -> str:
+    """How much of the study there is."""
+    parts = plan()
+    lacking = missing(done, parts)
+    if not lacking:
+        return f"All {len(parts)} parts are done."
+    named = ", ".join(f"`{name}`" for name in lacking)
+    return f"**Not finished**: {len(parts) - len(lacking)} of {len(parts)} parts are done. Missing: {named}."
+
+
+def goal_table(done: Results, summary: Summary) -> str:
+    """The goals and whether they are met."""
+    marks = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [
+        (goal.dataset, goal.text, NONE if goal.figure is None else f"{goal.figure:.3f}",
+         f"{'at most' if goal.below else 'at least'} {goal.bound:g}", marks[goal.met])
+        for goal in goals(summary)
+    ]  # fmt: skip
+    return markdown_table(("data", "mean over seeds", "measured", "demanded", "met"), rows)
+
+
+def settings(done: Results, summary: Summary) -> str:
+    """What every arm of a data set shares."""
+    rows = []
+    for name in DATASETS:
+        used = find(done, Run(name, "memory"), "scores", "settings")
+        if used:
+            training = [f"{option} {used['training'][option]}" for option in OPTIONS]
+            memory = used["memory"]
+            rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}",
+                         f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
+                         f"{memory['value_tokens']} token ids an entry, dropout {memory['dropout']}"))  # fmt: skip
+    return markdown_table(("data", "training", "visual tokens", "memory"), rows) if rows else "Nothing yet."
+
+
+def losses(done: Results, summary: Summary) -> str:
+    """Loss of the test questions, and steps to the baseline's loss."""
+    rows = []
+    for name in DATASETS:
+        final = summary[name]["final_loss"]
+        rows.append((name, *(_spread(final[arm], "{:.4f}") for arm in ("baseline", "memory")),
+                     _change(final["memory"]["mean"], final["baseline"]["mean"]),
+                     _spread(summary[name]["steps_to_baseline_loss_ratio"], "{:.2f}"),
+                     _spread(final["half_the_steps"], "{:.4f}"), _spread(final["empty_bank"], "{:.4f}")))  # fmt: skip
+    head = ("data", "no memory", "memory", "change", "steps to the baseline's held-out loss / its steps",
+            "memory, half the steps", "memory, empty bank")  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def shares(done: Results, summary: Summary) -> str:
+    """Exact match against the share of the data."""
+    rows = []
+    for name in DATASETS:
+        for questions, key in (("open", "score"), ("yes/no", "score_yes_no")):
+            for arm, title in (
+                ("baseline", "no memory"),
+                ("memory", "memory"),
+                ("full_bank", "memory, bank of all data"),
+            ):
+                found = summary[name][key].get(arm)
+                if found and any(figures["seeds"] for figures in found.values()):
+                    rows.append((name, questions, title, *(_share(found.get(str(share))) for share in SHARES)))
+    return markdown_table(("data", "questions", "arm", *(f"{share} %" for share in SHARES)), rows)
+
+
+def controls(done: Results, summary: Summary) -> str:
+    """What an answer is worth without the model, and the model without its own memory."""
+    arms = ("empty_bank", "shuffled_memory")
+    rows = []
+    for name in DATASETS:
+        for questions, key in (("open", "score"), ("yes/no", "score_yes_no")):
+            part = summary[name][key]
+            found = (part["baseline"]["100"], part["memory"]["100"], *(part[a] for a in (*arms, "copy_neighbour")))
+            rows.append((name, questions, *map(_share, found)))
+        final = summary[name]["final_loss"]
+        rows.append((name, "loss", *(_spread(final[a], "{:.4f}") for a in ("baseline", "memory", *arms)), NONE))
+    head = ("data", "questions", "no memory", "memory", "memory, empty bank", "shuffled memory",
+            "copy the nearest answer")  # fmt: skip
+    return markdown_table(head, [row for row in rows if any(cell != NONE for cell in row[2:])])
+
+
+def information(done: Results, summary: Summary) -> str:
+    """EMI."""
+    keys = ("image_of_baseline", "image", "memory", "shuffled")
+    rows = [(name, *(_spread(summary[name]["emi"][key], "{:+.4f}") for key in keys)) for name in DATASETS]
+    head = ("data", "picture, model without memory", "picture", "memory, beyond the picture",
+            "shuffled memory, of a model trained with it")  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def ablations(done: Results, summary: Summary) -> str:
+    """One line an arm, seed 0."""
+    rows = []
+    for name in MAIN:
+        for arm in ("baseline", "memory", *ABLATIONS):
+            run = Run(name, arm)
+            loss = find(done, run, "scores", "loss")
+            if loss is not None:
+                ratio = steps_ratio(done, name, 0, arm)
+                size = find(done, run, "scores", "bank", "entry_bytes")
+                rows.append((name, arm, ARMS[arm].title, NONE if size is None else f"{size:.0f}", f"{loss:.4f}",
+                             *(_percent(score_of(done, run, "scores", questions=q)) for q in ("open", "yes_no")),
+                             NONE if ratio is None else f"{ratio:.2f}"))  # fmt: skip
+    head = ("data", "arm", "", "bytes an entry", "loss", "open", "yes/no", "steps to the baseline's loss")
+    return markdown_table(head, rows)
+
+
+def banks(done: Results, summary: Summary) -> str:
+    """A smaller bank for the same model."""
+    rows = []
+    for name in DATASETS:
+        for share in BANK_SHARES:
+            found = find(done, Run(name, "memory"), "bank_sizes", str(share))
+            if found:
+                scores = (_percent(found.get(group, {}).get("exact_match")) for group in ("open", "yes_no"))
+                rows.append((name, f"{share} %", f"{found['entries']}", f"{found['loss']:.4f}", *scores))
+    return markdown_table(("data", "bank", "entries", "loss", "open", "yes/no"), rows)
+
+
+def bundles(done: Results, summary: Summary) -> str:
+    """Float32 in torch beside the int8 bundle."""
+    rows = []
+    for name in DATASETS:
+        loss, scores = summary[name]["final_loss"], [summary[name][key] for key in ("score", "score_yes_no")]
+        for arm in ("baseline", "memory"):
+            if loss["int8"][arm]["seeds"]:
+                cells = [_spread(figures, "{:.4f}") for figures in (loss[arm], loss["int8"][arm])]
+                cells += [_share(figures) for part in scores for figures in (part[arm]["100"], part["int8"][arm])]
+                rows.append((name, arm, *cells))
+    head = ("data", "arm", "loss", "int8", "open, %", "int8", "yes/no, %", "int8")
+    return markdown_table(head, rows)
+
+
+def tuning(done: Results, summary: Summary) -> str:
+    """Every trial by which the settings were chosen, by the held-out loss of the training (the test questions were not
+    looked at)."""
+    rows = []
+    for name in MAIN:
+        for arm, trial in TRIALS.items():
+            points = curve(done, Run(name, arm, seed=TUNING_SEED))
+            if points:
+                marks = dict(points)
+                last = points[-1][0]
+                shown = [marks.get(last * part // 4) for part in (1, 2, 3, 4)]
+                rows.append(
+                    (name, trial.title, f"{last}", *(NONE if loss is None else f"{loss:.4f}" for loss in shown))
+                )
+    head = ("data", "trial", "steps", "held-out loss after a quarter", "half", "three quarters", "all")
+    return markdown_table(head, rows)
+
+
+def work(done: Results, summary: Summary) -> str:
+    """The processor time of it all."""
+    seconds = sum(float(result["cpu_seconds"]) for result in done.values())
+    return f"{len(done)} parts, {seconds / 3600:.1f} hours of one core."
+
+
+TABLES: dict[str, Callable[[Results, Summary], str]] = {
+    "state": state,
+    "goals": goal_table,
+    "settings": settings,
+    "losses": losses,
+    "shares": shares,
+    "controls": controls,
+    "information": information,
+    "ablations": ablations,
+    "banks": banks,
+    "bundles": bundles,
+    "tuning": tuning,
+    "work": work,
+}
+
+
+def _spread(figures: dict[str, Any], style: str, scale: float = 1.0) -> str:
+    """Mean, and deviation where there are several seeds."""
+    if figures["mean"] is None:
+        return NONE
+    shown = style.format(figures["mean"] * scale)
+    if figures["std"] is None:
+        return shown
+    return f"{shown} ± {style.replace('+', '').format(figures['std'] * scale)}"
+
+
+def _share(figures: dict[str, Any] | None) -> str:
+    return NONE if figures is None else _spread(figures, "{:.1f}", 100.0)
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.1f}"
+
+
+def _change(value: float | None, of: float | None) -> str:
+    return NONE if value is None or of is None else f"{value / of - 1:+.1%}"

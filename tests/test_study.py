@@ -1,0 +1,182 @@
+"""The study: its plan, parts that are not repeated, and a report from whatever parts there are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("optimum")
+
+from tinyalign_edge.bench.study import measure, plan, runner
+from tinyalign_edge.bench.study.datasets import DataSet, with_captions
+from tinyalign_edge.bench.study.goals import goals
+from tinyalign_edge.bench.study.measure import Bench
+from tinyalign_edge.bench.study.plan import Part, Run
+from tinyalign_edge.bench.study.report import Places, filled, write_report
+from tinyalign_edge.bench.study.runner import run_missing
+from tinyalign_edge.bench.study.score import ask
+from tinyalign_edge.bench.study.store import keep, results
+from tinyalign_edge.bench.study.summary import steps_ratio, summarise
+from tinyalign_edge.config import read_json
+from tinyalign_edge.errors import InputError
+from tinyalign_edge.evaluate import single_questions
+from tinyalign_edge.train.answer import TorchAnswerer
+from tinyalign_edge.train.checkpoint import load_checkpoint
+from tinyalign_edge.train.options import TrainOptions, check_options
+
+ROOT = Path(__file__).parent.parent
+SCORES = Part(Run("tiny", "memory"), "scores")
+
+
+@pytest.fixture
+def bench(world: Path, towers: Path, tmp_path: Path) -> Bench:
+    tiny = DataSet(
+        "tiny", world / "train.json", world / "train.json", world, (world / "test.json",), world,
+        vision=str(towers / "vit"), lm=str(towers / "lm"),
+        options=TrainOptions(steps=2, batch_size=4, visual_tokens=4, k=2, device="cpu", eval_every=1),
+    )  # fmt: skip
+    return Bench(tmp_path / "study", {"tiny": tiny}.__getitem__)
+
+
+def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> None:
+    parts = plan.plan()
+    assert len({part.name for part in parts}) == len(parts)
+    mine = [part.name for part in parts if part.run.seed != plan.TUNING_SEED]
+    assert mine[:4] == [
+        "caltech.baseline.100.0.scores", "caltech.memory.100.0.scores",
+        "easy_vqa.baseline.100.0.scores", "easy_vqa.memory.100.0.scores",
+    ]  # fmt: skip
+    for name in plan.MAIN:
+        for arm in ("baseline", "memory"):
+            done = {
+                (p.run.share, p.run.seed) for p in parts if (p.run.dataset, p.run.arm, p.kind) == (name, arm, "scores")
+            }
+            assert done == {(share, seed) for share in plan.SHARES for seed in plan.SEEDS}
+
+
+def test_both_arms_take_the_learning_rate_with_which_the_baseline_ends_lowest(bench: Bench) -> None:
+    tiny = bench.dataset("tiny")
+    bench.dataset = lambda name: tiny
+    with pytest.raises(InputError, match=r"its learning rate comes from caltech\.baseline-lr-0\.001"):
+        bench.options(Run("caltech", "memory"))
+    for (rate, trial), loss in zip(plan.rate_trials("caltech").items(), (0.3, 0.2, 0.25), strict=True):
+        keep(bench.out, trial, {"curve": [{"step": 0, "held_out_loss": 0.1}, {"step": 9, "held_out_loss": loss}]})
+        assert bench.options(trial.run).learning_rate == rate
+    for arm in ("baseline", "memory", "baseline-long"):
+        assert bench.options(Run("caltech", arm)).learning_rate == 3e-3
+
+
+def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_settings() -> None:
+    shared = TrainOptions(steps=400)
+    made = {
+        name: arm.options(shared, dataset="caltech", share=40, seed=1)
+        for name, arm in {**plan.ARMS, **plan.TRIALS}.items()
+    }
+    for options in made.values():
+        check_options(options)
+    assert replace(made["memory"], memory="none") == made["baseline"]
+    assert (made["memory"].fraction, made["memory"].seed, made["half"].steps, made["paper"].batch_size) == (
+        0.4,
+        1,
+        200,
+        96,
+    )
+
+
+def test_an_entry_keeps_what_its_row_answers_openly() -> None:
+    def row(*answers: str) -> dict[str, object]:
+        return {"conversations": [{"value": v} for answer in answers for v in ("?", answer)]}
+
+    rows = with_captions([row("yes", "teal", "circle", "teal"), row("yes"), {**row("red"), "caption": "mine"}])
+    assert [row.get("caption") for row in rows] == ["teal, circle", None, "mine"]
+
+
+def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SCORES.run
+    parts = [
+        SCORES,
+        *(Part(run, kind) for kind in ("emi", "copy", "bank_sizes")),
+        Part(replace(run, arm="shuffled"), "scores"),
+    ]
+    trained = []
+    train = measure.train
+    monkeypatch.setattr(measure, "train", lambda **given: (trained.append(given["label"]), train(**given)))
+    run_missing(bench, parts[:1])
+    first = results(bench.out, parts)
+    run_missing(bench, parts)
+    done = results(bench.out, parts)
+    assert list(done) == [part.name for part in parts]
+    assert done[SCORES.name] == first[SCORES.name]
+    assert trained == ["tiny.memory.100.0", "tiny.shuffled.100.0"]
+    assert [point["step"] for point in first[SCORES.name]["curve"]] == [0, 1, 2]
+    assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
+    told = done[parts[1].name]
+    assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
+    bench.dataset = lambda name, tiny=bench.dataset("tiny"): replace(tiny, options=replace(tiny.options, steps=3))
+    with pytest.raises(InputError, match="was trained with steps 2, the study wants 3"):
+        bench.checkpoint(run)
+    assert "0 of 5" in runner.time_left(bench.out, parts)
+
+
+@pytest.mark.slow
+def test_a_bundle_and_a_share_are_measured_too(bench: Bench) -> None:
+    run = SCORES.run
+    parts = [SCORES, Part(run, "int8"), Part(replace(run, share=50), "full_bank")]
+    run_missing(bench, parts)
+    done = results(bench.out, parts)
+    assert done[parts[1].name]["loss"] == pytest.approx(done[SCORES.name]["loss"], rel=0.05)
+    assert done[parts[1].name]["fp32"]["loss"] == pytest.approx(done[SCORES.name]["loss"], abs=1e-6)
+    assert done[parts[1].name]["answers_as_fp32"] > 0.5
+    assert done[parts[2].name]["loss"] > 0
+
+
+def test_answers_are_those_of_plain_greedy_decoding(world: Path, checkpoints: dict[str, Path]) -> None:
+    answerer = TorchAnswerer(load_checkpoint(checkpoints["tokens"]))
+    rows = single_questions(measure.read_rows(world / "train.json", world), 24)
+    plain = list(answerer.ask_all(rows))
+    found = ask(answerer, rows)
+    assert [item.answer for item in found] == [item.answer for item in plain]
+    assert [item.nll for item in found] == pytest.approx([item.nll for item in plain], abs=1e-4)
+
+
+def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
+    def scores(last: float, share: float) -> dict[str, object]:
+        curve = [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2.0), (100, 1.2 * last), (200, last))]
+        return {"cpu_seconds": 60.0, "loss": last, "open": {"exact_match": share}, "curve": curve}
+
+    done = {
+        Part(Run("caltech", "baseline"), "scores").name: scores(0.6, 0.70),
+        Part(Run("caltech", "memory"), "scores").name: scores(0.5, 0.80),
+        Part(Run("caltech", "memory", seed=1), "scores").name: scores(0.5, 0.90),
+    }
+    (tmp_path / "docs").mkdir()
+    report = tmp_path / "docs" / "study.md"
+    report.write_text((ROOT / "docs" / "study.md").read_text("utf-8"), "utf-8")
+    for _ in range(2):  # a second time it replaces what the first one wrote
+        write_report(done, Places(tmp_path / "results", tmp_path / "docs"))
+    summary = read_json(tmp_path / "results" / "summary.json")["caltech"]
+    assert summary["score"]["memory"]["100"] == {
+        "mean": pytest.approx(0.85),
+        "std": pytest.approx(0.0707, abs=1e-4),
+        "seeds": 2,
+    }
+    assert summary["score"]["memory"]["40"] == {"mean": None, "std": None, "seeds": 0}
+    assert summary["steps_to_baseline_loss_ratio"]["mean"] == 0.5
+    text = report.read_text("utf-8")
+    assert text.count("| caltech | loss with memory / loss without | 0.833 | at most 0.85 | yes |") == 1
+    assert "Not finished" in text and "`easy_vqa.baseline.100.0.scores`" in text
+    assert json.loads((tmp_path / "results" / "caltech.json").read_text())["parts"].keys() == done.keys()
+    assert (tmp_path / "docs" / "study-loss.png").is_file()
+
+
+def test_a_goal_without_its_parts_is_not_met_and_not_missed() -> None:
+    assert {goal.met for goal in goals(summarise({}))} == {None}
+    assert steps_ratio({}, "caltech", 0) is None
+    with pytest.raises(InputError, match="has no '<!-- state -->'"):
+        filled("# nothing", {}, summarise({}))
