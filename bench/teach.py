@@ -2,9 +2,9 @@
 
     python -m tinyalign_edge.bench.teach TARGET [--limit N] [--record]
 
-Examples go into a copy of the target's memory, nothing is trained. Queries are asked freely and among the taught answers;
-the ceiling is the answer of the most similar entry of the same bank. The classes that training saw are asked before and
-after. Needs `TINYALIGN_SHARED`; `--record` writes `bench/results/teach.json`.
+Examples go into a copy of the target's memory, nothing is trained. Queries are asked freely and among the taught
+answers; the ceiling is the answer of the most similar entry of the same bank. The classes that training saw are asked
+before and after. Needs `TINYALIGN_SHARED`; `--record` writes `bench/results/teach.json`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class TorchPupil:
         said = []
         with progress("Choosing (torch)", len(rows)) as advance:
             for row, example in zip(rows, examples, strict=True):
-                _, turns = tokenize([Turn(row.turns[0].question, choice) for choice in choices], self._checkpoint.prompt)
+                _, turns = tokenize(
+                    [Turn(row.turns[0].question, choice) for choice in choices], self._checkpoint.prompt
+                )
                 (losses,) = self._side.losses([replace(example, turns=turns)])
                 ends = np.cumsum([len(turn.answer) for turn in turns])[:-1]
                 said.append(choices[int(np.argmin([part.mean() for part in np.split(losses, ends)]))])

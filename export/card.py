@@ -51,8 +51,8 @@ def _summary(manifest: Manifest) -> str:
     copies = " Words of these texts can be copied into the answer." if memory.copy_file else ""
     return (
         "A vision-language model as ONNX files for CPUs: it answers a question about a picture of "
-        f"{manifest.image.width} x {manifest.image.height} pixels. {reads}{copies} Target: `{manifest.target}`, int8 weights "
-        f"within ±{MAX_LEVELS[manifest.target]}."
+        f"{manifest.image.width} x {manifest.image.height} pixels. {reads}{copies} Target: `{manifest.target}`, int8 "
+        f"weights within ±{MAX_LEVELS[manifest.target]}."
     )
 
 

@@ -30,7 +30,7 @@ def export_copy_head(head: CopyHead, folder: Path, *, vocab_size: int) -> None:
     keys = graph.op("Transpose", _linear(graph, texts, head.key, "key"), perm=(1, 0))
     scale = graph.constant("scale", np.array(head.query.out_features**-0.5, np.float32))
     scores = graph.op("Mul", graph.op("MatMul", _linear(graph, states, head.query, "query"), keys), scale)
-    scores = graph.op("Add", scores, graph.op("Mul", match, graph.constant("match.weight", _array(head.match))))
+    scores = graph.op("Add", scores, graph.op("Mul", match, _linear(graph, states, head.match, "match")))
     places = graph.op("Concat", _linear(graph, states, head.vocabulary, "vocabulary"), scores, axis=1)
     shares = graph.op("LogSoftmax", places, axis=1)  # (A, 1 + M)
     zero, one = (graph.constant(name, np.array([at])) for name, at in (("zero", 0), ("one", 1)))

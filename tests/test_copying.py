@@ -136,7 +136,7 @@ def test_a_taught_word_is_copied(checkpoint: Path, world: Path, tmp_path: Path) 
     shutil.copytree(checkpoint, always)
     weights = load_file(always / "model.safetensors")
     weights["copy_head.vocabulary.bias"].fill_(-60.0)
-    weights["copy_head.match"].fill_(40.0)
+    weights["copy_head.match.bias"].fill_(40.0)
     save_file(weights, always / "model.safetensors")
     export(always, tmp_path / "bundle", ExportOptions(precision="fp32"))
     row = read_rows(world / "test.json", world)[0]

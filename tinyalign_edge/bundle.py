@@ -147,11 +147,12 @@ class MemoryBlock:
     vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
     (1, L, latent_dim) float32.
 
-    `copy_file`, for "tokens" alone and only together with `DecoderBlock.hidden`, is the graph by which the next token may
-    be one of the memory's: `logits` (A, V) float32 and `states` (A, D) float32, the hidden states of A positions, `texts`
-    (M, 2, D) float32, those of the position before each memory token and of the token's own, `token_ids` (M,) int64, and
-    `match` (A, M) float32, 1 where the token before a memory token, in the same entry, is the one read at a position, else
-    0 -> `log_probabilities` (A, V) float32, which take the place of the logits. Without memory tokens it is not run.
+    `copy_file`, for "tokens" alone and only together with `DecoderBlock.hidden`, is the graph by which the next token
+    may be one of the memory's: `logits` (A, V) float32 and `states` (A, D) float32, the hidden states of A positions,
+    `texts` (M, 2, D) float32, those of the position before each memory token and of the token's own, `token_ids` (M,)
+    int64, and `match` (A, M) float32, 1 where the token before a memory token, in the same entry, is the one read at a
+    position, else 0 -> `log_probabilities` (A, V) float32, which take the place of the logits. Without memory tokens it
+    is not run.
     """
 
     kind: MemoryKind

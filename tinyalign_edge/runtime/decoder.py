@@ -40,7 +40,8 @@ class Cache:
     Attributes:
         buffer: (L, 2, 1, kv_heads, capacity, head_dim) float32 or int8, keys then values; the first `length`
             positions are valid. The operating system gives its memory page by page as it is filled.
-        hidden: (capacity, D) float32, the last hidden states of the positions; (capacity, 0) where the graph gives none.
+        hidden: (capacity, D) float32, the last hidden states of the positions; (capacity, 0) where the graph gives
+            none.
         length: positions filled.
         capacity: positions there are.
     """

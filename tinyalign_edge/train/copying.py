@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 NOTHING = -1  # in place of the token before an entry's first
 LEAST = 1e-30  # of a copied share, so that its logarithm is finite
-VOCABULARY_FIRST = 4.0  # what the vocabulary's place begins at: untrained, little is copied
-MATCH = 2.0
+VOCABULARY_FIRST = 7.0  # what the vocabulary's place begins at: untrained, little is copied
+MATCH = 5.0  # what a token counts at first where the one before it was just read
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ class CopyHead(nn.Module):
         self.query = nn.Linear(width, dim)
         self.key = nn.Linear(2 * width, dim)
         self.vocabulary = nn.Linear(width, 1)
-        self.match = nn.Parameter(torch.tensor(MATCH))
+        self.match = nn.Linear(width, 1)
         with torch.no_grad():  # states that expect the same are alike from the start
             self.key.weight[:, :width].copy_(self.query.weight)
-            self.vocabulary.weight.zero_()
-            self.vocabulary.bias.fill_(VOCABULARY_FIRST)
+            for scores, start in ((self.vocabulary, VOCABULARY_FIRST), (self.match, MATCH)):
+                scores.weight.zero_()
+                scores.bias.fill_(start)
 
     def shares(self, hidden: Tensor, read: Tensor, texts: Texts) -> Tensor:
         """Logarithms (B, A, 1 + M) of the vocabulary's share of what follows, and of each memory token's.
@@ -76,7 +77,7 @@ class CopyHead(nn.Module):
         states = torch.cat([self.norm(half) for half in texts.states.float().chunk(2, dim=-1)], dim=-1)
         normed = self.norm(hidden.float())
         scores = self.query(normed) @ self.key(states).mT * self.query.out_features**-0.5  # (B, A, M)
-        scores = scores + self.match * (read[:, :, None] == texts.before[:, None])
+        scores = scores + self.match(normed) * (read[:, :, None] == texts.before[:, None])
         scores = scores.masked_fill(~texts.mask[:, None], -torch.inf)
         return torch.cat([self.vocabulary(normed), scores], dim=-1).log_softmax(dim=-1)
 
