@@ -103,7 +103,9 @@ class Renaming:
 
     def turn(self, turn: Turn) -> Turn:
         """The turn with other names."""
-        return Turn(*(self._any.sub(lambda m: self._names[m[0].lower()], t) for t in (turn.question, turn.answer)))
+        return Turn(
+            *(self._any.sub(lambda m: self._names.get(m[0].lower(), m[0]), t) for t in (turn.question, turn.answer))
+        )
 
 
 def name_in(answer: str) -> str:
@@ -115,4 +117,4 @@ def name_in(answer: str) -> str:
 
 
 def _one(of: Sequence[str], random: np.random.Generator) -> str:
-    return of[random.integers(len(of))]
+    return of[int(random.integers(len(of)))]
