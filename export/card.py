@@ -48,10 +48,11 @@ def _summary(manifest: Manifest) -> str:
         "tokens": f"For each picture it reads {memory.k} entries of a memory bank, as texts.",
         "latents": f"For each picture it reads {memory.k} entries of a memory bank, as {memory.latents} latents each.",
     }[memory.kind]
+    copies = " Words of these texts can be copied into the answer." if memory.copy_file else ""
     return (
         "A vision-language model as ONNX files for CPUs: it answers a question about a picture of "
-        f"{manifest.image.width} x {manifest.image.height} pixels. {reads} Target: `{manifest.target}`, int8 weights "
-        f"within ±{MAX_LEVELS[manifest.target]}."
+        f"{manifest.image.width} x {manifest.image.height} pixels. {reads}{copies} Target: `{manifest.target}`, int8 "
+        f"weights within ±{MAX_LEVELS[manifest.target]}."
     )
 
 
@@ -75,6 +76,8 @@ def _components(folder: Path, manifest: Manifest) -> list[tuple[str, str, str]]:
         named["memory connector", manifest.vision.precision] = [memory.file]
         if memory.value_file is not None:
             named["value encoder of the memory", "fp32"] = [memory.value_file]
+        if memory.copy_file is not None:
+            named["copy term of the memory", "fp32"] = [memory.copy_file]
         bank = folder / MEMORY_DIR
         named["memory bank", memory.key_dtype] = [str(p.relative_to(folder)) for p in bank.rglob("*") if p.is_file()]
     return [

@@ -25,6 +25,8 @@ from tinyalign_edge.bundle import (
     file_entries,
 )
 from tinyalign_edge.config import write_json
+from tinyalign_edge.export.copy_graph import FILE as COPY_FILE
+from tinyalign_edge.export.copy_graph import export_copy_head
 from tinyalign_edge.export.language import export_language
 from tinyalign_edge.export.matrices import Floats
 from tinyalign_edge.export.memory_graph import FILE as MEMORY_FILE
@@ -64,6 +66,8 @@ def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Targe
             export_value_encoder(source.memory.value_encoder, folder, visual_tokens=source.visual_tokens)
     write_component(parts, folder, "vision", plans.vision)
     decoder = _write_decoder(parts, folder, plans.decoder)
+    if source.memory is not None and source.memory.copy_head is not None:
+        export_copy_head(source.memory.copy_head, folder, vocab_size=decoder.vocab_size)
     longest = min(source.prompt.max_context_tokens, decoder.max_positions)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -110,6 +114,7 @@ def _write_decoder(parts: Components, folder: Path, plan: Plan) -> DecoderBlock:
         weights=parts.weights,
         smoothing=parts.smoothing,
         scales=parts.scales,
+        hidden=parts.source.memory is not None and parts.source.memory.copy_head is not None,
     )
 
 
@@ -140,4 +145,5 @@ def _memory(source: Source) -> MemoryBlock:
         fingerprint=settings.fingerprint,
         file=MEMORY_FILE,
         value_file=None if source.memory.value_encoder is None else VALUE_FILE,
+        copy_file=None if source.memory.copy_head is None else COPY_FILE,
     )

@@ -47,6 +47,7 @@ def export_decoder(
     *,
     plan: Plan,
     scales: Floats | None = None,
+    hidden: bool = False,
 ) -> DecoderBlock:
     """Write `decoder.onnx`, `embed.onnx` and their common `lm.data` into `folder`, as `DecoderBlock` says.
 
@@ -57,6 +58,7 @@ def export_decoder(
         plan: the format of each of `product_names`. A tied embedding follows "lm_head"; another is int8, or float32
             where that is the plan's base.
         scales: of an int8 cache, as `cache_scales` gives them; None for a float32 cache.
+        hidden: the graph gives its last hidden states, too.
 
     Raises:
         UnsupportedError: a family, activation, rotary scaling or weight that this exporter does not know.
@@ -67,7 +69,7 @@ def export_decoder(
         raise InputError(f"no product {min(unknown)!r}; there are {', '.join(product_names(arch))}")
     unused = frozenset({f"{arch.names.head}.weight"}) if arch.tied else frozenset()  # there twice, or once
     source = Weights(weights, unused=unused)
-    decoder = _DecoderWriter(arch, source, plan, scales).write()
+    decoder = _DecoderWriter(arch, source, plan, scales, hidden=hidden).write()
     table = source.take(f"{arch.names.embedding}.weight", arch.vocab_size, arch.width)
     kind = plan.format("lm_head") if arch.tied else embedding_format(plan)
     embed = embed_graph(table, replace(plan, base=kind, given_back={}), scale=arch.embedding_scale)
@@ -75,7 +77,7 @@ def export_decoder(
     data = DataFile(folder / DATA_FILE)
     decoder.save(folder / DECODER_FILE, data=data)
     embed.save(folder / EMBED_FILE, data=data)
-    return _block(arch, PRECISIONS[plan.base], scales)
+    return replace(_block(arch, PRECISIONS[plan.base], scales), hidden=hidden)
 
 
 def _block(arch: Architecture, precision: Precision, scales: Floats | None) -> DecoderBlock:
@@ -97,12 +99,15 @@ def _block(arch: Architecture, precision: Precision, scales: Floats | None) -> D
 class _DecoderWriter:
     """Writes the graph of the layers, once."""
 
-    def __init__(self, arch: Architecture, weights: Weights, plan: Plan, scales: Floats | None) -> None:
+    def __init__(
+        self, arch: Architecture, weights: Weights, plan: Plan, scales: Floats | None, *, hidden: bool
+    ) -> None:
         self._graph = Graph("decoder")
         self._arch = arch
         self._weights = weights
         self._plan = plan
         self._scales = scales
+        self._hidden = hidden
         self._buffers = _block(arch, "int8", scales)
 
     def write(self) -> Graph:
@@ -127,6 +132,9 @@ class _DecoderWriter:
                 update = graph.op("Add", attended, update)
         normed, _ = self._norm(names.final_norm, residual, update)
         self._logits(normed)
+        if self._hidden:
+            graph.op("Identity", normed, output="hidden")
+            graph.output("hidden", np.float32, ("B", "T", arch.width))
         return graph
 
     def _product(self, name: str, x: str, rows: Floats, bias: Floats, *, level: bool = False) -> str:

@@ -60,6 +60,7 @@ def export_language(
     weights: Mapping[str, NDArray[Any]] | None = None,
     smoothing: Factors | None = None,
     scales: Floats | None = None,
+    hidden: bool = False,
 ) -> DecoderBlock:
     """Write the decoder's and the embedding's graph into `folder`; `DecoderBlock.graph` says which way was taken.
 
@@ -67,6 +68,7 @@ def export_language(
         weights: of the model, where they are not in it any more.
         smoothing: as `smoothing_factors` gives them, for a `plan` that is to be smooth.
         scales: as `cache_scales` gives them, for an int8 cache; a traced graph has none.
+        hidden: the decoder's graph gives its last hidden states, too.
 
     Raises:
         UnsupportedError: neither way takes the model.
@@ -75,8 +77,8 @@ def export_language(
     try:
         architecture = read_architecture(model.config)
     except UnsupportedError:
-        return trace_decoder(model, folder, plan=plan)
+        return trace_decoder(model, folder, plan=plan, hidden=hidden)
     weights = StateDict(model) if weights is None else weights
     if plan.smooth and smoothing:
         weights = SmoothedWeights(architecture, weights, smoothing)
-    return export_decoder(architecture, weights, folder, plan=plan, scales=scales)
+    return export_decoder(architecture, weights, folder, plan=plan, scales=scales, hidden=hidden)

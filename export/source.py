@@ -20,6 +20,7 @@ from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
 from tinyalign_edge.train.connector import MemoryConnector, ValueEncoder
+from tinyalign_edge.train.copying import CopyHead
 from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
 from tinyalign_edge.train.settings import MemorySettings, TowerRef
 
@@ -66,6 +67,7 @@ class SourceMemory:
     settings: MemorySettings
     connector: MemoryConnector
     value_encoder: ValueEncoder | None  # of latents
+    copy_head: CopyHead | None
 
     @property
     def feature_dim(self) -> int:
@@ -133,7 +135,7 @@ def _memory(checkpoint: Checkpoint) -> SourceMemory | None:
     if not isinstance(connector, MemoryConnector):
         return None
     encoder = value_encoder if isinstance(value_encoder, ValueEncoder) else None
-    return SourceMemory(checkpoint.folder, checkpoint.config.memory, connector, encoder)
+    return SourceMemory(checkpoint.folder, checkpoint.config.memory, connector, encoder, checkpoint.model.copy_head)
 
 
 def sample_questions(rows: Sequence[Row]) -> list[Row]:

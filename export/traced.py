@@ -86,7 +86,7 @@ def probe(model: PreTrainedModel) -> Shape:
     return Shape(len(cache.layers), kv_heads, head_dim, embeds.shape[-1], logits.shape[-1], longest_position(settings))
 
 
-def trace_decoder(model: PreTrainedModel, folder: Path, *, plan: Plan) -> DecoderBlock:
+def trace_decoder(model: PreTrainedModel, folder: Path, *, plan: Plan, hidden: bool = False) -> DecoderBlock:
     """Write the files that `export_decoder` writes, from a trace of the model itself.
 
     The products with constant matrices get the formats of `plan` by the names of their nodes.
@@ -107,6 +107,7 @@ def trace_decoder(model: PreTrainedModel, folder: Path, *, plan: Plan) -> Decode
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
         graph="traced",
+        hidden=hidden,
     )
     data = DataFile(folder / DATA_FILE)
     decoder = _trace_layers(model, block)
@@ -150,9 +151,9 @@ class _Buffers(Cache):
 class _Layers(nn.Module):
     """The model with the inputs and outputs of `DecoderBlock`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, hidden: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.hidden = model, hidden
         self.accepted = set(inspect.signature(model.forward).parameters)
 
     def forward(
@@ -166,6 +167,7 @@ class _Layers(nn.Module):
             "cache_position": positions,
             "logits_to_keep": torch.arange(tokens)[-num_logits:],
             "use_cache": True,
+            "output_hidden_states": self.hidden,
         }
         output = self.model(
             inputs_embeds=inputs_embeds,
@@ -174,7 +176,8 @@ class _Layers(nn.Module):
             past_key_values=cache,
             **{name: value for name, value in options.items() if name in self.accepted},
         )
-        return output.logits[:, -num_logits:], *cache.buffers
+        states = (output.hidden_states[-1],) if self.hidden else ()
+        return output.logits[:, -num_logits:], *cache.buffers, *states
 
     def _masks(self, positions: Tensor, total: Any) -> Tensor | dict[str, Tensor]:
         """Additive masks (1, 1, T, total), by kind of layer where the model has more than one."""
@@ -206,9 +209,11 @@ def _trace_layers(model: PreTrainedModel, block: DecoderBlock) -> onnx.ModelProt
     presents = [name % i for i in range(block.layers) for name in (block.present_key, block.present_value)]
     sizes = {"inputs_embeds": {0: "B", 1: "T"}, "seqlens_k": {0: "B"}, "logits": {0: "B", 1: "num_logits"}}
     sizes |= {name: {0: "B", 2: "S"} for name in (*pasts, *presents)}
+    sizes |= {"hidden": {0: "B", 1: "T"}} if block.hidden else {}
     example = (*inputs.values(), *(buffer for _ in pasts))
     with _plain_attention(model):
-        return _trace(_Layers(model).eval(), example, [*inputs, *pasts], ["logits", *presents], sizes, model)
+        layers, outputs = _Layers(model, hidden=block.hidden).eval(), ["logits", *presents, *["hidden"] * block.hidden]
+        return _trace(layers, example, [*inputs, *pasts], outputs, sizes, model)
 
 
 def _trace_embedding(table: nn.Module, model: PreTrainedModel) -> onnx.ModelProto:

@@ -99,7 +99,8 @@ class DecoderBlock:
     `total_sequence_length` () int32, `num_logits` () int64, and per layer a key and a value buffer
     (B, kv_heads, S, head_dim), float32 or int8 as `kv` says, of fixed capacity S -> `logits` (B, num_logits, V)
     float32 of the last `num_logits` positions, and the same buffers, which must be bound to the same memory as the
-    inputs.
+    inputs. With `hidden` there is one more output, `hidden` (B, T, D) float32: the last hidden states, after the final
+    norm, of all positions of the pass, which the memory's copy term reads.
     """
 
     file: str
@@ -114,6 +115,7 @@ class DecoderBlock:
     max_positions: int
     smoothed: bool = False  # outlier channels of activations are folded into neighbouring weights
     kv: CachePrecision = "fp32"  # of keys and values; the graph holds an int8 cache's scales
+    hidden: bool = False  # the graph gives its last hidden states
     graph: Literal["fused", "traced"] = "fused"  # "traced": by torch, for a family without a graph of its own; slower
     past_key: str = "past_key_values.%d.key"
     past_value: str = "past_key_values.%d.value"
@@ -137,6 +139,13 @@ class MemoryBlock:
     `value_file`, for "latents" alone, is the graph by which new entries are made: `features` (1, N, C) float32 of the
     vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
     (1, L, latent_dim) float32.
+
+    `copy_file`, for "tokens" alone and only together with `DecoderBlock.hidden`, is the graph by which the next token
+    may be one of the memory's: `logits` (A, V) float32 and `states` (A, D) float32, the hidden states of A positions,
+    `texts` (M, 2, D) float32, those of the position before each memory token and of the token's own, `token_ids` (M,)
+    int64, and `match` (A, M) float32, 1 where the token before a memory token, in the same entry, is the one read at a
+    position, else 0 -> `log_probabilities` (A, V) float32, which take the place of the logits. Without memory tokens it
+    is not run.
     """
 
     kind: MemoryKind
@@ -151,6 +160,7 @@ class MemoryBlock:
     fingerprint: str = ""  # of the encoder and key projection, and the value encoder of latents
     file: str | None = None
     value_file: str | None = None
+    copy_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +290,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "memory.k": 0 <= memory.k <= 4096,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
         "memory.value_file": (memory.value_file is not None) == (memory.kind == "latents") == (vision.feature_dim > 0),
+        "memory.copy_file": memory.copy_file is None or (memory.kind == "tokens" and decoder.hidden),
     }
     for what, good in within.items():
         if not good:
@@ -290,7 +301,8 @@ def _check_references(manifest: Manifest, where: Path) -> None:
     """Every file that a block names must be one whose hash has been compared."""
     named = [manifest.vision.file, manifest.decoder.file, manifest.decoder.embed_file, *manifest.decoder.data_files]
     named += [manifest.tokenizer_file, manifest.probe_file]
-    named += [name for name in (manifest.memory.file, manifest.memory.value_file) if name]
+    memory = manifest.memory
+    named += [name for name in (memory.file, memory.value_file, memory.copy_file) if name]
     for name in named:
         if name not in manifest.files:
             raise BundleError(f"{where}: names the file {name!r} but gives no hash of it; export the bundle again")

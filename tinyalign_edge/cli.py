@@ -82,6 +82,10 @@ def train(
     latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,
+    copy_words: Annotated[
+        bool | None, typer.Option("--copy/--no-copy", help="The answer may copy words of the memory's texts.")
+    ] = None,
+    episodes: Annotated[float | None, typer.Option(help="Share of rows with made-up names, to learn to copy.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
@@ -96,6 +100,7 @@ def train(
         "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
         "key": key and _one_of("--key", key, "picture", "fused"),
         "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
+        "copy_words": copy_words, "episodes": episodes,
         "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
         "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
         "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "bf16": bf16,

@@ -201,7 +201,8 @@ def _memory_line(folder: Path, manifest: Manifest) -> str:
     if memory.kind == "none":
         return "none"
     size = f"{len(open_bank(folder, manifest))} entries of {memory.kind}, keys of {memory.key_dim}"
-    return f"{size}, {memory.k} read a picture, floor {memory.floor:.3f}"
+    copies = ", words can be copied" if memory.copy_file else ""
+    return f"{size}, {memory.k} read a picture, floor {memory.floor:.3f}{copies}"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -18,6 +18,7 @@ from tinyalign_edge.prompt import Prompt, Said
 from tinyalign_edge.runtime.answer import Answer, FinishReason, Pieces
 from tinyalign_edge.runtime.constraint import Constraints
 from tinyalign_edge.runtime.context import Context, Float, Prefix, Span, picture_span, text_span
+from tinyalign_edge.runtime.copying import Copying
 from tinyalign_edge.runtime.decode import Decoding
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.drafts import Drafts, Pace
@@ -72,10 +73,13 @@ class Answering:
         decoder: of the bundle.
         manifest: of the bundle.
         cache_bytes: for the keys and values of what stands before a question.
+        copying: of the bundle, if it has a copy term.
     """
 
-    def __init__(self, prompt: Prompt, decoder: Decoder, manifest: Manifest, *, cache_bytes: int) -> None:
-        self._prompt, self._decoder = prompt, decoder
+    def __init__(
+        self, prompt: Prompt, decoder: Decoder, manifest: Manifest, *, cache_bytes: int, copying: Copying | None = None
+    ) -> None:
+        self._prompt, self._decoder, self._copying = prompt, decoder, copying
         self._ends = frozenset(manifest.prompt.eos_token_ids)
         self._default_limit = manifest.generation.max_new_tokens
         self._exact = manifest.decoder.precision != "int8"  # see `Decoding`
@@ -86,7 +90,7 @@ class Answering:
 
     def context(self) -> Context:
         """Where a conversation is read; empty."""
-        return Context(self._decoder, self.prefixes)
+        return Context(self._decoder, self.prefixes, self._copying)
 
     def spans(self, turns: Sequence[Said], images: Sequence[EncodedImage]) -> list[Span]:
         """What the language model reads of turns with the pictures that they count.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.runtime.decoder import Cache, Decoder
+from tinyalign_edge.runtime.copying import Copying, memory_texts
+from tinyalign_edge.runtime.decoder import Cache, Decoder, Saved
 from tinyalign_edge.runtime.lru import Lru
 from tinyalign_edge.runtime.sight import EncodedImage
 
@@ -48,12 +49,21 @@ def picture_span(image: EncodedImage) -> Span:
 class Prefix:
     """Keys and values of the first positions of a prompt, as `Cache.saved` gives them."""
 
-    saved: npt.NDArray[Any]
+    saved: Saved
     remembered: bool  # a memory is among them
 
     @property
     def nbytes(self) -> int:
         return self.saved.nbytes
+
+
+def _pictures(spans: Sequence[Span]) -> Iterator[tuple[int, EncodedImage]]:
+    """The pictures of a prompt, and where each begins."""
+    position = 0
+    for span in spans:
+        if span.image is not None:
+            yield position, span.image
+        position += len(span)
 
 
 class Context:
@@ -62,10 +72,12 @@ class Context:
     Args:
         decoder: the language model.
         prefixes: where what stands before a question is kept for the next one.
+        copying: the memory's copy term, if it has one.
     """
 
-    def __init__(self, decoder: Decoder, prefixes: Lru[Prefix]) -> None:
-        self._decoder, self._prefixes = decoder, prefixes
+    def __init__(self, decoder: Decoder, prefixes: Lru[Prefix], copying: Copying | None = None) -> None:
+        self._decoder, self._prefixes, self._copying = decoder, prefixes, copying
+        self._texts = memory_texts(())
         self._cache: Cache | None = None
         self._names: list[Hashable] = []
 
@@ -86,6 +98,7 @@ class Context:
         Returns:
             (V,) float32: what follows the last position.
         """
+        self._texts = memory_texts(_pictures(spans))
         names = [name for span in spans for name in span.names]
         pictures = [i for i, span in enumerate(spans) if span.image is not None]
         head = sum(map(len, spans[: pictures[-1] + 1])) if pictures else 0
@@ -97,12 +110,12 @@ class Context:
         if same < head:
             self._read_prefix(cache, spans, names[:head])
         rows = self._embed(spans, len(self), len(names))
-        return self._forward(cache, rows, names[len(self) :], 1).squeeze(0)
+        return self._copied(self._forward(cache, rows, names[len(self) :], 1)).squeeze(0)
 
     def append(self, ids: Sequence[int], num_logits: int = 1) -> Float:
         """Append token ids in one pass; returns what follows each of the last `num_logits`, (num_logits, V)."""
         cache = self._reserve(len(self) + len(ids))
-        return self._forward(cache, self._decoder.embed(ids), ids, num_logits)
+        return self._copied(self._forward(cache, self._decoder.embed(ids), ids, num_logits))
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on, if there are any."""
@@ -127,6 +140,12 @@ class Context:
         logits = self._decoder.forward(cache, rows, num_logits)
         self._names.extend(names)
         return logits
+
+    def _copied(self, logits: Float) -> Float:
+        """What follows the last positions, (A, V), given their `logits`."""
+        if self._copying is None or self._cache is None:
+            return logits
+        return self._copying.mix(logits, self._cache.hidden[: len(self)], self._names[-len(logits) :], self._texts)
 
     def _embed(self, spans: Sequence[Span], start: int, end: int) -> Float:
         """The embeddings (end - start, D) of a stretch of the prompt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,26 @@ GRAPH_DTYPES: dict[CachePrecision, str] = {"fp32": "tensor(float)", "int8": "ten
 INT8_CACHE_SINCE = (1, 27)  # of onnxruntime: older ones compute GroupQueryAttention over float caches only
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a `Cache` held of its first positions."""
+
+    keys_values: NDArray[Any]
+    hidden: Floats
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys_values.nbytes + self.hidden.nbytes
+
+
 class Cache:
     """The keys and values of one sequence, and the buffers of a call, all bound once.
 
     Attributes:
         buffer: (L, 2, 1, kv_heads, capacity, head_dim) float32 or int8, keys then values; the first `length`
             positions are valid. The operating system gives its memory page by page as it is filled.
+        hidden: (capacity, D) float32, the last hidden states of the positions; (capacity, 0) where the graph gives
+            none.
         length: positions filled.
         capacity: positions there are.
     """
@@ -35,11 +50,13 @@ class Cache:
         self.length = 0
         self.capacity = capacity
         self.buffer = np.zeros((block.layers, 2, 1, block.kv_heads, capacity, block.head_dim), CACHE_DTYPES[block.kv])
+        self.hidden = np.zeros((capacity, block.width if block.hidden else 0), np.float32)
         self.binding = session.io_binding()
         self._last_key = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._num_logits = np.zeros((), np.int64)
         self._embeddings = np.empty((1, 0, block.width), np.float32)
+        self._hidden = np.empty((1, 0, self.hidden.shape[1]), np.float32)
         self._logits = np.empty((1, 0, block.vocab_size), np.float32)
         self._bind_input("seqlens_k", self._last_key)
         self._bind_input("total_sequence_length", self._total)
@@ -60,14 +77,15 @@ class Cache:
             raise InputError(f"cannot truncate to {length} positions: the cache has {self.length}")
         self.length = length
 
-    def saved(self) -> NDArray[Any]:
+    def saved(self) -> Saved:
         """A copy of the positions filled, for `restore`."""
-        return self.buffer[..., : self.length, :].copy()
+        return Saved(self.buffer[..., : self.length, :].copy(), self.hidden[: self.length].copy())
 
-    def restore(self, saved: NDArray[Any]) -> None:
+    def restore(self, saved: Saved) -> None:
         """Hold what another cache of this model held when it was `saved`; there must be room for it."""
-        self.length = saved.shape[-2]
-        self.buffer[..., : self.length, :] = saved
+        self.length = len(saved.hidden)
+        self.buffer[..., : self.length, :] = saved.keys_values
+        self.hidden[: self.length] = saved.hidden
 
     def stage(self, embeddings: Floats, num_logits: int) -> Floats:
         """Make `binding` ready to append `embeddings` (T, D); returns where the logits will be, (num_logits, V)."""
@@ -75,6 +93,9 @@ class Cache:
         if tokens != self._embeddings.shape[1]:
             self._embeddings = np.empty((1, tokens, self._embeddings.shape[2]), np.float32)
             self._bind_input("inputs_embeds", self._embeddings)
+            self._hidden = np.empty((1, tokens, self.hidden.shape[1]), np.float32)
+            if self._hidden.size:
+                self._bind_output("hidden", self._hidden)
         if num_logits != self._logits.shape[1]:
             self._logits = np.empty((1, num_logits, self._logits.shape[2]), np.float32)
             self._bind_output("logits", self._logits)
@@ -83,6 +104,12 @@ class Cache:
         self._total[...] = self.length + tokens
         self._last_key[0] = self.length + tokens - 1
         return self._logits.squeeze(0)
+
+    def appended(self) -> None:
+        """Count what `binding` has appended."""
+        last = slice(self.length, self.length + self._hidden.shape[1])
+        self.hidden[last] = self._hidden[0]
+        self.length = last.stop
 
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
         self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -157,7 +184,7 @@ class Decoder:
         logits = cache.stage(embeddings, num_logits)
         with onnxruntime_errors(self._path):
             self._session.run_with_iobinding(cache.binding)
-        cache.length += tokens
+        cache.appended()
         return logits.copy()
 
     def _check_graph(self) -> None:
@@ -168,6 +195,7 @@ class Decoder:
         for template in (block.past_key, block.past_value, block.present_key, block.present_value):
             expected |= {template % i: buffer for i in range(block.layers)}
         expected |= {"seqlens_k": [], "total_sequence_length": [], "num_logits": []}
+        expected |= {"hidden": [block.width]} if block.hidden else {}
         check_shapes(self._session, expected, self._path)
         for value in (*self._session.get_inputs(), *self._session.get_outputs()):
             if expected[value.name] is buffer and value.type != GRAPH_DTYPES[block.kv]:

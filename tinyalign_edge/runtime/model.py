@@ -25,6 +25,7 @@ from tinyalign_edge.prompt import Prompt, Said, load_tokenizer
 from tinyalign_edge.runtime.answer import Answer, AnswerStream, AsyncAnswerStream, Pieces
 from tinyalign_edge.runtime.answering import Answering, Asked, answer_nll
 from tinyalign_edge.runtime.conversation import Conversation
+from tinyalign_edge.runtime.copying import Copying, memory_texts
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
@@ -115,7 +116,9 @@ class Model:
         self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=seen_bytes, packed=vision)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads, packed=decoder)
         self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
-        self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=cache_bytes - seen_bytes)
+        kept = cache_bytes - seen_bytes
+        self._copying: Any = Copying(folder, manifest) if manifest.memory.copy_file else None
+        self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=kept, copying=self._copying)
         self._recall: Any = None
         self._listing = threading.Lock()
         self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
@@ -137,6 +140,7 @@ class Model:
         """Free weights and maps; using the model afterwards is an InputError."""
         self.closed = True
         self._sight = self._decoder = self._answering = self.values = self._recall = self.memory = None
+        self._copying = None
         self._forget_read()
 
     @property
@@ -219,9 +223,15 @@ class Model:
         Returns:
             logits (A, V) float32 and the answer's token ids (A,), the end-of-answer token included.
         """
+        image = self.renewed(image)
         embeddings, ids = self.answer_embeddings(image, question, answer)
         cache = self._decoder.new_cache(len(embeddings))
-        return self._decoder.forward(cache, embeddings, num_logits=len(ids)), ids
+        logits = self._decoder.forward(cache, embeddings, num_logits=len(ids))
+        if self._copying is not None:
+            asked = self.prompt.question(question)
+            texts = memory_texts([(len(asked.before), image)])
+            logits = self._copying.mix(logits, cache.hidden, [asked.after[-1], *ids[:-1]], texts)
+        return logits, ids
 
     def answer_embeddings(self, image: EncodedImage, question: str, answer: str) -> tuple[Float, npt.NDArray[np.int64]]:
         """What `answer_logits` gives to the language model, (T, D) float32, and the answer's token ids (A,)."""

@@ -18,6 +18,7 @@ from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.encode import Encode, encode_rows
+from tinyalign_edge.train.greedy import greedy_answers
 from tinyalign_edge.train.keys import make_keys, query_texts
 from tinyalign_edge.train.references import read_references
 from tinyalign_edge.train.values import encode_values
@@ -87,11 +88,11 @@ class TorchAnswerer:
 
     def logits(self, example: Example) -> npt.NDArray[np.float32]:
         """Logits (A, V) that predict the A tokens of the reference answer."""
-        model, batch = self.checkpoint.model, self.collate([example])
+        batch = self.collate([example])
+        names = ("position_ids", "block", "input_ids", "memory_mask", "memory")
         with torch.inference_mode():
-            embeds = self._embeds(batch)
-            wanted = batch["labels"] != -100
-            return model.logits(embeds, batch["position_ids"], batch["block"], wanted).numpy()
+            embeds, given = self._embeds(batch), {name: batch[name] for name in names}
+            return self.checkpoint.model.logits(embeds, wanted=batch["labels"] != -100, **given).numpy()
 
     def visual_tokens(self, example: Example) -> npt.NDArray[np.float32]:
         """What the connector gives for the example's picture: (N, D)."""
@@ -125,14 +126,14 @@ class TorchAnswerer:
         questions = [self._without_answer(example) for example in examples]
         batch = self.collate(questions)
         with torch.inference_mode():
-            embeds = self._embeds(batch)
-            padded, mask = _left_pad(embeds, batch["block"] >= 0)
-            ids = self.checkpoint.language.model.generate(
-                inputs_embeds=padded,
-                attention_mask=mask,
-                generation_config=self._generation_config(max_new_tokens),
+            ids = greedy_answers(
+                self.checkpoint.model,
+                self._embeds(batch),
+                batch,
+                ends=self.checkpoint.config.prompt.eos_token_ids,
+                max_new_tokens=max_new_tokens,
             )
-        return [self._text(row.tolist()) for row in ids]
+        return [self.checkpoint.prompt.text(row) for row in ids]
 
     def _embeds(self, batch: dict[str, Any]) -> torch.Tensor:
         model = self.checkpoint.model
@@ -141,23 +142,9 @@ class TorchAnswerer:
             batch["input_ids"], batch["visual_mask"], visual, batch["memory_mask"], batch["memory"]
         )
 
-    def _generation_config(self, max_new_tokens: int) -> Any:
-        from transformers import GenerationConfig
-
-        eos = list(self.checkpoint.config.prompt.eos_token_ids)
-        bos = self.checkpoint.language.model.config.bos_token_id  # transformers warns when it has to fill it in
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos[0], do_sample=False
-        )
-
     def _without_answer(self, example: Example) -> Example:
         """The same example with an answer of one token, which the packing drops."""
         return replace(example, turns=(replace(example.turns[0], answer=(0,)),))
-
-    def _text(self, ids: list[int]) -> str:
-        prompt = self.checkpoint.prompt
-        end = next((i for i, token in enumerate(ids) if token in prompt.config.eos_token_ids), len(ids))
-        return prompt.text(ids[:end])
 
     def _neighbours(
         self, rows: Sequence[Row], keys: npt.NDArray[np.float32], memory: MemoryMode
@@ -182,9 +169,3 @@ def _bank_values(checkpoint: Checkpoint) -> Values | None:
     if bank.manifest.spec.kind == "latents":
         return Values([()] * len(values), latents=np.stack(values).astype(np.float32))
     return Values([tuple(value.tolist()) for value in values])
-
-
-def _left_pad(embeds: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the padding of (B, S, D) from the right to the left; returns it with its attention mask (B, S)."""
-    order = torch.argsort(valid.int(), dim=1, stable=True)  # padding first, the rest in order
-    return torch.gather(embeds, 1, order[..., None].expand_as(embeds)), torch.gather(valid, 1, order).long()

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from tinyalign_edge.data import Row, Turn
 from tinyalign_edge.prompt import Prompt
+from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.model import IGNORED, PADDING, SHARED, MemoryInputs
 from tinyalign_edge.train.settings import MemorySettings
 
@@ -38,6 +39,7 @@ class Example:
     features: npt.NDArray[np.floating[Any]]  # (V, C): N of each of its pictures, mostly one
     neighbours: tuple[int, ...]  # rows of the bank, most similar first
     similarity: tuple[float, ...]
+    texts: tuple[tuple[int, ...], ...] | None = None  # token ids that the neighbours have here; None: the bank's
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Rows(Dataset[Example]):
         features: of a row's pictures, (V, C), given its number.
         neighbours, similarity: of every row, (R, K); -1 where there is none.
         epochs: which rows an epoch has, by its number; None: all of them once.
+        episodes: replaces names in some rows; which depends on seed, epoch and row only, too.
         dropout: the share of rows that see fewer neighbours; which depends on seed, epoch and row only.
     """
 
@@ -79,10 +82,11 @@ class Rows(Dataset[Example]):
         dropout: float = 0.0,
         seed: int = 0,
         epochs: Callable[[int], npt.NDArray[np.int64]] | None = None,
+        episodes: Episodes | None = None,
     ) -> None:
         self.rows, self.prompt, self.features = rows, prompt, features
         self.neighbours, self.similarity = neighbours, similarity
-        self.dropout, self.seed, self.epochs = dropout, seed, epochs
+        self.dropout, self.seed, self.epochs, self.episodes = dropout, seed, epochs, episodes
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -95,14 +99,17 @@ class Rows(Dataset[Example]):
 
     def __getitem__(self, position: int) -> Example:
         index = int(self.picked[position])
-        before, turns = tokenize(self.rows[index].turns, self.prompt)
         near = [int(row) for row in self.neighbours[index] if row >= 0]
         if self.dropout:
             random = np.random.default_rng((self.seed, self.epoch, position))
             if random.random() < self.dropout:
                 near = near[: random.integers(0, len(near) + 1)]
+        row, texts = self.rows[index], None
+        if self.episodes:
+            row, texts = self.episodes.play(row, near, np.random.default_rng((self.seed, self.epoch, position, 1)))
+        before, turns = tokenize(row.turns, self.prompt)
         similarity = tuple(float(s) for s in self.similarity[index, : len(near)])
-        return Example(before, turns, self.features(index), tuple(near), similarity)
+        return Example(before, turns, self.features(index), tuple(near), similarity, texts)
 
 
 def longest_tokens(row: Row, prompt: Prompt, limit: int) -> int:
@@ -157,11 +164,16 @@ class Collate:
     def _memory_length(self, example: Example) -> int:
         if self.memory.kind == "paper":
             return self.memory.latents if example.neighbours else 0
-        return sum(self._value_length(row) for row in example.neighbours)
+        if self.memory.kind == "latents":
+            return self.memory.latents * len(example.neighbours)
+        return sum(map(len, self._texts(example)))
 
-    def _value_length(self, row: int) -> int:
-        assert self.values is not None
-        return self.memory.latents if self.memory.kind == "latents" else len(self.values.token_ids[row])
+    def _texts(self, example: Example) -> Sequence[tuple[int, ...]]:
+        """Token ids of the neighbours' texts."""
+        assert self.values is not None or not example.neighbours
+        if example.texts is not None or self.values is None:
+            return example.texts or ()
+        return [self.values.token_ids[row] for row in example.neighbours]
 
     def memory_inputs(self, examples: Sequence[Example]) -> MemoryInputs | None:
         """What the memory connector reads for a batch; None where nothing was retrieved."""
@@ -174,18 +186,20 @@ class Collate:
         ]
         if self.values is None or not pairs:
             return None
-        counts = torch.tensor([self._value_length(row) for row, _, _ in pairs])
+        texts = [text for example in examples for text in self._texts(example)]
+        lengths = [self.memory.latents] * len(texts) if self.memory.kind == "latents" else list(map(len, texts))
+        counts = torch.tensor(lengths)
         rank = torch.tensor([rank for _, rank, _ in pairs]).repeat_interleave(counts)
         similarity = torch.tensor([s for _, _, s in pairs], dtype=torch.float32).repeat_interleave(counts)
         memory: MemoryInputs = {"rank": rank, "similarity": similarity}
         entries = [row for row, _, _ in pairs]
         if self.memory.kind == "tokens":
-            memory["token_ids"] = torch.tensor([i for row in entries for i in self.values.token_ids[row]])
+            memory["token_ids"] = torch.tensor([i for text in texts for i in text])
         elif self.values.latents is not None:
             memory["latents"] = torch.from_numpy(self.values.latents[entries].reshape(len(rank), -1))
         else:
             assert self.values.features is not None
-            memory["token_ids"], memory["token_mask"] = pad_texts([self.values.token_ids[row] for row in entries])
+            memory["token_ids"], memory["token_mask"] = pad_texts(texts)
             memory["features"] = torch.from_numpy(np.asarray(self.values.features(entries), np.float32))
         return memory
 

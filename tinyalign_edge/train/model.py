@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
+from tinyalign_edge.train.copying import CopyHead, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
@@ -64,6 +65,7 @@ class AlignModel(nn.Module):
             self.memory_connector = MemoryConnector(memory, embeddings)
             if memory.kind == "latents":
                 self.value_encoder = ValueEncoder(memory, connector.input_dim, embeddings)
+        self.copy_head = CopyHead(connector.width, memory.copy_dim) if memory.copy_dim else None
 
     def train(self, mode: bool = True) -> AlignModel:
         """A language model that does not train has no dropout either."""
@@ -120,16 +122,32 @@ class AlignModel(nn.Module):
             embeds = embeds.masked_scatter(memory_mask[..., None], tokens.to(embeds.dtype))
         return embeds
 
-    def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor) -> Tensor:
-        """Logits (W, V) at the positions where `wanted` (B, S) is true."""
+    def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor, *, input_ids: Tensor,
+               memory_mask: Tensor, memory: MemoryInputs | None) -> Tensor:  # fmt: skip
+        """Logits (W, V) at the positions where `wanted` (B, S) is true; with a copy term, log probabilities."""
+        hidden = self.hidden(embeds, position_ids, block)
+        logits = self.vocabulary_logits(hidden[wanted])
+        if self.copy_head is None or memory is None:
+            return logits
+        texts = memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"])
+        shares = self.copy_head.shares(hidden, input_ids, texts)[wanted]
+        return mix(logits, shares, texts.token_ids[wanted.nonzero()[:, 0]])
+
+    def hidden(self, embeds: Tensor, position_ids: Tensor, block: Tensor) -> Tensor:
+        """The language model's last hidden states (B, S, D)."""
         config = self.language.config
-        hidden = getattr(self.language, body_name(self.language))(
+        hidden: Tensor = getattr(self.language, body_name(self.language))(
             inputs_embeds=embeds,
             attention_mask=attention_masks(config, block, position_ids, embeds.dtype),
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
-        logits: Tensor = self.language.get_output_embeddings()(hidden[wanted]).float()
+        return hidden
+
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """The language model's logits (..., V) for last hidden states (..., D)."""
+        config = self.language.config
+        logits: Tensor = self.language.get_output_embeddings()(hidden).float()
         logits = logits / getattr(config, "logits_scaling", 1.0)  # what follows lm_head in the families that have it
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -143,9 +161,10 @@ class AlignModel(nn.Module):
         """
         embeds = self.inputs_embeds(input_ids, visual_mask, self.connector(features), memory_mask, memory)
         wanted = labels != IGNORED
-        return nn.functional.cross_entropy(
-            self.logits(embeds, position_ids, block, wanted), labels[wanted], reduction="none"
+        logits = self.logits(
+            embeds, position_ids, block, wanted, input_ids=input_ids, memory_mask=memory_mask, memory=memory
         )
+        return nn.functional.cross_entropy(logits, labels[wanted], reduction="none")
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""

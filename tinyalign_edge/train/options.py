@@ -25,6 +25,7 @@ Device = Literal["cpu", "cuda"]
 
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
+COPY_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class TrainOptions:
         key_dim: of a picture's key; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
         gate: memory tokens can be closed, by what is learnt.
+        copy_words: tokens of the retrieved texts may be copied into the answer; with the memory "tokens" alone.
+        episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
 
@@ -49,6 +52,8 @@ class TrainOptions:
     gate: bool = False
     latents: int | None = None
     latent_dim: int | None = None
+    copy_words: bool = False
+    episodes: float = 0.0
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -98,7 +103,11 @@ def check_options(options: TrainOptions) -> None:
     for rate in ("learning_rate", "lm_learning_rate"):
         if not 0 < getattr(options, rate) < 10:
             raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
-    for share in ("warmup", "weight_decay"):
+    if options.copy_words and options.memory != "tokens":
+        raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens, not {options.memory}")
+    if options.episodes and options.memory in ("none", "paper"):
+        raise InputError(f"--episodes {options.episodes}: not with --memory {options.memory}, which reads no texts")
+    for share in ("warmup", "weight_decay", "episodes"):
         if not 0 <= getattr(options, share) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
@@ -124,6 +133,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         value_tokens=options.value_tokens,
         gate=options.gate,
         shuffled=options.shuffle_memory,
+        copy_dim=min(COPY_DIM, connector.width) if options.copy_words else 0,
     )
     if settings.key == "fused" and options.key_dim:
         raise InputError(
@@ -215,4 +225,5 @@ def train_settings(
         seed=options.seed,
         device=device,
         eval_every=options.eval_every,
+        episodes=options.episodes,
     )

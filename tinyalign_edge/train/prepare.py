@@ -19,6 +19,7 @@ from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
+from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.feature_cache import FeatureCache
 from tinyalign_edge.train.features import Features, find_features, record_type
 from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
@@ -165,9 +166,21 @@ def picture_keys(seen: Seen, model: AlignModel, rows: Corpus) -> Float:
 
 
 def examples(
-    seen: Seen, bank: Bank, model: AlignModel, prompt: Prompt, memory: MemorySettings, seed: int
+    seen: Seen,
+    bank: Bank,
+    model: AlignModel,
+    prompt: Prompt,
+    memory: MemorySettings,
+    *,
+    seed: int,
+    share: float,
+    room: int,
 ) -> tuple[Rows, list[Example], float]:
     """Training rows, held-out examples and the similarity floor of the memory.
+
+    Args:
+        share: of the rows that are episodes, see `Episodes`.
+        room: the most tokens of a row's longest turn.
 
     A fused key is searched for with a question, so every question is then an example of its own.
     """
@@ -188,9 +201,14 @@ def examples(
     if memory.shuffled:
         found = replace(found, training=of_others(found.training, seed), held_out=of_others(found.held_out, seed))
     near = _spread(found.training, numbers, len(asked))
+    episodes = None
+    if share:
+        answers = (turn.answer for row in asked for turn in row.turns)
+        episodes = Episodes(share, bank.rows, prompt, answers, value_tokens=memory.value_tokens,
+                            fits=lambda row: longest_tokens(row, prompt, room) <= room)  # fmt: skip
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
-        dropout=memory.dropout, seed=seed, epochs=lambda number: asked.epoch(number, seed),
+        dropout=memory.dropout, seed=seed, epochs=lambda number: asked.epoch(number, seed), episodes=episodes,
     )  # fmt: skip
     held_out = Rows(
         held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity

@@ -107,7 +107,9 @@ def train(
         state.fit_key(model, lambda: region_sample(seen))
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
     bank = make_bank(seen, model, begun.prompt)
-    rows, held_out_examples, floor = examples(seen, bank, model, begun.prompt, memory, options.seed)
+    rows, held_out_examples, floor = examples(
+        seen, bank, model, begun.prompt, memory, seed=options.seed, share=options.episodes, room=room
+    )
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":

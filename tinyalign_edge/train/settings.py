@@ -75,6 +75,7 @@ class MemorySettings:
     latents: int = 8
     latent_dim: int = 96
     gate: bool = False
+    copy_dim: int = 0  # of the keys by which a token of the memory is found and copied; 0: nothing is copied
     dropout: float = 0.25
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
     shuffled: bool = False  # the control: every training and held-out example sees another one's neighbours
@@ -123,6 +124,7 @@ class TrainSettings:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 50
+    episodes: float = 0.0  # share of the rows whose names are replaced
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""Episodes: names are replaced in a row and its neighbours alike, and always by the same ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from tokenizers import Tokenizer
+
+from tinyalign_edge.bundle import PromptConfig
+from tinyalign_edge.data import Row, Turn
+from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE, Prompt
+from tinyalign_edge.train.batches import Rows
+from tinyalign_edge.train.episodes import Episodes, name_in
+
+WHAT = "What is in the picture?"
+
+
+def row(*turns: tuple[str, str]) -> Row:
+    return Row("0", (), tuple(Turn(*turn) for turn in turns), None, "row 0")
+
+
+BANK = [
+    row((WHAT, "a crab"), ("Is there a crab?", "yes")),
+    row((WHAT, "A crab."), ("Is there an anchor?", "no")),
+    row((WHAT, "a wild cat")),
+    row((WHAT, "a person rides a very old bicycle along the beach")),
+]
+ANSWERS = [*["yes"] * 40, *["no"] * 40, *["a crab", "a wild cat"] * 3]
+MINE = row(("Is there a crab?", "yes"), (WHAT, "a crab"))
+
+
+@pytest.fixture
+def prompt(towers: Path) -> Prompt:
+    tokenizer = Tokenizer.from_file(str(towers / "lm" / "tokenizer.json"))
+    return Prompt(PromptConfig(DEFAULT_CHAT_TEMPLATE, True, "<s>", "</s>", (2,), 256), tokenizer)
+
+
+def episodes(prompt: Prompt, share: float = 1.0, fits: Any = lambda row: True) -> Episodes:
+    return Episodes(share, BANK, prompt, ANSWERS, value_tokens=200, fits=fits)
+
+
+def played(made: Episodes, prompt: Prompt, seed: int, mine: Row = MINE, near: Any = (0, 1, 2, 3)) -> Any:
+    found, texts = made.play(mine, near, np.random.default_rng(seed))
+    return found, None if texts is None else [prompt.text(text) for text in texts]
+
+
+def test_a_name_is_replaced_in_the_row_and_in_every_neighbour(prompt: Prompt) -> None:
+    styles, others = set(), set()
+    for seed in range(20):
+        found, texts = played(episodes(prompt), prompt, seed)
+        name = name_in(found.turns[1].answer)
+        assert name
+        assert name != "crab"
+        assert found.turns[0].question == f"Is there a {name}?"
+        assert name_in(texts[0]) in (name, "") and name in texts[0]
+        assert name in texts[1]
+        assert not any("crab" in text for text in texts)
+        assert texts[3] == f"{WHAT} {BANK[3].turns[0].answer}"
+        styles.add(texts[0] == f"a {name}")
+        others.add("wild cat" in texts[2])
+    assert styles == others == {True, False}  # as taught alone and as trained; other names replaced and not
+
+
+def test_what_is_no_name_or_not_in_the_memory_stays(prompt: Prompt) -> None:
+    yes = row(("Is there a crab?", "yes"))
+    long = row((WHAT, "a person rides a very old bicycle along the beach"))
+    for mine, near in ((yes, (0, 1)), (MINE, (2,)), (MINE, ()), (long, (3,))):
+        found, texts = played(episodes(prompt), prompt, 0, mine, near)
+        assert texts is None
+        assert found == mine
+
+
+def test_only_a_share_of_the_rows_and_only_those_that_fit_are_episodes(prompt: Prompt) -> None:
+    some = episodes(prompt, share=0.5)
+    made = [played(some, prompt, seed)[1] is not None for seed in range(100)]
+    assert 30 < sum(made) < 70
+    assert played(episodes(prompt, fits=lambda row: False), prompt, 0) == (MINE, None)
+
+
+def test_rows_are_the_same_episodes_for_a_seed_and_an_epoch(prompt: Prompt) -> None:
+    def rows(seed: int) -> Rows:
+        near, similar = np.array([[0, 1]]), np.ones((1, 2), np.float32)
+        features = np.zeros((1, 4), np.float32)
+        return Rows([MINE], prompt, lambda _: features, near, similar, seed=seed, episodes=episodes(prompt))
+
+    one, again, other = rows(0), rows(0), rows(1)
+    assert one[0].texts == again[0].texts != other[0].texts
+    assert one[0].turns == again[0].turns
+    before = one[0].texts
+    one.set_epoch(1)
+    assert one[0].texts != before
+    one.set_epoch(0)
+    assert one[0].texts == before
