@@ -21,20 +21,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from tinyalign_edge.bench.random_bundle import random_bundle
 from tinyalign_edge.bench.record import record
-from tinyalign_edge.bench.retrieval_share import prepare
 from tinyalign_edge.bundle import MANIFEST, open_bundle
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.export.components import seal
 from tinyalign_edge.progress import progress
-from tinyalign_edge.runtime.model import CACHE_MB, Model
-from tinyalign_edge.runtime.probe import make_probe, pattern, write_probe
+from tinyalign_edge.runtime.model import CACHE_MB
+from tinyalign_edge.runtime.probe import pattern
 
 COMMAND = "python -m tinyalign_edge.bench.cold_start"
 WORKER = "tinyalign_edge.bench.cold_start_worker"
@@ -69,10 +67,7 @@ def full_shape(out: Path) -> Path:
     folder = out / "source" / "bundle"
     if not (folder / MANIFEST).is_file():
         shutil.rmtree(out / "source", ignore_errors=True)
-        made = prepare("siglip-b16-224", "smollm2-135m", out / "source", visual_tokens=196)
-        with Model(folder, made.manifest) as model:
-            probe_file = write_probe(folder, make_probe(model))
-        seal(replace(made.manifest, probe_file=probe_file), folder)
+        random_bundle("siglip-b16-224", "smollm2-135m", out / "source", visual_tokens=196)
     return folder
 
 

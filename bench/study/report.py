@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyalign_edge.bench.record import RESULTS, host
+from tinyalign_edge.bench.record import RESULTS
 from tinyalign_edge.bench.study.figures import draw
 from tinyalign_edge.bench.study.plan import DATASETS, plan
 from tinyalign_edge.bench.study.store import Results
@@ -17,6 +17,7 @@ from tinyalign_edge.bench.study.tables import TABLES
 from tinyalign_edge.config import write_json
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.export.components import tool_versions
+from tinyalign_edge.latency.host import host
 
 COMMAND = "python -m tinyalign_edge.bench.study"
 REPORT = "study.md"

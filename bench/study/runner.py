@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tinyalign_edge.bench.record import commit
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import Part
 from tinyalign_edge.bench.study.store import is_done, keep, results
+from tinyalign_edge.latency.host import commit
 
 
 def run_missing(bench: Bench, parts: Sequence[Part]) -> None:

@@ -152,19 +152,22 @@ class AlignModel(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def answer_losses(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
+    def answer_logits(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
                       visual_mask: Tensor, memory_mask: Tensor, features: Tensor,
                       memory: MemoryInputs | None = None) -> Tensor:  # fmt: skip
-        """Negative log-likelihood of every answer token of a batch, in row-major order, in nats: (W,).
+        """Logits (W, V) at the positions of a batch that predict an answer's token, in row-major order.
 
         A label stands at the position that predicts it; other positions hold `IGNORED`.
         """
         embeds = self.inputs_embeds(input_ids, visual_mask, self.connector(features), memory_mask, memory)
-        wanted = labels != IGNORED
-        logits = self.logits(
-            embeds, position_ids, block, wanted, input_ids=input_ids, memory_mask=memory_mask, memory=memory
+        return self.logits(
+            embeds, position_ids, block, labels != IGNORED, input_ids=input_ids, memory_mask=memory_mask, memory=memory
         )
-        return nn.functional.cross_entropy(logits, labels[wanted], reduction="none")
+
+    def answer_losses(self, *, labels: Tensor, **batch: Any) -> Tensor:
+        """Negative log-likelihood of every answer token of a batch, in nats: (W,), as `answer_logits`."""
+        logits = self.answer_logits(labels=labels, **batch)
+        return nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="none")
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""

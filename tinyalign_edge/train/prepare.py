@@ -97,12 +97,24 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
     """
     long = {}
     for i, row in enumerate(corpus):
-        seen = len(row.pictures) * start.connector.visual_tokens
-        left = start.prompt.config.max_context_tokens - start.memory.max_memory_tokens - seen
+        left = _room_for_text(row, start)
         if (tokens := longest_tokens(row, start.prompt, left)) > left:
+            seen = len(row.pictures) * start.connector.visual_tokens
             pictures = f" beside {seen} of {len(row.pictures)} pictures" if len(row.pictures) > 1 else ""
             long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}{pictures}; shorten the row"
     return drop_bad(corpus, long, skip_bad=skip_bad)
+
+
+def fits_context(row: Row, start: Start) -> bool:
+    """Whether the context has room for the row's longest turn with all that stands before it."""
+    left = _room_for_text(row, start)
+    return longest_tokens(row, start.prompt, left) <= left
+
+
+def _room_for_text(row: Row, start: Start) -> int:
+    """The tokens that the context has for a turn and what stands before it, beside the row's pictures and memories."""
+    seen = len(row.pictures) * start.connector.visual_tokens
+    return start.prompt.config.max_context_tokens - start.memory.max_memory_tokens - seen
 
 
 def region_sample(seen: Seen) -> npt.NDArray[np.float32]:
@@ -174,13 +186,13 @@ def examples(
     *,
     seed: int,
     share: float,
-    room: int,
+    fits: Callable[[Row], bool],
 ) -> tuple[Rows, list[Example], float]:
     """Training rows, held-out examples and the similarity floor of the memory.
 
     Args:
         share: of the rows that are episodes, see `Episodes`.
-        room: the most tokens of a row's longest turn.
+        fits: whether the context has room for a row of an episode.
 
     A fused key is searched for with a question, so every question is then an example of its own.
     """
@@ -204,8 +216,7 @@ def examples(
     episodes = None
     if share:
         answers = (turn.answer for row in asked for turn in row.turns)
-        episodes = Episodes(share, bank.rows, prompt, answers, value_tokens=memory.value_tokens,
-                            fits=lambda row: longest_tokens(row, prompt, room) <= room)  # fmt: skip
+        episodes = Episodes(share, bank.rows, prompt, answers, value_tokens=memory.value_tokens, fits=fits)
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
         dropout=memory.dropout, seed=seed, epochs=lambda number: asked.epoch(number, seed), episodes=episodes,

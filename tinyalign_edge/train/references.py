@@ -49,17 +49,9 @@ def read_references(model: AlignModel, collate: Collate, examples: Sequence[Exam
 def _read(model: AlignModel, collate: Collate, rows: Sequence[Example]) -> Iterator[Reference]:
     """One `Reference` a turn."""
     batch = collate(rows)
-    wanted = batch["labels"] != IGNORED
-    labels = batch["labels"][wanted]
+    labels = batch["labels"][batch["labels"] != IGNORED]
     with torch.inference_mode():
-        embeds = model.inputs_embeds(
-            batch["input_ids"],
-            batch["visual_mask"],
-            model.connector(batch["features"]),
-            batch["memory_mask"],
-            batch["memory"],
-        )
-        logits = model.logits(embeds, batch["position_ids"], batch["block"], wanted)
+        logits = model.answer_logits(**batch)
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         hits = logits.argmax(dim=-1) == labels
     lengths = [len(turn.answer) for row in rows for turn in row.turns]

@@ -22,7 +22,15 @@ from tinyalign_edge.train.options import (
     steps_of,
     train_settings,
 )
-from tinyalign_edge.train.prepare import examples, fingerprint, make_bank, region_sample, see, without_long
+from tinyalign_edge.train.prepare import (
+    examples,
+    fingerprint,
+    fits_context,
+    make_bank,
+    region_sample,
+    see,
+    without_long,
+)
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
 from tinyalign_edge.train.start import Start, start_align, start_instruct, start_whole
@@ -108,8 +116,9 @@ def train(
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
     bank = make_bank(seen, model, begun.prompt)
     rows, held_out_examples, floor = examples(
-        seen, bank, model, begun.prompt, memory, seed=options.seed, share=options.episodes, room=room
-    )
+        seen, bank, model, begun.prompt, memory, seed=options.seed, share=options.episodes,
+        fits=lambda row: fits_context(row, begun),
+    )  # fmt: skip
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
