@@ -37,7 +37,7 @@ from tinyalign_edge.runtime.probe import pattern
 COMMAND = "python -m tinyalign_edge.bench.cold_start"
 WORKER = "tinyalign_edge.bench.cold_start_worker"
 ARMS = ("plain", "packed")
-WARM_UP, ANSWERS, AT_ONCE = 20, 100, 10  # the last: between two signs of progress
+WARM_UP, ANSWERS, AT_ONCE = 40, 100, 10  # the last: between two signs of progress
 GRAPHS = (".onnx", ".data")  # the files that hold weights
 
 Told = dict[str, Any]
