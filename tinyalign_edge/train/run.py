@@ -14,7 +14,14 @@ from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.corpus import data_refs, open_corpus, parse_source, split
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
-from tinyalign_edge.train.options import TrainOptions, check_options, find_device, rows_at_once, train_settings
+from tinyalign_edge.train.options import (
+    TrainOptions,
+    check_options,
+    episodes_share,
+    find_device,
+    rows_at_once,
+    train_settings,
+)
 from tinyalign_edge.train.prepare import examples, fingerprint, make_bank, region_sample, see, without_long
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
@@ -73,6 +80,7 @@ def train(
         without_long(rows, begun.prompt, room, skip_bad=options.skip_bad) for rows in (training, held_out)
     )
     connector, memory, model = begun.connector, begun.memory, begun.model
+    share = episodes_share(options, memory)
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
     if not begun.fitted:
@@ -80,14 +88,21 @@ def train(
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
     bank = make_bank(seen, model, begun.prompt)
     rows, held_out_examples, floor = examples(
-        seen, bank, model, begun.prompt, memory, seed=options.seed, share=options.episodes, room=room
+        seen, bank, model, begun.prompt, memory, seed=options.seed, share=share, room=room
     )
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
         values = replace(values, latents=encode_values(model, values))
     settings = train_settings(
-        options, data_refs(training), images, len(rows), device, processes=processes.count, start=start
+        options,
+        data_refs(training),
+        images,
+        len(rows),
+        device,
+        processes=processes.count,
+        start=start,
+        episodes=share,
     )
     config = CheckpointConfig(
         SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
