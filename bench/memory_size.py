@@ -2,7 +2,8 @@
 
     python -m tinyalign_edge.bench.memory_size [--out runs/memory_size] [--arms NAME ...] [--table]
 
-Every arm is one training run that differs from the default in the one thing it is named for. The loss is that of the
+Every arm is one training run that differs from 24 token ids with a key of 128 in the one thing it is named for; nothing
+is copied from the memory but in the arm that is named for it. The loss is that of the
 test photographs' questions, each asked alone, with the memory read back from the bank that the run wrote. Needs
 `TINYALIGN_SHARED`. Arms that are finished are not repeated; once all are there, `bench/results/memory_size.json` is
 written. `--table` prints the recorded table as Markdown.
@@ -27,7 +28,7 @@ from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.batches import Values
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from tinyalign_edge.train.encode import Encoded, encode_rows
-from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.options import EPISODES, TrainOptions
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.state import STATE
 from tinyalign_edge.train.values import encode_values
@@ -37,7 +38,7 @@ STEPS = 400
 QUESTIONS_A_ROW = 3  # of the training rows, which a fused key takes apart
 KINDS = ("open", "yes_no")
 
-DEFAULT = TrainOptions(steps=STEPS, device="cpu")
+DEFAULT = TrainOptions(steps=STEPS, device="cpu", copy_words=False, episodes=0.0)
 FUSED = replace(DEFAULT, key="fused", batch_size=DEFAULT.batch_size * QUESTIONS_A_ROW)  # as many questions a step
 LATENTS = replace(DEFAULT, memory="latents")
 
@@ -55,7 +56,8 @@ class Arm:
 def _arms() -> dict[str, Arm]:
     runs: dict[str, tuple[str, TrainOptions]] = {
         "none": ("no memory", replace(DEFAULT, memory="none")),
-        "tokens": ("24 token ids, key of 128 (default)", DEFAULT),
+        "tokens": ("24 token ids, key of 128", DEFAULT),
+        "copy": ("24 token ids, copied from (default)", replace(DEFAULT, copy_words=True, episodes=EPISODES)),
         "latents-8x96": ("8 x 96 latents", LATENTS),
         "key-64": ("24 token ids, key of 64", replace(DEFAULT, key_dim=64)),
         "key-256": ("24 token ids, key of 256", replace(DEFAULT, key_dim=256)),

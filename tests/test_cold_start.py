@@ -13,10 +13,7 @@ pytest.importorskip("torch")
 from tests.conftest import STORED_BUNDLE
 from tinyalign_edge.bench import cold_start
 from tinyalign_edge.bench.peers.shapes import LANGUAGE
-from tinyalign_edge.bench.retrieval_share import prepare
-from tinyalign_edge.export.components import seal
-from tinyalign_edge.runtime.model import Model
-from tinyalign_edge.runtime.probe import make_probe, write_probe
+from tinyalign_edge.bench.random_bundle import random_bundle
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 
@@ -38,10 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         smoke = LANGUAGE["smoke-lm"]
         patch.setitem(LANGUAGE, "medium-lm", replace(smoke, config={**smoke.config, **SIZES}))
-        made = prepare("smoke-encoder", "medium-lm", out / "source", visual_tokens=4)
-    with Model(made.folder, made.manifest) as model:
-        probe_file = write_probe(made.folder, make_probe(model))
-    seal(replace(made.manifest, probe_file=probe_file), made.folder)
+        made = random_bundle("smoke-encoder", "medium-lm", out / "source", visual_tokens=4)
     return cold_start.measure(made.folder, PICTURE, out / "packed", threads=1, rounds=1, cache_mb=CACHE_MB)
 
 

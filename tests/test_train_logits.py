@@ -28,7 +28,7 @@ def test_each_question_is_read_as_the_language_model_reads_it_alone(name: str) -
     with torch.inference_mode():
         embed = language.get_input_embeddings()
         packed = torch.cat([ids, ids[:1]])[None]
-        logits = model.logits(embed(packed), positions, block, block > SHARED)
+        logits = model.vocabulary_logits(model.hidden(embed(packed), positions, block)[block > SHARED])
         alone = [language(torch.cat([shown, part])[None]).logits[0, SHOWN:] for part in (first, second)]
     scale = torch.cat(alone).abs().max()
     assert (logits - torch.cat(alone)).abs().max() / scale < 1e-4

@@ -83,9 +83,12 @@ def train(
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,
     copy_words: Annotated[
-        bool | None, typer.Option("--copy/--no-copy", help="The answer may copy words of the memory's texts.")
+        bool | None,
+        typer.Option("--copy/--no-copy", help="Whether answers may copy the memory's words (default with tokens)."),
     ] = None,
-    episodes: Annotated[float | None, typer.Option(help="Share of rows with made-up names, to learn to copy.")] = None,
+    episodes: Annotated[
+        float | None, typer.Option(help="Share of rows with made-up names, to learn to copy (default 0.5).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,

@@ -79,7 +79,7 @@ class CopyHead(nn.Module):
         scores = self.query(normed) @ self.key(states).mT * self.query.out_features**-0.5  # (B, A, M)
         scores = scores + self.match(normed) * (read[:, :, None] == texts.before[:, None])
         scores = scores.masked_fill(~texts.mask[:, None], -torch.inf)
-        return torch.cat([self.vocabulary(normed), scores], dim=-1).log_softmax(dim=-1)
+        return torch.cat([self.vocabulary(normed), scores], dim=-1).float().log_softmax(dim=-1)
 
 
 def mix(logits: Tensor, shares: Tensor, token_ids: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
+EPISODES = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class TrainOptions:
         key_dim: of a picture's key; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
         gate: memory tokens can be closed, by what is learnt.
-        copy_words: tokens of the retrieved texts may be copied into the answer; with the memory "tokens" alone.
-        episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too.
+        copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memory "tokens", which
+            alone has any.
+        episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too; None:
+            half where words can be copied.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
 
@@ -52,8 +55,8 @@ class TrainOptions:
     gate: bool = False
     latents: int | None = None
     latent_dim: int | None = None
-    copy_words: bool = False
-    episodes: float = 0.0
+    copy_words: bool | None = None
+    episodes: float | None = None
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -108,7 +111,7 @@ def check_options(options: TrainOptions) -> None:
     if options.episodes and options.memory in ("none", "paper"):
         raise InputError(f"--episodes {options.episodes}: not with --memory {options.memory}, which reads no texts")
     for share in ("warmup", "weight_decay", "episodes"):
-        if not 0 <= getattr(options, share) < 1:
+        if not 0 <= (getattr(options, share) or 0) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
         raise InputError(f"--lora {options.lora_rank}: the rank of the adapters of --stage instruct, at least 1")
@@ -125,6 +128,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         InputError: a size that the key cannot have.
     """
     paper = options.memory == "paper"
+    copies = options.memory == "tokens" if options.copy_words is None else options.copy_words
     settings = MemorySettings(
         kind=options.memory,
         key=options.key or ("fused" if paper else "picture"),
@@ -133,7 +137,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         value_tokens=options.value_tokens,
         gate=options.gate,
         shuffled=options.shuffle_memory,
-        copy_dim=min(COPY_DIM, connector.width) if options.copy_words else 0,
+        copy_dim=min(COPY_DIM, connector.width) if copies else 0,
     )
     if settings.key == "fused" and options.key_dim:
         raise InputError(
@@ -146,6 +150,13 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         latents=options.latents or (LATENTS if paper else settings.latents),
         latent_dim=options.latent_dim or (LATENT_DIM if paper else settings.latent_dim),
     )
+
+
+def episodes_share(options: TrainOptions, memory: MemorySettings) -> float:
+    """The share of the rows that are episodes, of those that can be."""
+    if options.episodes is None:
+        return EPISODES if memory.copy_dim else 0.0
+    return options.episodes
 
 
 def find_device(wanted: str) -> Device:
@@ -202,7 +213,7 @@ def steps_of(options: TrainOptions, rows: int) -> int:
 
 def train_settings(
     options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Device, *, processes: int,
-    start: Path | None,
+    start: Path | None, episodes: float,
 ) -> TrainSettings:  # fmt: skip
     """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
     tuned = options.stage == "instruct"
@@ -225,5 +236,5 @@ def train_settings(
         seed=options.seed,
         device=device,
         eval_every=options.eval_every,
-        episodes=options.episodes,
+        episodes=episodes,
     )

@@ -17,6 +17,7 @@ from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
     TrainOptions,
     check_options,
+    episodes_share,
     find_device,
     rows_at_once,
     steps_of,
@@ -97,9 +98,17 @@ def train(
     connector, memory, model = begun.connector, begun.memory, begun.model
     if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all
         begun.language.model.set_attn_implementation("eager")
+    share = episodes_share(options, memory)
     cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
     settings = train_settings(
-        options, data_refs(training), images, len(training), device, processes=processes.count, start=start
+        options,
+        data_refs(training),
+        images,
+        len(training),
+        device,
+        processes=processes.count,
+        start=start,
+        episodes=share,
     )
     config = CheckpointConfig(
         SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
@@ -116,7 +125,7 @@ def train(
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
     bank = make_bank(seen, model, begun.prompt)
     rows, held_out_examples, floor = examples(
-        seen, bank, model, begun.prompt, memory, seed=options.seed, share=options.episodes,
+        seen, bank, model, begun.prompt, memory, seed=options.seed, share=share,
         fits=lambda row: fits_context(row, begun),
     )  # fmt: skip
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))
