@@ -3,14 +3,16 @@
     python -m tinyalign_edge.bench.train_step [--device cpu] [--rows 8] [--steps 7]
 
 Three arms take turns, step by step: no memory; memory; and, as its control, the same number of tokens as plain text in
-the place of the memory. Each step is the whole of it: packing, both passes, AdamW. Writes
-`bench/results/train_step.json`.
+the place of the memory. Each step is the whole of it: features from mapped files, as `--cache-features` leaves them,
+packing, both passes, AdamW. What the first two take is shown apart. Writes `bench/results/train_step.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tinyalign_edge.bench.record import record
 from tinyalign_edge.train.batches import Collate, Example, TokenTurn, Values
+from tinyalign_edge.train.features import Features, record_type
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 from tinyalign_edge.train.watcher import to_device
 
 COMMAND = "python -m tinyalign_edge.bench.train_step"
 ENTRIES, VISUAL_TOKENS, VOCABULARY = 64, 49, 49_152
+SIDE, CHANNELS = 14, 768  # of SigLIP-B/16-224
 QUESTION, ANSWER = 20, 12  # tokens, of two turns a row
 SMOLLM2_135M = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -40,49 +44,68 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     given = parser.parse_args()
     result: dict[str, Any] = {"device": given.device, "rows": given.rows, "threads": torch.get_num_threads()}
-    for kind in ("tokens", "latents"):
-        result[kind] = measure(kind, torch.device(given.device), rows=given.rows, steps=given.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        features = _mapped_features(Path(folder))
+        for kind in ("tokens", "latents"):
+            result[kind] = measure(kind, features, torch.device(given.device), rows=given.rows, steps=given.steps)
     print(record("train_step", COMMAND, result))
 
 
-def measure(kind: Any, device: torch.device, *, rows: int, steps: int) -> dict[str, Any]:
+def measure(kind: Any, features: Features, device: torch.device, *, rows: int, steps: int) -> dict[str, Any]:
     """Median seconds a step of each arm, and by how much memory is slower than as much text."""
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(SMOLLM2_135M).requires_grad_(False)
-    connector = ConnectorSettings(14, 14, 768, VISUAL_TOKENS, SMOLLM2_135M.hidden_size)
+    connector = ConnectorSettings(SIDE, SIDE, CHANNELS, VISUAL_TOKENS, SMOLLM2_135M.hidden_size)
     memory = MemorySettings(kind=kind)
     model = AlignModel(language, connector, memory).to(device).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
-    collate = Collate(memory, _values(memory))
-    batches = {arm: _rows(arm, memory, rows) for arm in ("none", "memory", "text")}
-    seconds: dict[str, list[float]] = {arm: [] for arm in batches}
+    collate = Collate(memory, _values(memory, features))
+    arms = ("none", "memory", "text")
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    packing: dict[str, list[float]] = {arm: [] for arm in arms}
+    tokens = {}
     for step in range(steps + 1):
-        for arm, examples in batches.items():
+        for arm in arms:
             start = time.perf_counter()
-            loss = model(**to_device(collate(examples), device))["loss"]
+            batch = collate(_rows(arm, memory, features, rows))
+            packed = time.perf_counter()
+            loss = model(**to_device(batch, device))["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # waits for the device
             if step:  # the first warms up
                 seconds[arm].append(time.perf_counter() - start)
+                packing[arm].append(packed - start)
+            tokens[arm] = batch["input_ids"].shape[1]
+    assert tokens["memory"] == tokens["text"]
     median = {arm: float(np.median(times)) for arm, times in seconds.items()}
     return {
-        "tokens_a_row": {arm: collate(examples)["input_ids"].shape[1] for arm, examples in batches.items()},
+        "tokens_a_row": tokens,
         "seconds": {arm: round(value, 4) for arm, value in median.items()},
+        "seconds_packing": {arm: round(float(np.median(times)), 4) for arm, times in packing.items()},
         "spread": {arm: round(float(np.subtract(*np.percentile(t, [75, 25]))), 4) for arm, t in seconds.items()},
         "memory_beyond_its_tokens": round(median["memory"] / median["text"] - 1, 4),
     }
 
 
-def _values(memory: MemorySettings) -> Values:
+def _mapped_features(folder: Path) -> Features:
+    """Of `ENTRIES` pictures, in one file as a cache has them."""
+    block = np.zeros(ENTRIES, record_type((VISUAL_TOKENS, CHANNELS), CHANNELS))
+    block["pooled"] = np.random.default_rng(0).normal(size=block["pooled"].shape)
+    path = folder / "one.features"
+    path.write_bytes(block.tobytes())
+    places = np.stack([np.zeros(ENTRIES, np.int64), np.arange(ENTRIES)], axis=1)
+    return Features([np.memmap(path, block.dtype, mode="r")], places, block.dtype)
+
+
+def _values(memory: MemorySettings, features: Features) -> Values:
     rng = np.random.default_rng(0)
     ids = [tuple(rng.integers(0, VOCABULARY, memory.value_tokens).tolist()) for _ in range(ENTRIES)]
-    features = rng.normal(size=(ENTRIES, VISUAL_TOKENS, 768)).astype(np.float16)
-    return Values(ids, lambda entries: features[list(entries)])
+    return Values(ids, features.pooled)
 
 
-def _rows(arm: str, memory: MemorySettings, count: int) -> list[Example]:
+def _rows(arm: str, memory: MemorySettings, features: Features, count: int) -> list[Example]:
     rng = np.random.default_rng(1)
 
     def ids(size: int) -> tuple[int, ...]:
@@ -95,11 +118,11 @@ def _rows(arm: str, memory: MemorySettings, count: int) -> list[Example]:
         Example(
             before,
             (TokenTurn(ids(QUESTION), ids(ANSWER)), TokenTurn(ids(QUESTION), ids(ANSWER))),
-            rng.normal(size=(VISUAL_TOKENS, 768)).astype(np.float16),
+            features.pooled([row])[0],
             tuple(rng.integers(0, ENTRIES, near).tolist()),
             (0.9,) * near,
         )
-        for _ in range(count)
+        for row in range(count)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,34 @@ Floats = NDArray[np.float32]
 IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
 
 
-class StateDict(Mapping[str, Floats]):
-    """A model's state dict as float32 arrays; a tensor of another type is converted when it is read, and not kept."""
+class LazyArrays(Mapping[str, Floats]):
+    """Arrays by name, each made by `read` of what is held for it when it is asked for, and not kept."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors = model.state_dict()
+    def __init__(self, held: Mapping[str, Any], read: Callable[[Any], Floats]) -> None:
+        self._held, self._read = held, read
 
     def __getitem__(self, name: str) -> Floats:
-        array: Floats = self._tensors[name].detach().float().numpy()
-        return array
+        return self._read(self._held[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._held
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._held)
 
 
-class ParkedWeights(Mapping[str, Floats]):
-    """A model's state dict as float32 arrays in a file, each read when it is asked for; the model is empty afterwards.
+class StateDict(LazyArrays):
+    """A model's state dict as float32 arrays; a tensor of another type is converted when it is read."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.state_dict(), lambda tensor: tensor.detach().float().numpy())
+
+
+class ParkedWeights(LazyArrays):
+    """A model's state dict as float32 arrays in a file; the model is empty afterwards.
 
     Args:
         model: its parameters and buffers are moved to torch's "meta" device.
@@ -47,25 +53,16 @@ class ParkedWeights(Mapping[str, Floats]):
     """
 
     def __init__(self, model: torch.nn.Module, path: Path) -> None:
-        state, data = StateDict(model), DataFile(path)
-        self._path = path
-        self._places = {name: (data.add(array), array.shape) for name, array in state.items()}
-        del state
+        data = DataFile(path)
+        places = {name: (data.add(array), array.shape) for name, array in StateDict(model).items()}
         model.to("meta")
+        super().__init__(places, self._from_file)
+        self._path = path
 
-    def __getitem__(self, name: str) -> Floats:
-        span, shape = self._places[name]
+    def _from_file(self, place: Any) -> Floats:
+        span, shape = place
         array: Floats = np.fromfile(self._path, np.float32, int(np.prod(shape)), offset=span.offset)
         return array.reshape(shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 class Weights:

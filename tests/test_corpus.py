@@ -147,7 +147,7 @@ def test_a_row_of_more_pictures_than_the_context_holds_is_named(world: Path, tow
     rows = rows_of(world)
     for row in rows[:2]:  # of two one at least is not held out
         row["image"] = [row["image"]] * 16
-    with pytest.raises(InputError, match=r"row [12] .*the context leaves -96 beside 256 of 16 pictures"):
+    with pytest.raises(InputError, match=r"row [12] .*the context leaves -96 beside 16 pictures"):
         train_tiny(world, towers, tmp_path / "c", data=write(tmp_path / "a.json", rows), visual_tokens=16)
 
 

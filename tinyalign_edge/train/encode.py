@@ -16,11 +16,9 @@ from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.image import open_image, preprocess
-from tinyalign_edge.progress import progress
+from tinyalign_edge.train.features import find_features, record_type
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.towers import patch_features
-
-BATCH = 8  # fits the processor's caches; larger batches are slower
 
 
 @dataclass(frozen=True)
@@ -32,34 +30,22 @@ class Encoded:
 
 
 def encode_rows(
-    vision: nn.Module,
-    image: ImageConfig,
-    model: AlignModel,
-    rows: Sequence[Row],
-    *,
-    device: str,
-    dtype: npt.DTypeLike = np.float32,
+    vision: nn.Module, image: ImageConfig, model: AlignModel, rows: Sequence[Row], *, device: str
 ) -> Encoded:
-    """Encode the picture of every row; rows that share a picture share the work. `dtype` is that of `pooled`.
+    """Encode the first picture of every row; rows that share a picture share the work.
 
     Raises:
         InputError: a picture cannot be read; the message names it and its row.
     """
-    unique = list(dict.fromkeys(row.path for row in rows))
+    paths = list(dict.fromkeys(row.path for row in rows))
     first = {row.path: row.where for row in reversed(rows)}
     encode = PictureEncoder(vision, image, model, device=device, where=first.__getitem__)
-    pooled: list[npt.NDArray[np.floating[Any]]] = []
-    regions: list[npt.NDArray[np.float32]] = []
-    with progress("Encoding pictures", len(unique)) as advance:
-        for start in range(0, len(unique), BATCH):
-            paths = unique[start : start + BATCH]
-            some, their = encode(paths)
-            pooled.append(some.astype(dtype))
-            regions.append(their)
-            advance(len(paths))
-    place = {path: i for i, path in enumerate(unique)}
-    order = np.array([place[row.path] for row in rows])
-    return Encoded(np.concatenate(pooled)[order], np.concatenate(regions)[order])
+    record = record_type((model.pool.shape[1], model.pool.shape[2]), len(model.key.mean), "<f4")
+    numbers = range(len(paths))
+    features = find_features(paths, numbers, record, lambda some: encode([paths[i] for i in some]), cache=None)
+    place = dict(zip(paths, numbers, strict=True))
+    order = [place[row.path] for row in rows]
+    return Encoded(features.pooled(order), features.regions(order))
 
 
 class PictureEncoder:

@@ -16,19 +16,20 @@ import numpy.typing as npt
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.progress import progress
-from tinyalign_edge.train.encode import BATCH
 from tinyalign_edge.train.feature_cache import FeatureCache, content_digest
 
 Floats = npt.NDArray[np.floating[Any]]
 Records = npt.NDArray[np.void]  # of `record_type`
 
+BATCH = 8  # pictures; fits the processor's caches, larger batches are slower
 SHARE_OF_MEMORY = 0.6  # that features may take
 
 
-def record_type(pooled: tuple[int, int], regions: int) -> np.dtype[np.void]:
-    """One picture's features: `pooled` (N, C) float16 (the connector's LayerNorm makes the rounding harmless),
-    `regions` (key_grid**2 * C,) float32, and the SHA-256 of the picture's file where they come from a cache."""
-    return np.dtype([("digest", "u1", 32), ("regions", "<f4", regions), ("pooled", "<f2", pooled)])
+def record_type(pooled: tuple[int, int], regions: int, kind: str = "<f2") -> np.dtype[np.void]:
+    """One picture's features: `pooled` (N, C), in training float16 (the connector's LayerNorm makes the rounding
+    harmless), `regions` (key_grid**2 * C,) float32, and the SHA-256 of the picture's file where they come from a cache.
+    """
+    return np.dtype([("digest", "u1", 32), ("regions", "<f4", regions), ("pooled", kind, pooled)])
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Features:
         return bool(self.places[picture, 0] >= 0)
 
     def pooled(self, pictures: Sequence[int]) -> Floats:
-        """(P, N, C) float16 of the pictures with these numbers; (0, N, C) of none."""
+        """(P, N, C) of the pictures with these numbers; (0, N, C) of none."""
         return self._take("pooled", pictures)
 
     def regions(self, pictures: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -97,24 +97,17 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
     """
     long = {}
     for i, row in enumerate(corpus):
-        left = _room_for_text(row, start)
+        left = start.room(len(row.pictures))
         if (tokens := longest_tokens(row, start.prompt, left)) > left:
-            seen = len(row.pictures) * start.connector.visual_tokens
-            pictures = f" beside {seen} of {len(row.pictures)} pictures" if len(row.pictures) > 1 else ""
+            pictures = f" beside {len(row.pictures)} pictures" if len(row.pictures) > 1 else ""
             long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}{pictures}; shorten the row"
     return drop_bad(corpus, long, skip_bad=skip_bad)
 
 
 def fits_context(row: Row, start: Start) -> bool:
     """Whether the context has room for the row's longest turn with all that stands before it."""
-    left = _room_for_text(row, start)
+    left = start.room(len(row.pictures))
     return longest_tokens(row, start.prompt, left) <= left
-
-
-def _room_for_text(row: Row, start: Start) -> int:
-    """The tokens that the context has for a turn and what stands before it, beside the row's pictures and memories."""
-    seen = len(row.pictures) * start.connector.visual_tokens
-    return start.prompt.config.max_context_tokens - start.memory.max_memory_tokens - seen
 
 
 def region_sample(seen: Seen) -> npt.NDArray[np.float32]:
@@ -160,21 +153,20 @@ def make_keys(seen: Seen, model: AlignModel, rows: Corpus, text: Callable[[Row],
     """Keys (R, key_dim) of the first pictures of rows that have one; with a fused key, of the text of each, too."""
     if model.fused_key is None:
         return picture_keys(seen, model, rows)
-    keys = np.empty((len(rows), model.memory_settings.key_dim), np.float32)
-    for start in range(0, len(rows), KEYS_AT_ONCE):
-        pooled = seen.features.pooled([pictures[0] for pictures in rows.pictures[start : start + KEYS_AT_ONCE]])
-        texts = [text(rows[start + i]) for i in range(len(pooled))]
-        keys[start : start + len(pooled)] = fused_keys(model, pooled, texts)
-    return keys
+
+    def keys(part: range, pictures: list[int]) -> Float:
+        return fused_keys(model, seen.features.pooled(pictures), [text(rows[i]) for i in part])
+
+    return _in_parts(rows, model.memory_settings.key_dim, keys)
 
 
 def picture_keys(seen: Seen, model: AlignModel, rows: Corpus) -> Float:
     """Keys (R, P) of the first pictures of rows that have one."""
-    keys = np.empty((len(rows), model.key.axes.shape[0]), np.float32)
-    for start in range(0, len(rows), KEYS_AT_ONCE):
-        pictures = [pictures[0] for pictures in rows.pictures[start : start + KEYS_AT_ONCE]]
-        keys[start : start + len(pictures)] = keys_of_regions(model, seen.features.regions(pictures))
-    return keys
+
+    def keys(_: range, pictures: list[int]) -> Float:
+        return keys_of_regions(model, seen.features.regions(pictures))
+
+    return _in_parts(rows, model.key.axes.shape[0], keys)
 
 
 def examples(
@@ -247,6 +239,15 @@ def _without_lost(corpus: Corpus, features: Features) -> Corpus:
         if picture not in features
     }
     return drop_bad(corpus, lost, skip_bad=True)
+
+
+def _in_parts(rows: Corpus, width: int, keys: Callable[[range, list[int]], Float]) -> Float:
+    """Keys (R, width), made of a part of the rows and their first pictures at a time: features may not fit."""
+    made = np.empty((len(rows), width), np.float32)
+    for start in range(0, len(rows), KEYS_AT_ONCE):
+        part = range(start, min(start + KEYS_AT_ONCE, len(rows)))
+        made[part.start : part.stop] = keys(part, [rows.pictures[i][0] for i in part])
+    return made
 
 
 def _features_of(seen: Seen, corpus: Corpus) -> Callable[[int], npt.NDArray[np.floating]]:

@@ -41,6 +41,11 @@ class Start:
     merge: Callable[[], None] = lambda: None
     whole: bool = False
 
+    def room(self, pictures: int) -> int:
+        """How many tokens of text the context holds beside so many pictures and all memories."""
+        seen = pictures * self.connector.visual_tokens
+        return self.prompt.config.max_context_tokens - self.memory.max_memory_tokens - seen
+
 
 def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
     """New connectors between two towers, which stay frozen.
