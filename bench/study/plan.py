@@ -65,7 +65,7 @@ TRIALS = {
     **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
                                      changes={**ARMS[arm].changes, "learning_rate": rate})
        for arm in ("baseline", "memory") for rate in RATES},
-    **{f"{arm}-short-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}, half the steps",
+    **{f"{arm}-short-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, rate {rate:g}, half the steps",
                                            changes={**ARMS[arm].changes, "learning_rate": rate}, steps=0.5)
        for arm in ("baseline", "memory") for rate in RATES},
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
