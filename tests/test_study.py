@@ -170,7 +170,9 @@ def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
     assert summary["steps_to_baseline_loss_ratio"]["mean"] == 0.5
     text = report.read_text("utf-8")
     assert text.count("| caltech | loss with memory / loss without | 0.833 | at most 0.85 | yes |") == 1
-    assert "Not finished" in text and "`easy_vqa.baseline.100.0.scores`" in text
+    assert "Not finished" in text and "of easy_vqa" in text
+    missing = read_json(tmp_path / "results" / "summary.json")["missing_parts"]
+    assert "easy_vqa.baseline.100.0.scores" in missing and not done.keys() & set(missing)
     assert json.loads((tmp_path / "results" / "caltech.json").read_text())["parts"].keys() == done.keys()
     assert (tmp_path / "docs" / "study-loss.png").is_file()
 

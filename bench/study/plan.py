@@ -65,6 +65,9 @@ TRIALS = {
     **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
                                      changes={**ARMS[arm].changes, "learning_rate": rate})
        for arm in ("baseline", "memory") for rate in RATES},
+    **{f"{arm}-short-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, rate {rate:g}, half the steps",
+                                           changes={**ARMS[arm].changes, "learning_rate": rate}, steps=0.5)
+       for arm in ("baseline", "memory") for rate in RATES},
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
        for arm in ("baseline", "memory")},
 }  # fmt: skip
@@ -117,12 +120,12 @@ def rate_trials(name: str) -> dict[float, Part]:
 def _ordered() -> Iterator[Part]:
     for name in MAIN:
         yield from rate_trials(name).values()
-        yield Part(Run(name, "baseline-long", seed=TUNING_SEED), "scores")
         for arm in ("baseline", "memory"):
             yield Part(Run(name, arm), "scores")
     for name in MAIN:
         yield Part(Run(name, "memory"), "copy")
         yield Part(Run(name, "memory"), "emi")
+        yield Part(Run(name, "baseline-long", seed=TUNING_SEED), "scores")
     yield from _shares(0)
     yield from _controls(0)
     for seed in SEEDS[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from tinyalign_edge.bench.study.summary import Summary, curve, find, missing, sc
 from tinyalign_edge.export.card import markdown_table
 
 NONE = "–"
+NEXT = 4
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 
 
@@ -32,8 +34,12 @@ def state(done: Results, summary: Summary) -> str:
     lacking = missing(done, parts)
     if not lacking:
         return f"All {len(parts)} parts are done."
-    named = ", ".join(f"`{name}`" for name in lacking)
-    return f"**Not finished**: {len(parts) - len(lacking)} of {len(parts)} parts are done. Missing: {named}."
+    left = ", ".join(f"{count} of {name}" for name, count in Counter(part.split(".")[0] for part in lacking).items())
+    return (
+        f"**Not finished**: {len(parts) - len(lacking)} of {len(parts)} parts are done. Missing: {left}, the next ones "
+        f"{', '.join(f'`{name}`' for name in lacking[:NEXT])}; `missing_parts` of `summary.json` names them all. "
+        f"A figure that needs them is shown as {NONE}."
+    )
 
 
 def goal_table(done: Results, summary: Summary) -> str:
