@@ -41,6 +41,7 @@ KINDS = ("open", "yes_no")
 DEFAULT = TrainOptions(steps=STEPS, device="cpu", copy_words=False, episodes=0.0)
 FUSED = replace(DEFAULT, key="fused", batch_size=DEFAULT.batch_size * QUESTIONS_A_ROW)  # as many questions a step
 LATENTS = replace(DEFAULT, memory="latents")
+COPY = replace(DEFAULT, copy_words=True, episodes=EPISODES)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def _arms() -> dict[str, Arm]:
     runs: dict[str, tuple[str, TrainOptions]] = {
         "none": ("no memory", replace(DEFAULT, memory="none")),
         "tokens": ("24 token ids, key of 128", DEFAULT),
-        "copy": ("24 token ids, copied from (default)", replace(DEFAULT, copy_words=True, episodes=EPISODES)),
+        "copy": ("24 token ids, copied from", COPY),
+        "copy-12": ("12 token ids, copied from", replace(COPY, value_tokens=12)),
         "latents-8x96": ("8 x 96 latents", LATENTS),
         "key-64": ("24 token ids, key of 64", replace(DEFAULT, key_dim=64)),
         "key-256": ("24 token ids, key of 256", replace(DEFAULT, key_dim=256)),

@@ -191,7 +191,7 @@ def _lines(dim: int) -> dict[str, Callable[[dict[str, Any]], str]]:
     }
     for threads in THREADS:
         lines |= {f"{name} x{threads}, ms": partial(_times, threads, key) for name, key in engines.items()}
-    lines |= {f"{name} x1 cold, ms": partial(_cold, key) for name, key in engines.items()}
+    lines |= {f"{name} cold, ms": partial(_cold, key) for name, key in engines.items()}
     return lines | {
         "open, verified, ms": lambda p: f"{p['verified']['open_ms']:.1f}",
         "open, unverified, ms": lambda p: f"{p['unverified']['open_ms']:.1f}",

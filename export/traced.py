@@ -34,6 +34,7 @@ from tinyalign_edge.export.plan import PRECISIONS, Plan
 from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.export.rotary import longest_position
 from tinyalign_edge.runtime.decoder import Decoder
+from tinyalign_edge.train.model import body_name
 
 OPSET = 18
 TRACED_TOKENS, TRACED_CAPACITY = 5, 12  # sizes of the example that is traced; all are free in the graph
@@ -167,8 +168,10 @@ class _Layers(nn.Module):
             "cache_position": positions,
             "logits_to_keep": torch.arange(tokens)[-num_logits:],
             "use_cache": True,
-            "output_hidden_states": self.hidden,
         }
+        states: list[Tensor] = []
+        body = getattr(self.model, body_name(self.model))  # `output_hidden_states` gives None in a trace of some models
+        hook = body.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         output = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._masks(positions, total_sequence_length.long()),
@@ -176,8 +179,8 @@ class _Layers(nn.Module):
             past_key_values=cache,
             **{name: value for name, value in options.items() if name in self.accepted},
         )
-        states = (output.hidden_states[-1],) if self.hidden else ()
-        return output.logits[:, -num_logits:], *cache.buffers, *states
+        hook.remove()
+        return output.logits[:, -num_logits:], *cache.buffers, *states[: int(self.hidden)]
 
     def _masks(self, positions: Tensor, total: Any) -> Tensor | dict[str, Tensor]:
         """Additive masks (1, 1, T, total), by kind of layer where the model has more than one."""

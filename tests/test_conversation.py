@@ -73,7 +73,7 @@ def test_what_is_kept_between_turns_is_what_would_be_read_anew(fp32_bundle: Path
         turns = [Said(one.question, one.answer, len(one.images)) for one in before]
         turns.append(Said(last.question, None, len(last.images)))
         images = [image for one in talk.exchanges for image in one.images]
-        anew = Context(model._decoder, Lru(0))
+        anew = Context(model._decoder, Lru(0), model._copying)
         logits = anew.read(model._answering.spans(turns, images), room=0)
         np.testing.assert_allclose(seen[-1], logits, atol=1e-4)
         assert [len(one.images) for one in talk.exchanges] == [1, 0, 2]

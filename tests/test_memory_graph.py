@@ -14,6 +14,7 @@ import pytest
 from tests.banks import contents, files, make_bank, named_files, reseal, teach, unit
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.memory import Bank, Neighbours, Record, copy_bank
+from tinyalign_edge.memory import graph as graph_module
 from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import write as write_module
 from tinyalign_edge.memory.lookup import CANDIDATES
@@ -25,6 +26,7 @@ QUERIES = unit(60, seed=1)
 @pytest.fixture(autouse=True)
 def small_switch_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rebuild_module, "SWITCH_OVER", 50)
+    monkeypatch.setattr(graph_module, "MIN_WIDTH", 64)  # random keys have no near neighbours that lead to each other
 
 
 @pytest.fixture

@@ -98,7 +98,8 @@ class Context:
         Returns:
             (V,) float32: what follows the last position.
         """
-        self._texts = memory_texts(_pictures(spans))
+        if self._copying is not None:
+            self._texts = memory_texts(_pictures(spans))
         names = [name for span in spans for name in span.names]
         pictures = [i for i, span in enumerate(spans) if span.image is not None]
         head = sum(map(len, spans[: pictures[-1] + 1])) if pictures else 0

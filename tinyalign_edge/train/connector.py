@@ -99,7 +99,7 @@ class MemoryConnector(nn.Module):
         out: Tensor = values + self.down(nn.functional.gelu(self.up(normed)))
         if self.gate is None or self.nothing is None:
             return out
-        return torch.lerp(self.nothing.expand_as(out), out, torch.sigmoid(self.gate(normed)))
+        return torch.lerp(self.nothing.expand_as(out), out, torch.sigmoid(self.gate(normed)).to(out.dtype))
 
 
 class ValueEncoder(nn.Module):
