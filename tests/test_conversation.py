@@ -66,9 +66,9 @@ def test_what_is_kept_between_turns_is_what_would_be_read_anew(fp32_bundle: Path
             talk.ask(question, images, max_new_tokens=6, processors=record)  # type: ignore[arg-type]
 
         talk = model.chat()
-        ask(QUESTIONS[0], drawn(1))
+        ask(QUESTIONS[0], drawn(2))
         ask(QUESTIONS[1])
-        ask(QUESTIONS[2], [drawn(2), drawn(3)])
+        ask(QUESTIONS[2], [drawn(3), drawn(4)])
         *before, last = talk.exchanges
         turns = [Said(one.question, one.answer, len(one.images)) for one in before]
         turns.append(Said(last.question, None, len(last.images)))
