@@ -8,7 +8,7 @@ from functools import reduce
 from operator import sub, truediv
 from typing import Any
 
-from tinyalign_edge.bench.study.plan import MAIN
+from tinyalign_edge.bench.study.plan import MAIN, TAUGHT
 from tinyalign_edge.bench.study.summary import Summary
 
 
@@ -49,6 +49,11 @@ def _of(name: str, part: Summary) -> Iterator[Goal]:
                compared(sub, score.format("memory.40"), baseline), 0.0, False)  # fmt: skip
     yield Goal(name, "score with shuffled memory, minus the baseline's",
                compared(sub, score.format("shuffled_memory"), baseline), 0.0, True)  # fmt: skip
+    if name == TAUGHT:
+        yield Goal(name, "five taught examples a class / the nearest neighbour's ceiling",
+                   compared(truediv, "teach.5", "teach_ceiling.5"), 0.7, False)  # fmt: skip
+        yield Goal(name, "trained classes after teaching, minus before",
+                   compared(sub, "seen.after", "seen.before"), -0.01, False)  # fmt: skip
     for arm in ("baseline", "memory"):
         for kind, path in (("open", score), ("yes/no", closed)):
             yield Goal(name, f"int8 minus float32, {kind} questions, arm {arm}",

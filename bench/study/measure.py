@@ -16,6 +16,7 @@ from tinyalign_edge.bench.study.datasets import DataSet
 from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, Part, Run, rate_trials
 from tinyalign_edge.bench.study.score import Eye, ask, summarise
 from tinyalign_edge.bench.study.store import results
+from tinyalign_edge.bench.teach import teach_accuracies
 from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
@@ -194,6 +195,12 @@ def copy(bench: Bench, run: Run) -> Result:
     return result
 
 
+def teach(bench: Bench, run: Run) -> Result:
+    """Classes that the training never saw, after some examples of each: see `bench/teach.py`."""
+    folder = bench.checkpoint(run).folder
+    return dict(teach_accuracies(folder, encode=bench.eyes.setdefault(run.dataset, Eye())))
+
+
 def int8(bench: Bench, run: Run) -> Result:
     """The same questions, asked of the int8 bundle of the run's checkpoint one by one."""
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
@@ -218,5 +225,6 @@ KINDS: dict[str, Callable[[Bench, Run], Result]] = {
     "copy": copy,
     "full_bank": full_bank,
     "bank_sizes": bank_sizes,
+    "teach": teach,
     "int8": int8,
 }

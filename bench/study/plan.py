@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from tinyalign_edge.train.options import TrainOptions
 
-Kind = Literal["scores", "emi", "copy", "full_bank", "bank_sizes", "int8"]
+Kind = Literal["scores", "emi", "copy", "full_bank", "bank_sizes", "teach", "int8"]
 
 DATASETS = ("caltech", "easy_vqa", "scenes", "nlvr")
+TAUGHT = "caltech"  # has classes that no training saw
 MAIN = ("caltech", "easy_vqa")  # three seeds, shares, controls, ablations
 SHARES = (10, 20, 40, 70, 100)  # per cent of the training pictures
 SEEDS = (0, 1, 2)
@@ -49,9 +50,11 @@ BASELINE: dict[str, Any] = {"memory": "none"}
 
 ARMS = {
     "baseline": Arm("no memory", BASELINE),
-    "memory": Arm("memory: token ids, key from the picture, k = 4", TOKENS),
+    "memory": Arm("memory: token ids that can be copied, key from the picture, k = 4", TOKENS),
     "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True}),
     "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
+    "no-copy": Arm("token ids that cannot be copied", {**TOKENS, "copy_words": False, "episodes": 0.0}),
+    "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, "episodes": 0.0}),
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
@@ -71,8 +74,10 @@ TRIALS = {
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
        for arm in ("baseline", "memory")},
 }  # fmt: skip
-ABLATIONS = ("turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16", "latents-32",
-             "random", "fused", "paper")  # fmt: skip
+ABLATIONS = (
+    "no-copy", "no-episodes", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16",
+    "latents-32", "random", "fused", "paper",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def _ordered() -> Iterator[Part]:
         yield Part(Run(name, "memory"), "copy")
         yield Part(Run(name, "memory"), "emi")
         yield Part(Run(name, "baseline-long", seed=TUNING_SEED), "scores")
+    yield Part(Run(TAUGHT, "memory"), "teach")
     yield from _shares(0)
     yield from _controls(0)
     for seed in SEEDS[1:]:
@@ -147,6 +153,7 @@ def _ordered() -> Iterator[Part]:
         yield from (Part(Run(name, arm, seed=TUNING_SEED), "scores") for arm in TRIALS)
     for arm in ABLATIONS[:-2]:
         yield from (Part(Run(name, arm), "scores") for name in MAIN)
+    yield from (Part(Run(TAUGHT, arm), "teach") for arm in ("no-copy", "no-episodes"))
     yield from (Part(Run(name, arm), "scores") for name in MAIN for arm in ABLATIONS[-2:])  # the slowest
 
 
@@ -172,6 +179,8 @@ def _controls(seed: int) -> Iterator[Part]:
 def _measures(name: str, seed: int) -> Iterator[Part]:
     yield Part(Run(name, "shuffled", seed=seed), "scores")
     yield Part(Run(name, "memory", seed=seed), "copy")
+    if name == TAUGHT:
+        yield Part(Run(name, "memory", seed=seed), "teach")
     for arm in ("memory", "baseline", "shuffled"):
         yield Part(Run(name, arm, seed=seed), "emi")
     yield Part(Run(name, "memory", seed=seed), "int8")

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyalign_edge.bench.study.plan import DATASETS, SEEDS, SHARES, Kind, Part, Run
+from tinyalign_edge.bench.study.plan import DATASETS, SEEDS, SHARES, TAUGHT, Kind, Part, Run
 from tinyalign_edge.bench.study.store import Results
+from tinyalign_edge.bench.teach import SHOTS
 
 Summary = dict[str, Any]
 Spread = dict[str, float | int | None]  # mean, sample standard deviation, seeds
@@ -90,7 +91,13 @@ def _dataset(done: Results, name: str) -> Summary:
             "shuffled": value("shuffled", "emi", "shuffled_memory"),
             "image_of_baseline": value("baseline", "emi", "image"),
         },
+        **(_taught(value) if name == TAUGHT else {}),
     }
+
+
+def _taught(value: Callable[..., Spread]) -> Summary:
+    figures = {"teach": SHOTS, "teach_choices": SHOTS, "teach_ceiling": SHOTS[1:], "seen": ("before", "after")}
+    return {figure: {str(at): value("memory", "teach", figure, str(at)) for at in of} for figure, of in figures.items()}
 
 
 def _scores(done: Results, name: str, questions: str) -> Summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tinyalign_edge.bench.study.goals import goals
@@ -14,17 +15,20 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     MAIN,
     SHARES,
+    TAUGHT,
     TRIALS,
     TUNING_SEED,
     Run,
     plan,
 )
 from tinyalign_edge.bench.study.store import Results
-from tinyalign_edge.bench.study.summary import Summary, curve, find, missing, score_of, steps_ratio
+from tinyalign_edge.bench.study.summary import Spread, Summary, curve, find, missing, over_seeds, score_of, steps_ratio
+from tinyalign_edge.bench.teach import SHOTS
 from tinyalign_edge.export.card import markdown_table
 
 NONE = "–"
 NEXT = 4
+TAUGHT_FIGURES = {"teach": "free", "teach_choices": "among choices", "teach_ceiling": "nearest entry's text"}
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 
 
@@ -151,6 +155,23 @@ def banks(done: Results, summary: Summary) -> str:
     return markdown_table(("data", "bank", "entries", "loss", "open", "yes/no"), rows)
 
 
+def taught(done: Results, summary: Summary) -> str:
+    """Right answers about classes that no training saw, after so many examples of each, and about trained ones."""
+    rows = []
+    for arm in ("memory", "no-copy", "no-episodes"):
+        for figure, title in TAUGHT_FIGURES.items():
+            of = partial(_taught, done, arm, figure)
+            if of(f"{SHOTS[-1]}")["seeds"]:
+                rows.append((f"{ARMS[arm].title}: {title}", *(_share(of(f"{shots}")) for shots in SHOTS)))
+    head = ("arm", *(f"{shots} examples" for shots in SHOTS))
+    seen = [_share(_taught(done, "memory", "seen", when)) for when in ("before", "after")]
+    return f"{markdown_table(head, rows)}\n\nTrained classes before: {seen[0]} %, after: {seen[1]} %."
+
+
+def _taught(done: Results, arm: str, figure: str, at: str) -> Spread:
+    return over_seeds(lambda seed: find(done, Run(TAUGHT, arm, seed=seed), "teach", figure, at))
+
+
 def bundles(done: Results, summary: Summary) -> str:
     """Float32 in torch beside the int8 bundle."""
     rows = []
@@ -199,6 +220,7 @@ TABLES: dict[str, Callable[[Results, Summary], str]] = {
     "information": information,
     "ablations": ablations,
     "banks": banks,
+    "taught": taught,
     "bundles": bundles,
     "tuning": tuning,
     "work": work,
