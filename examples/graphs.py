@@ -25,8 +25,9 @@ KNOWN = {  # what this program makes use of, or may leave aside
     "image": "height width resample resize resize_to center_crop rescale mean std",
     "vision": "file precision visual_tokens key_dim inputs outputs feature_dim",
     "decoder": "file embed_file data_files precision layers width kv_heads head_dim vocab_size max_positions smoothed "
-    "kv graph past_key past_value present_key present_value",
-    "memory": "kind k floor metric key_dim key_dtype value_tokens latents latent_dim fingerprint file value_file",
+    "kv graph past_key past_value present_key present_value hidden",
+    "memory": "kind k floor metric key_dim key_dtype value_tokens latents latent_dim fingerprint file value_file "
+    "copy_file",
     "prompt": "chat_template prepend_bos bos_token eos_token eos_token_ids max_context_tokens picture",
 }
 
@@ -81,6 +82,7 @@ class LanguageModel:
     def __init__(self, folder: Path, block: dict, capacity: int) -> None:
         self.embed_graph, self.graph = open_graph(folder / block["embed_file"]), open_graph(folder / block["file"])
         self.block, self.length = block, 0
+        self.states = np.zeros((0, block["width"]), np.float32)  # of every position, where the graph gives them
         shape = (1, block["kv_heads"], capacity, block["head_dim"])
         dtype = {"fp32": np.float32, "int8": np.int8}[block.get("kv", "fp32")]
         self.binding = self.graph.io_binding()
@@ -107,7 +109,11 @@ class LanguageModel:
         for name, array in inputs.items():
             self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        states = np.empty((1, *rows.shape), np.float32)
+        if self.block.get("hidden"):
+            self.binding.bind_ortvalue_output("hidden", ort.OrtValue.ortvalue_from_numpy(states))
         self.graph.run_with_iobinding(self.binding)
+        self.states = np.concatenate([self.states, states[0]])
         return logits[0, 0]
 
 
@@ -128,6 +134,26 @@ def memory_tokens(folder: Path, block: dict, found: list, embed) -> np.ndarray:
         "similarity": np.repeat(np.array([score for score, _, _ in found], np.float32), sizes),
     }
     return open_graph(folder / block["file"]).run(["memory_tokens"], inputs)[0]
+
+
+class Copying:
+    """The graph by which the next token may be one of the memory's, whose first stands at the position `start`."""
+
+    def __init__(self, path: Path, values: list[np.ndarray], start: int) -> None:
+        self.graph, self.ids = open_graph(path), np.concatenate(values).astype(np.int64)
+        self.before = np.concatenate([[-1, *value[:-1]] for value in values])  # in its entry; -1: nothing
+        self.places = start + np.arange(len(self.ids))
+
+    def mix(self, logits: np.ndarray, states: np.ndarray, token: int) -> np.ndarray:
+        """Log probabilities (V,) of what follows `token`, the last one read."""
+        inputs = {
+            "logits": logits[None],
+            "states": states[-1:],
+            "texts": np.stack([states[self.places - 1], states[self.places]], axis=1),
+            "token_ids": self.ids,
+            "match": (self.before == token).astype(np.float32)[None],
+        }
+        return self.graph.run(["log_probabilities"], inputs)[0][0]
 
 
 def prompt_ids(tokenizer: Tokenizer, layout: dict, question: str) -> tuple[list[int], list[int]]:
@@ -154,19 +180,24 @@ def answer(folder: Path, layout: dict, picture: Path, question: str) -> dict:
     outputs = open_graph(folder / vision["file"]).run(vision["outputs"], {"pixel_values": pixels})
     seen = {name: output[0] for name, output in zip(vision["outputs"], outputs, strict=True)}
     found = [] if memory["kind"] == "none" else retrieve(folder / "memory", memory, seen["key"])
-    rows = [seen["visual_tokens"]]
+    rows, copying = [seen["visual_tokens"]], None
     if any(len(value) for _, value, _ in found):
         rows.append(memory_tokens(folder, memory, found, language.embed))
+        if memory.get("copy_file"):
+            start = len(before) + len(rows[0])
+            copying = Copying(folder / memory["copy_file"], [value for _, value, _ in found], start)
 
     language.read(np.concatenate([language.embed(before), *rows]))  # up to the picture's end
-    logits = language.read(language.embed(after))
+    logits, last = language.read(language.embed(after)), after[-1]
     limit = min(manifest["generation"]["max_new_tokens"], prompt["max_context_tokens"] - language.length)
     ids: list[int] = []
-    while (token := int(logits.argmax())) not in prompt["eos_token_ids"]:
-        ids.append(token)
-        if len(ids) == limit:
+    while len(ids) < limit:
+        if copying:
+            logits = copying.mix(logits, language.states, last)
+        if (last := int(logits.argmax())) in prompt["eos_token_ids"]:
             break
-        logits = language.read(language.embed([token]))
+        ids.append(last)
+        logits = language.read(language.embed([last]))
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return {"answer": text, "memories": [record["text"] for _, _, record in found]}
 

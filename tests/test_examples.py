@@ -83,12 +83,13 @@ def test_the_graphs_alone_give_the_runtimes_answers_and_memories(tmp_path: Path,
     assert found["memories"][0] == "a large red cat."
 
 
-@pytest.mark.parametrize("kind", ["none", "latents"])
-def test_the_graphs_alone_do_without_a_memory_and_with_one_of_latents(
+@pytest.mark.parametrize("kind", ["none", "latents", "tokens"])
+def test_the_graphs_alone_do_without_a_memory_with_latents_and_with_copying(
     tmp_path: Path, bundles: dict[str, Path], kind: str
 ) -> None:
     layout = write_layout(bundles[kind], tmp_path)
     with ta.load(bundles[kind]) as model:
+        assert (model.manifest.memory.copy_file is not None) == (kind == "tokens")
         answer = model.ask(PICTURE, QUESTION)
     done = graphs(bundles[kind], layout, PICTURE, QUESTION)
     assert done.returncode == 0, done.stderr
