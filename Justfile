@@ -60,6 +60,7 @@ fix:
 bench:
     {{ bin }}/python -m tinyalign_edge.bench.demo
     {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
+    {{ bin }}/python -m tinyalign_edge.bench.teach runs/caltech/tokens-bundle --record
     {{ bin }}/python -m tinyalign_edge.bench.memory_size
     {{ bin }}/python -m tinyalign_edge.bench.stories
     {{ bin }}/python -m tinyalign_edge.bench.formats
