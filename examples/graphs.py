@@ -86,9 +86,11 @@ class LanguageModel:
         shape = (1, block["kv_heads"], capacity, block["head_dim"])
         dtype = {"fp32": np.float32, "int8": np.int8}[block.get("kv", "fp32")]
         self.binding = self.graph.io_binding()
+        self.cache = []  # older onnxruntimes do not keep an array alive that they read and write
         for past, present in (("past_key", "present_key"), ("past_value", "present_value")):
             for layer in range(block["layers"]):
-                buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+                self.cache.append(np.zeros(shape, dtype))
+                buffer = ort.OrtValue.ortvalue_from_numpy(self.cache[-1])
                 self.binding.bind_ortvalue_input(block[past] % layer, buffer)
                 self.binding.bind_ortvalue_output(block[present] % layer, buffer)  # the same memory
 
