@@ -25,7 +25,8 @@ class Threads:
 
     Attributes:
         count: threads of one operator; None: one a physical core.
-        spinning: idle threads wait busily for the next operator: faster, at the price of power and of other work.
+        spinning: while a graph runs, idle threads wait busily for its next operator: faster, at the price of power
+            and of other work. Between runs all sleep.
         affinity: processors of all threads but the caller's own, as onnxruntime writes them: numbers from 1, a
             semicolon between threads ("2;3;4"). Needs `count`, and names one thread fewer.
     """
@@ -94,6 +95,7 @@ def session_options(threads: ThreadsLike) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = LOG_ERRORS
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else they wait in the way of the next graph
     if settings.affinity:
         options.add_session_config_entry("session.intra_op_thread_affinities", settings.affinity)
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # unpack int8 convolution weights once, at load
