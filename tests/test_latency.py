@@ -25,11 +25,11 @@ from tinyalign_edge.latency import output
 from tinyalign_edge.latency.compare import compare
 from tinyalign_edge.latency.energy import Battery, find_meter
 from tinyalign_edge.latency.host import host
-from tinyalign_edge.latency.measure import Setting, check
+from tinyalign_edge.latency.measure import Setting, _Asking, check
 from tinyalign_edge.latency.rows import DISK, ENERGY, PROCESS, STAGES, Result, Row, read_result
 from tinyalign_edge.latency.run import ask_child, bench, divided
 from tinyalign_edge.latency.throttle import RASPBERRY_PI, read_throttle, throttling
-from tinyalign_edge.latency.work import Work, picture, prompt_length, question_of, unseen
+from tinyalign_edge.latency.work import Work, prompt_length, question_of
 
 MEMORY_STAGES = {"retrieve", "memory_add"}
 SMALL = Work(visual_tokens=6, prompt_tokens=24, new_tokens=3, contexts=(20, 40), repetitions=2, warmup=0)
@@ -284,13 +284,21 @@ def test_bundles_and_threads_are_named_once() -> None:
     assert divided(7, 3) == [3, 2, 2]
 
 
-def test_questions_have_the_length_that_is_asked_for_and_pictures_are_told_apart() -> None:
+def test_questions_have_the_length_that_is_asked_for() -> None:
     with ta.load(STORED_BUNDLE, threads=1) as model:
         for tokens in (22, 40, 90):
             assert prompt_length(model.prompt, question_of(model.prompt, tokens)) == tokens
-        images = [model.encode(data) for data in (picture(), unseen(picture(), 1))]
-    assert images[0].visual_tokens.tobytes() == images[1].visual_tokens.tobytes()
-    assert unseen(picture(), 1) != unseen(picture(), 2)
+
+
+def test_nothing_of_a_first_question_was_kept_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as model:
+        asking = _Asking(model, Work(new_tokens=2))
+        for _ in range(2):
+            image, _ = asking.first()
+            assert asking.ask(image, 1).cached_tokens >= len(image.tokens)
+        monkeypatch.setattr(ta.Model, "clear_cache", lambda _: None)
+        with pytest.raises(ta.GateError, match="kept from before"):
+            asking.first()
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

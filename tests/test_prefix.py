@@ -210,3 +210,20 @@ def test_an_array_of_another_kind_is_refused_though_its_bytes_were_seen() -> Non
         for wrong in (picture.view(np.int8), np.zeros((1,) * 25, np.uint8)):
             with pytest.raises(ta.InputError, match="image array: need"):
                 model.encode(wrong)
+
+
+def test_an_answer_tells_what_was_kept_and_the_cache_can_be_cleared(
+    passes: list[int], seen: list[tuple[int, int]]
+) -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as model:
+        picture = drawn(1)
+        first, again = (model.ask(picture, question, max_new_tokens=1) for question in QUESTIONS[:2])
+        visual = len(model.encode(picture).tokens)
+        assert (first.cached_tokens, again.cached_tokens) == (0, again.prompt_tokens - passes[-1])
+        assert visual <= again.cached_tokens < again.prompt_tokens
+        model.clear_cache()
+        cleared = model.ask(picture, QUESTIONS[1], max_new_tokens=1)
+        assert (cleared.text, cleared.cached_tokens, len(seen)) == (again.text, 0, 2)
+        assert cleared.prompt_tokens == again.prompt_tokens == sum(passes[-2:])
+    with pytest.raises(ta.InputError, match="closed"):
+        model.clear_cache()

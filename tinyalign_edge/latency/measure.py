@@ -16,7 +16,7 @@ from tinyalign_edge.errors import GateError, InputError
 from tinyalign_edge.latency.energy import find_meter
 from tinyalign_edge.latency.process import peak_bytes, resident_bytes
 from tinyalign_edge.latency.rows import ENERGY, Row, Unit
-from tinyalign_edge.latency.work import Float, Work, never_ending, picture, prompt_length, question_of, reshaped, unseen
+from tinyalign_edge.latency.work import Float, Work, never_ending, picture, prompt_length, question_of, reshaped
 from tinyalign_edge.runtime.answer import Answer
 from tinyalign_edge.runtime.decode import Decoding
 from tinyalign_edge.runtime.memory import Memory, open_bank
@@ -130,7 +130,7 @@ def measure(
         for number in range(-work.warmup, repetitions):
             if meter:
                 meter.start()
-            image, found = asking.first(number)
+            image, found = asking.first()
             spent = meter.stop() if meter else 0.0
             if asking.ids != tuple(expected):
                 raise GateError(f"{setting.folder}: another answer comes than when it was checked; try again")
@@ -184,14 +184,21 @@ class _Asking:
         self._endless = never_ending(model.manifest.prompt.eos_token_ids)
         self.ids: tuple[int, ...] = ()
 
-    def first(self, number: int) -> tuple[EncodedImage, dict[str, float]]:
-        """Milliseconds of every stage of a question about a picture that was not seen before."""
-        data = unseen(self.data, number)
+    def first(self) -> tuple[EncodedImage, dict[str, float]]:
+        """Milliseconds of every stage of a question about a picture of which nothing is kept.
+
+        Raises:
+            GateError: something was.
+        """
+        self._model.clear_cache()
         started = time.perf_counter()
-        image = self._model.encode(data)
+        image = self._model.encode(self.data)
         encoded = (time.perf_counter() - started) * 1000
         image = reshaped(image, self._work.visual_tokens)
-        found = image.timings_ms | self.ask(image, self._work.new_tokens).timings_ms
+        answer = self.ask(image, self._work.new_tokens)
+        if answer.cached_tokens:
+            raise GateError(f"{answer.cached_tokens} tokens of a new picture were kept from before; nothing was timed")
+        found = image.timings_ms | answer.timings_ms
         return image, found | {stage: found[stage] + encoded for stage in ("first_token", "total")}
 
     def ask(self, image: EncodedImage, new_tokens: int) -> Answer:

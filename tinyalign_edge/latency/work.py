@@ -67,11 +67,6 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def unseen(data: bytes, number: int) -> bytes:
-    """The same picture as a file of other bytes: what stands behind the end of a JPEG is not decoded."""
-    return data + b"%d" % number
-
-
 def question_of(prompt: Prompt, tokens: int | None) -> str:
     """A question that makes a prompt of exactly so many token ids; None: the probe's.
 

@@ -29,6 +29,8 @@ class Answer:
             then. `total` and `first_token` are counted from the call: from the image's bytes, unless it came encoded.
             The time that the caller takes between two pieces of a stream counts in `total` alone.
         passes: of the language model after the prompt was read; fewer than tokens where drafts were accepted.
+        prompt_tokens: that the model was asked with, those of pictures and memories included.
+        cached_tokens: how many of them were not read, since they were kept from an earlier question.
         likelihoods: with `choices`, the mean log-likelihood of a token of each, in nats.
     """
 
@@ -38,6 +40,8 @@ class Answer:
     memories: tuple[Entry, ...]
     timings_ms: dict[str, float] = field(default_factory=dict)
     passes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     likelihoods: tuple[float, ...] = ()
 
 

@@ -129,22 +129,26 @@ class Answering:
     def pieces(self, asked: Asked, options: Generation, context: Context, cancelled: threading.Event) -> Pieces:
         """Read the prompt into `context` and answer it, piece by piece."""
         spans = self.spans(asked.turns, asked.images)
-        limit = self.limit(spans, options)
+        limit, length = self.limit(spans, options), sum(map(len, spans))
         picker = Picker(options, (*options.processors, *self._constraints.of(options)))  # errors before the work
         patience = Patience(cancelled, np.inf if options.timeout_s is None else asked.started + options.timeout_s)
         timings = dict.fromkeys(STAGES, 0.0) | asked.timings_ms
         if reason := patience.over():
             spent = dict.fromkeys(("first_token", "total"), _ms(asked.started))
-            return Answer("", 0, reason, asked.memories, timings | {"per_token": 0.0} | spent)
+            timings |= {"per_token": 0.0} | spent
+            return Answer("", 0, reason, asked.memories, timings, prompt_tokens=length)
         before = time.perf_counter()
-        logits, read = context.read(spans, room=limit), len(context)
+        logits = context.read(spans, room=limit)
+        kept = context.kept
         timings["prefill"] = _ms(before)
         if options.choices:
             answer = self._choose(asked, options.choices, logits, context, patience)
             timings |= {"first_token": _ms(asked.started), "per_token": 0.0}
             if answer.text:
                 yield answer.text
-            return replace(answer, timings_ms=timings | {"total": _ms(asked.started)})
+            return replace(
+                answer, timings_ms=timings | {"total": _ms(asked.started)}, prompt_tokens=length, cached_tokens=kept
+            )
         decoding = Decoding(
             context,
             logits,
@@ -166,12 +170,21 @@ class Answering:
                 yield piece
         finally:
             if not self._exact:
-                context.truncate(read)  # the next turn reads the answer in one pass, however it was decoded
+                context.truncate(length)  # the next turn reads the answer in one pass, however it was decoded
         timings.setdefault("first_token", _ms(asked.started))
         timings["per_token"] = decoding.decoding_ms / max(1, len(decoding.ids) - 1 + decoding.ended)
         timings["total"] = _ms(asked.started)
         reason = reason or ("stop" if decoding.ended else "length")
-        return Answer(text.shown, len(decoding.ids), reason, asked.memories, timings, decoding.passes)
+        return Answer(
+            text.shown,
+            len(decoding.ids),
+            reason,
+            asked.memories,
+            timings,
+            decoding.passes,
+            prompt_tokens=length,
+            cached_tokens=kept,
+        )
 
     def _choose(
         self, asked: Asked, choices: Sequence[str], logits: Float, context: Context, patience: Patience

@@ -73,6 +73,9 @@ class Context:
         decoder: the language model.
         prefixes: where what stands before a question is kept for the next one.
         copying: the memory's copy term, if it has one.
+
+    Attributes:
+        kept: positions of the prompt that the last `read` did not compute, since they were there or in `prefixes`.
     """
 
     def __init__(self, decoder: Decoder, prefixes: Lru[Prefix], copying: Copying | None = None) -> None:
@@ -80,6 +83,7 @@ class Context:
         self._texts = memory_texts(())
         self._cache: Cache | None = None
         self._names: list[Hashable] = []
+        self.kept = 0
 
     def __len__(self) -> int:
         return len(self._names)
@@ -108,8 +112,7 @@ class Context:
         same = min(same, len(names) - 1)
         cache = self._reserve(len(names) + room)
         self.truncate(same)
-        if same < head:
-            self._read_prefix(cache, spans, names[:head])
+        self.kept = head if same < head and self._read_prefix(cache, spans, names[:head]) else same
         rows = self._embed(spans, len(self), len(names))
         return self._copied(self._forward(cache, rows, names[len(self) :], 1)).squeeze(0)
 
@@ -124,17 +127,19 @@ class Context:
             self._cache.truncate(min(length, self._cache.length))
         del self._names[length:]
 
-    def _read_prefix(self, cache: Cache, spans: Sequence[Span], names: list[Hashable]) -> None:
+    def _read_prefix(self, cache: Cache, spans: Sequence[Span], names: list[Hashable]) -> bool:
+        """Read what stands before a question; tells whether it was kept."""
         key = tuple(names)
         if prefix := self._prefixes.get(key):
             cache.restore(prefix.saved)
             self._names = names
-            return
+            return True
         alone = not len(self)
         self._forward(cache, self._embed(spans, len(self), len(names)), names[len(self) :], 1)
         if alone:
             remembered = any(span.image is not None and bool(span.image.memories) for span in spans)
             self._prefixes.put(key, Prefix(cache.saved(), remembered))
+        return False
 
     def _forward(self, cache: Cache, rows: Float, names: Sequence[Hashable], num_logits: int) -> Float:
         cache.truncate(len(self))  # a pass may have been interrupted after it wrote

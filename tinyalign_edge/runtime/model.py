@@ -143,6 +143,17 @@ class Model:
         self._copying = None
         self._forget_read()
 
+    def clear_cache(self) -> None:
+        """Let go of the pictures and prefixes that were kept for later questions, as when the system is short of
+        memory; conversations keep what they have read.
+
+        Raises:
+            InputError: the model was closed.
+        """
+        self._check_open()
+        self._sight.clear_cache()
+        self._answering.prefixes.drop(lambda _: True)
+
     @property
     def decoder(self) -> Decoder:
         """The language model by itself."""

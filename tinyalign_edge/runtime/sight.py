@@ -115,6 +115,10 @@ class Sight:
         timings_ms |= {stage: (end - start) * 1000 for stage, start, end in stages}
         return seen
 
+    def clear_cache(self) -> None:
+        """Let go of the pictures that were seen lately."""
+        self._lately.drop(lambda _: True)
+
 
 def _read_only(array: Float) -> Float:
     view = array.view()
