@@ -50,7 +50,7 @@ def main() -> None:
     data, folder = given.out / "data", given.out / f"{given.steps}-steps"
     if not (data / "train.json").is_file():
         write_data(data)
-    bundle = make_bundle(data, folder, given.steps, given.precision)
+    bundle = trained_bundle(data / "train.json", data, folder, given.steps, given.precision, "Training on captions")
     rows = read_rows(data / "held-out.json", data)[: given.limit]
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -98,19 +98,19 @@ def view_of(photograph: Image.Image, view: int) -> Image.Image:
     return ImageOps.mirror(crop) if view > 2 else crop
 
 
-def make_bundle(data: Path, folder: Path, steps: int, precision: str) -> Path:
-    """The bundle trained for so many steps, as it lies in `folder`; what is missing is made."""
+def trained_bundle(data: Path, images: Path, folder: Path, steps: int, precision: str, label: str) -> Path:
+    """The bundle trained on `data` for so many steps, as it lies in `folder`; what is missing is made."""
     checkpoint, bundle = folder / "checkpoint", folder / precision
     if not is_checkpoint(checkpoint):
         train(
-            data=data / "train.json",
-            images=data,
+            data=data,
+            images=images,
             vision=str(shared("models", "mobilenet-v2-imagenet")),
             lm=str(shared("models", "caption-lm")),
             out=checkpoint,
             options=TrainOptions(memory="tokens", steps=steps, device="cpu"),
             resume=(checkpoint / STATE).exists(),
-            label="Training on captions",
+            label=label,
         )
     if not (bundle / MANIFEST).is_file():
         export(checkpoint, bundle, ExportOptions(precision=precision, allow_degraded=True))  # type: ignore[arg-type]
