@@ -81,8 +81,9 @@ def notes_of(names: set[str]) -> dict[str, str]:
 
 
 def _named_pictures(data: Path, images: Path) -> dict[str, str]:
-    """Of every picture, what it shows: the answer about it, without its article."""
-    return {row.image: row.turns[0].answer.partition(" ")[2] for row in read_rows(data, images)}
+    """Of every picture that is named somewhere, its name without the article."""
+    answers = ((row.image, turn.answer) for row in read_rows(data, images) for turn in row.turns)
+    return {image: answer.partition(" ")[2] for image, answer in answers if " " in answer}
 
 
 def _row(image: str, note: str) -> dict[str, Any]:

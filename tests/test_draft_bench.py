@@ -53,7 +53,9 @@ def test_a_note_is_long_and_the_same_for_all_pictures_of_a_class(tmp_path: Path)
     for name in kinds:
         Image.fromarray(drawn(int(name[0]))).save(source / name)
     for part, names in {"train": ("1.png", "2.png"), "test": ("3.png", "4.png")}.items():
-        turns = [[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": kinds[name]}] for name in names]
+        turns = [
+            [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": kinds[name]}] for name in names
+        ]
         rows = [{"id": name, "image": name, "conversations": said} for name, said in zip(names, turns, strict=True)]
         (source / f"{part}.json").write_text(json.dumps(rows))
     write_data(folder, source)

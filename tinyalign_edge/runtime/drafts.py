@@ -8,37 +8,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import ceil
 
 LONGEST_MATCH = 4
 SHORTEST_MATCH = 2  # one token alone repeats by chance; at the beginning of a memory it does not need to be longer
 FIRST, MOST, LEAST = 7, 15, 3  # tokens of a draft; a pass is over one more
 COST = 0.5  # of a pass over a draft, beyond one over a token, in passes
-SHORTEST_REST, LONGEST_REST = 4, 128  # passes without a draft
+MOST_CREDIT = 2.0  # passes that drafts have saved and may lose again before they rest
+MOST_LOST = 0.03  # of all passes, where drafts do not pay
 
 
 class Pace:
-    """How often a model drafts: it rests after passes that did not pay, longer each time. Shared by its answers.
+    """How often a model drafts: what drafts have lost, passes without one make up for. Shared by its answers.
 
     Nothing is locked: what two threads do to it at once can cost a draft, never change an answer.
     """
 
     def __init__(self) -> None:
-        self._credit = 0.0
-        self._left, self._rest = 0, SHORTEST_REST
+        self._credit, self._rest = 0.0, 0
 
     def pays(self) -> bool:
         """Whether the next pass may have a draft."""
-        self._left = max(self._left - 1, -1)
-        return self._left < 0
+        self._rest = max(self._rest - 1, -1)
+        return self._rest < 0
 
     def learn(self, saved: float) -> None:
         """Take note of how many passes a draft has saved; fewer than none where it cost some."""
-        self._credit = min(self._credit + saved - COST, 2.0)
+        self._credit = min(self._credit + saved - COST, MOST_CREDIT)
         if self._credit < 0:
-            self._credit, self._left = 0.0, self._rest
-            self._rest = min(4 * self._rest, LONGEST_REST)
-        elif saved > 0:
-            self._rest = SHORTEST_REST
+            self._credit, self._rest = 0.0, ceil(-self._credit / MOST_LOST)
 
 
 class Drafts:
