@@ -66,7 +66,7 @@ emulated() { # PROCESSOR COMMAND ...
     shift
     timeout --kill-after=10 "$LIMIT" env -i QEMU_CPU="$processor" PATH=/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 PYTHONPATH=/src:/opt/site \
         PYTHONDONTWRITEBYTECODE=1 TINYALIGN_CACHE=/tmp/cache COLUMNS=120 \
-        proot --kill-on-exit -q qemu-aarch64-static -r "$work/root" -b /dev -b /proc -b "$work/$processor:/proc/cpuinfo" \
+        proot -q qemu-aarch64-static -r "$work/root" -b /dev -b /proc -b "$work/$processor:/proc/cpuinfo" \
         -b "$PWD:/src" -b "$site:/opt/site" -b "$work/answers.npz:/tmp/answers.npz" -w /src "$@"
 }
 
