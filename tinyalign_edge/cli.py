@@ -89,6 +89,9 @@ def train(
     episodes: Annotated[
         float | None, typer.Option(help="Share of rows with made-up names, to learn to copy (default 0.5).")
     ] = None,
+    memory_dropout: Annotated[
+        float | None, typer.Option(help="Share of rows that see no neighbours, to learn to see alone.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
@@ -103,7 +106,7 @@ def train(
         "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
         "key": key and _one_of("--key", key, "picture", "fused"),
         "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
-        "copy_words": copy_words, "episodes": episodes,
+        "copy_words": copy_words, "episodes": episodes, "memory_dropout": memory_dropout,
         "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
         "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
         "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "bf16": bf16,

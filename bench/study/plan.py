@@ -64,7 +64,8 @@ ARMS = {
     "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper"}),
 }
 RATES = (1e-3, 3e-3, 1e-2)
-MADE_UP = (0.0, 0.1, 0.25)  # shares of examples with made-up names
+MADE_UP = (0.0, 0.25, 0.5)  # shares of rows with made-up names
+ALONE = (0.25, 0.5)  # shares of rows without memory
 TRIALS = {
     **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
                                      changes={**ARMS[arm].changes, "learning_rate": rate})
@@ -76,6 +77,9 @@ TRIALS = {
        for arm in ("baseline", "memory")},
     **{f"memory-episodes-{share:g}": Arm(f"{share:.0%} of the rows with made-up names", {**TOKENS, "episodes": share})
        for share in MADE_UP},
+    **{f"memory-episodes-{share:g}-alone-{alone:g}": Arm(
+        f"{share:.0%} of the rows with made-up names, {alone:.0%} without memory",
+        {**TOKENS, "episodes": share, "memory_dropout": alone}) for share in MADE_UP for alone in ALONE},
 }  # fmt: skip
 ABLATIONS = (
     "no-copy", "no-episodes", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16",
@@ -157,8 +161,6 @@ def _ordered() -> Iterator[Part]:
     for arm in ABLATIONS[:-2]:
         yield from (Part(Run(name, arm), "scores") for name in MAIN)
     yield from (Part(Run(TAUGHT, arm), "teach") for arm in ("no-copy", "no-episodes"))
-    for share in MADE_UP:
-        yield Part(Run(TAUGHT, f"memory-episodes-{share:g}", seed=TUNING_SEED), "teach")
     yield from (Part(Run(name, arm), "scores") for name in MAIN for arm in ABLATIONS[-2:])  # the slowest
 
 

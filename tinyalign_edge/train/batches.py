@@ -68,7 +68,8 @@ class Rows(Dataset[Example]):
         neighbours, similarity: of every row, (R, K); -1 where there is none.
         epochs: which rows an epoch has, by its number; None: all of them once.
         episodes: replaces names in some rows; which depends on seed, epoch and row only, too.
-        dropout: the share of rows that see fewer neighbours; which depends on seed, epoch and row only.
+        dropout, memory_dropout: the shares of rows that see fewer neighbours, and none; which depends on seed, epoch
+            and row only.
     """
 
     def __init__(
@@ -80,13 +81,15 @@ class Rows(Dataset[Example]):
         similarity: npt.NDArray[np.float32],
         *,
         dropout: float = 0.0,
+        memory_dropout: float = 0.0,
         seed: int = 0,
         epochs: Callable[[int], npt.NDArray[np.int64]] | None = None,
         episodes: Episodes | None = None,
     ) -> None:
         self.rows, self.prompt, self.features = rows, prompt, features
         self.neighbours, self.similarity = neighbours, similarity
-        self.dropout, self.seed, self.epochs, self.episodes = dropout, seed, epochs, episodes
+        self.dropout, self.memory_dropout, self.seed = dropout, memory_dropout, seed
+        self.epochs, self.episodes = epochs, episodes
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -100,9 +103,12 @@ class Rows(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         index = int(self.picked[position])
         near = [int(row) for row in self.neighbours[index] if row >= 0]
-        if self.dropout:
+        if self.dropout or self.memory_dropout:
             random = np.random.default_rng((self.seed, self.epoch, position))
-            if random.random() < self.dropout:
+            drawn = random.random()
+            if drawn >= 1 - self.memory_dropout:
+                near = []
+            elif drawn < self.dropout * (1 - self.memory_dropout):
                 near = near[: random.integers(0, len(near) + 1)]
         row, texts = self.rows[index], None
         if self.episodes:

@@ -44,6 +44,7 @@ class TrainOptions:
             alone has any.
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too; None:
             half where words can be copied.
+        memory_dropout: the share of the rows that see no neighbours.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
 
@@ -57,6 +58,7 @@ class TrainOptions:
     latent_dim: int | None = None
     copy_words: bool | None = None
     episodes: float | None = None
+    memory_dropout: float = 0.0
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -110,7 +112,7 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens, not {options.memory}")
     if options.episodes and options.memory in ("none", "paper"):
         raise InputError(f"--episodes {options.episodes}: not with --memory {options.memory}, which reads no texts")
-    for share in ("warmup", "weight_decay", "episodes"):
+    for share in ("warmup", "weight_decay", "episodes", "memory_dropout"):
         if not 0 <= (getattr(options, share) or 0) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
@@ -137,6 +139,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         value_tokens=options.value_tokens,
         gate=options.gate,
         shuffled=options.shuffle_memory,
+        memory_dropout=options.memory_dropout,
         copy_dim=min(COPY_DIM, connector.width) if copies else 0,
     )
     if settings.key == "fused" and options.key_dim:

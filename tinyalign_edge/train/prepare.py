@@ -211,7 +211,8 @@ def examples(
         episodes = Episodes(share, bank.rows, prompt, answers, value_tokens=memory.value_tokens, fits=fits)
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
-        dropout=memory.dropout, seed=seed, epochs=lambda number: asked.epoch(number, seed), episodes=episodes,
+        dropout=memory.dropout, memory_dropout=memory.memory_dropout, seed=seed,
+        epochs=lambda number: asked.epoch(number, seed), episodes=episodes,
     )  # fmt: skip
     held_out = Rows(
         held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity

@@ -58,8 +58,9 @@ class ConnectorSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The bank and how it is read. `dropout` is the share of training examples that see fewer neighbours, or none;
-    with `gate` each memory token can be closed, from what it says and how similar its entry is.
+    """The bank and how it is read. `memory_dropout` is the share of training examples that see no neighbours, so
+    that the model learns to see by itself, and `dropout` the share of the others that see fewer, or none; with `gate`
+    each memory token can be closed, from what it says and how similar its entry is.
 
     Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
     where the "fused" key is, too.
@@ -77,6 +78,7 @@ class MemorySettings:
     gate: bool = False
     copy_dim: int = 0  # of the keys by which a token of the memory is found and copied; 0: nothing is copied
     dropout: float = 0.25
+    memory_dropout: float = 0.0
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
     shuffled: bool = False  # the control: every training and held-out example sees another one's neighbours
     fingerprint: str = ""
