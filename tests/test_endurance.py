@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +50,20 @@ def test_a_forked_process_is_told_to_load_the_model_itself() -> None:
             os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         assert model.ask(PICTURE, QUESTIONS[0]).text
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_closes_and_loads_though_the_threads_stayed_behind() -> None:
+    with ta.load(STORED_BUNDLE, threads=2) as model:
+        expected = model.ask(PICTURE, QUESTIONS[0]).text
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # where it waits for ever, this ends it
+            model.close()
+            with ta.load(STORED_BUNDLE, threads=2) as own:
+                os._exit(7 if own.ask(PICTURE, QUESTIONS[0]).text == expected else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert model.ask(PICTURE, QUESTIONS[0]).text == expected
 
 
 def test_two_models_in_one_process_do_not_meet(bundle: Path) -> None:

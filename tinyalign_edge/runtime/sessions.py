@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +86,22 @@ def open_session(path: Path, *, threads: ThreadsLike = None, packed: Path | None
     if packed is not None:  # it is optimised already, and its weights fit the graph as it is
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with onnxruntime_errors(packed or path):
-        return ort.InferenceSession(packed or path, options, providers=PROVIDERS)
+        session = ort.InferenceSession(packed or path, options, providers=PROVIDERS)
+    _open_sessions.add(session)
+    return session
+
+
+_open_sessions: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    """A forked process has none of the threads that the end of a session waits for: there, none ends."""
+    for session in list(_open_sessions):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_for_ever)
 
 
 def session_options(threads: ThreadsLike) -> ort.SessionOptions:
