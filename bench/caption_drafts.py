@@ -9,7 +9,7 @@ between frozen MobileNetV2 and caption model, and exported; kept in `--out`, and
 precision. Every view of the other 25 is then asked about, in three arms: `own`, where the memory holds the other four
 views with their captions; `another's`, the memories of another photograph; `none`. The language model has been trained
 on COCO's captions, these among them, without their photographs: the figures are about speed, not about quality.
-Answers are compared before anything is timed. Needs `TINYALIGN_SHARED` and an idle machine; writes
+Answers are compared in every round. Needs `TINYALIGN_SHARED` and an idle machine; writes
 `bench/results/caption-drafts.json` (`caption-drafts-PRECISION.json` for others than int8).
 """
 

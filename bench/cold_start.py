@@ -110,6 +110,7 @@ def measure(
                 stage: statistics.median(told["times_ms"][stage] for told in starts[arm])
                 for stage in starts[arm][0]["times_ms"]
             },
+            "verify_ms": statistics.median(told["verify_ms"] for told in starts[arm]),
             **_memory(commands[arm], weights),
         }
     return found
@@ -120,7 +121,8 @@ def start(arguments: list[str]) -> tuple[float, Told]:
     started = time.perf_counter()
     with worker(arguments) as process:
         told = _told(process)
-        return time.perf_counter() - started, told
+        seconds = time.perf_counter() - started
+        return seconds, {**_told(process), **told}
 
 
 @contextmanager
@@ -136,6 +138,7 @@ def growth(arguments: list[str]) -> dict[str, Any]:
     all readings."""
     with worker(arguments) as process, progress("Answering", WARM_UP + ANSWERS) as advance:
         told, resident = _told(process), list[int]()
+        _told(process)
         for _ in range((WARM_UP + ANSWERS) // AT_ONCE):
             resident.append(_told(process, AT_ONCE)["memory"]["resident"])
             advance(AT_ONCE)
@@ -156,6 +159,7 @@ def _memory(arguments: list[str], weights: int) -> dict[str, Any]:
     with ExitStack() as stack:
         both = [stack.enter_context(worker(arguments)) for _ in range(2)]
         for process in both:
+            _told(process)
             _told(process)
         two = [_told(process, 0)["memory"] for process in both]
     return {

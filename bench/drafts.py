@@ -6,7 +6,7 @@
 The first question of every row (or `--question`) is answered with drafts and without, in turn, in three arms: with the
 picture's own memories, with another picture's, and with none. `--teach` first adds every picture with its caption (or
 its reference answer) to a copy of the memory, so that the own memory holds what may be said. Answers are compared
-before anything is timed. Needs an idle machine; writes `bench/results/NAME.json`.
+in every round; those of the first are not timed. Needs an idle machine; writes `bench/results/NAME.json`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def measure(model: ta.Model, pairs: Sequence[Asked], new_tokens: int, rounds: in
     """The figures of one arm; speed-ups are ratios of the decoding times of all answers, median of the rounds."""
     times: dict[bool, list[list[float]]] = {True: [], False: []}
     answers: dict[bool, list[ta.Answer]] = {}
+    differ: set[int] = set()
     with progress("Asking", 2 * (rounds + 1) * len(pairs)) as advance:
-        for repetition in range(rounds + 1):  # the first one fills the cache of prefixes, and is compared
+        for repetition in range(rounds + 1):  # the first one fills the cache of prefixes
             for drafts in (False, True):
                 answers[drafts] = []
                 for image, question in pairs:
@@ -92,6 +93,8 @@ def measure(model: ta.Model, pairs: Sequence[Asked], new_tokens: int, rounds: in
                     advance()
                 if repetition:
                     times[drafts].append([_decoding_ms(answer) for answer in answers[drafts]])
+            both = zip(answers[True], answers[False], strict=True)
+            differ |= {number for number, (a, b) in enumerate(both) if a.text != b.text}
     long = np.array([answer.tokens >= LONG for answer in answers[False]])
     plain, drafted = np.array(times[False]), np.array(times[True])  # (rounds, answers) ms
     ratios = plain.sum(axis=1) / drafted.sum(axis=1)
@@ -99,7 +102,7 @@ def measure(model: ta.Model, pairs: Sequence[Asked], new_tokens: int, rounds: in
     produced = sum(decoded_tokens(answer) for answer in answers[True])
     return {
         "answers": len(pairs),
-        "differ": sum(a.text != b.text for a, b in zip(answers[True], answers[False], strict=True)),
+        "differ": len(differ),
         "long_answers": int(long.sum()),
         "mean_tokens": float(np.mean([answer.tokens for answer in answers[False]])),
         "tokens_a_pass": produced / max(1, sum(answer.passes for answer in answers[True])),

@@ -7,7 +7,7 @@ Each class of Caltech-101 gets a note of where it is kept ("the anchor is kept o
 the stairs"): what an app would teach. A bundle is trained to say the note of what a picture shows, between frozen
 MobileNetV2 and caption model, and exported; kept in `--out`, and not made again for the same steps and precision. Then
 test pictures are asked about in the arms of `bench/drafts.py`: with their own memories, which hold the note, another
-picture's, and none. Answers are compared before anything is timed. Needs `TINYALIGN_SHARED` and an idle machine; writes
+picture's, and none. Answers are compared in every round. Needs `TINYALIGN_SHARED` and an idle machine; writes
 `bench/results/note-drafts.json` (`note-drafts-PRECISION.json` for others than int8).
 """
 

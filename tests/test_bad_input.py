@@ -109,9 +109,18 @@ def test_options_that_cannot_be(model: ta.Model, options: dict[str, Any], part: 
 
 
 def test_a_picture_of_another_model(model: ta.Model) -> None:
-    mine = model.encode(PICTURE, memories=())
-    other = replace(mine, visual_tokens=mine.visual_tokens[:, :16], memory_tokens=mine.memory_tokens[:, :16])
-    refused(model, lambda: model.ask(other, QUESTIONS[0]), "tokens of width 16, this model reads 32")
+    other = replace(model.encode(PICTURE, memories=()), encoder="0" * 64)
+    for act in (
+        lambda: model.ask(other, QUESTIONS[0]),
+        lambda: model.chat().ask(QUESTIONS[0], other),
+        lambda: model.answer_nll(other, QUESTIONS[0], "red"),
+        lambda: model.memory and model.memory.add(other, "a cat"),
+        lambda: model.memory and model.memory.search(other),
+    ):
+        refused(model, act, "encoded by another model")
+    narrow = {name: getattr(other, name)[:, :16] for name in ("visual_tokens", "memory_tokens")}
+    by_hand = replace(other, encoder="", **narrow)
+    refused(model, lambda: model.ask(by_hand, QUESTIONS[0]), "tokens of width 16, this model reads 32")
 
 
 def test_an_encoded_picture_cannot_be_changed(model: ta.Model) -> None:

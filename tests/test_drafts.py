@@ -49,6 +49,12 @@ def test_drafts_get_longer_while_they_are_right() -> None:
     assert len(drafts.propose([1, 2, 3], 99)) == LEAST
 
 
+def test_passes_that_were_lost_without_a_draft_leave_its_length() -> None:
+    drafts = Drafts([list(range(100))], [], Pace())
+    drafts.learn(0, 0, saved=0)
+    assert len(drafts.propose([0], 99)) == FIRST
+
+
 @pytest.mark.parametrize("saved", [(0,), (-8,), (0, 0, 3, -6), (1, -2)])
 def test_drafts_that_do_not_pay_cost_little(saved: tuple[int, ...]) -> None:
     pace, outcomes, lost, tried = Pace(), itertools.cycle(saved), 0.0, 0
@@ -56,7 +62,7 @@ def test_drafts_that_do_not_pay_cost_little(saved: tuple[int, ...]) -> None:
         if pace.pays():
             outcome = next(outcomes)
             lost, tried = lost + COST - outcome, tried + 1
-            pace.learn(outcome)
+            pace.learn(outcome - COST)
     assert tried > 10
     assert 0 < lost / 20_000 <= 1.1 * MOST_LOST
 
@@ -66,10 +72,10 @@ def test_drafts_that_pay_go_on_after_others() -> None:
     for _ in range(5):
         assert pace.pays()
         pace.learn(3)
-    pace.learn(0)  # once is forgiven
+    pace.learn(-COST)  # once is forgiven
     assert pace.pays()
     for _ in range(20):
-        pace.learn(0)
+        pace.learn(-COST)
     waited = next(passes for passes in itertools.count() if pace.pays())
     assert 0 < waited < 20
     pace.learn(3)

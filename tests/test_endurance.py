@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ import tinyalign_edge as ta
 from tests.conftest import STORED_BUNDLE
 from tests.test_prefix import PICTURE, QUESTIONS, drawn
 from tinyalign_edge.runtime.sessions import DEVICES, threads_of
+from tinyalign_edge.runtime.sight import Sight
 
 
 def test_a_bundle_that_is_removed_while_it_is_open_goes_on_answering(bundle: Path) -> None:
@@ -116,3 +116,37 @@ def test_closing_unmaps_every_file_though_answers_are_kept(bundle: Path) -> None
     assert mapped() == []
     assert answer.memories[0].text
     assert image.memories[0].value.size
+
+
+def test_an_answer_of_a_model_that_is_closed_meanwhile_is_never_one_without_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as model:
+        see = Sight.see
+
+        def closed_meanwhile(self: Sight, *given: Any) -> Any:
+            seen = see(self, *given)
+            model.close()
+            return seen
+
+        monkeypatch.setattr(Sight, "see", closed_meanwhile)
+        with pytest.raises(ta.InputError, match="the model was closed"):
+            model.ask(drawn(9), QUESTIONS[0])
+
+
+def test_a_memory_of_another_bank_is_searched_anew(bundle: Path) -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as one, ta.load(bundle, threads=1) as other:
+        assert one.memory is not None and other.memory is not None
+        other.memory.add(PICTURE, "a large red cat.")
+        image = other.encode(PICTURE)
+        assert "a large red cat." in [entry.text for entry in image.memories]
+        expected = [entry.text for entry in one.encode(PICTURE).memories]
+        assert [entry.text for entry in one.ask(image, QUESTIONS[0]).memories] == expected
+
+
+def test_a_closed_model_is_not_taught_either() -> None:
+    with ta.load(STORED_BUNDLE, threads=1) as model:
+        memory, image = model.memory, model.encode(PICTURE)
+    assert memory is not None
+    with pytest.raises(ta.InputError, match="the model was closed"):
+        memory.add(image, "a cat")

@@ -139,7 +139,7 @@ def read_result(path: Path) -> Result:
 def disk_rows(label: str, folder: Path, manifest: Manifest) -> list[Row]:
     """Bytes of a bundle's parts on disk; a memory counts with its graphs."""
     decoder, memory = manifest.decoder, manifest.memory
-    graphs = [name for name in (memory.file, memory.value_file) if name]
+    graphs = [name for name in (memory.file, memory.value_file, memory.copy_file) if name]
     parts = {
         "disk_vision": [manifest.vision.file],
         "disk_language": [decoder.file, decoder.embed_file, *decoder.data_files],

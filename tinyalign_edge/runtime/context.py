@@ -170,8 +170,9 @@ class Context:
         if old is not None and old.capacity >= positions:
             return old
         doubled = min(2 * old.capacity, self._decoder.block.max_positions) if old else 0
-        self._cache = cache = self._decoder.new_cache(max(positions, doubled))
+        cache = self._decoder.new_cache(max(positions, doubled))
         if old is not None:
             old.truncate(len(self))
             cache.restore(old.saved())
+        self._cache = cache  # not before: what fails above leaves the old one in its place
         return cache

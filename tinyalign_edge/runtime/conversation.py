@@ -40,7 +40,8 @@ class Conversation:
     the end of an answer is an InputError. Any number of conversations share one model.
 
     When the context is full, the oldest turns are left out, each as a whole, until the question and an answer of full
-    length fit. The newest picture is never left out: it then comes with the oldest turn that is left.
+    length fit; no more than half of the context is kept free for an answer. The newest picture is never left out: it
+    then comes with the oldest turn that is left.
 
     An answer that fails, is interrupted or is left before its end is no part of the conversation, nor is its question;
     one that was ended by `cancel` or timed out is, as far as it came.
@@ -123,7 +124,7 @@ class Conversation:
     def _fitted(self, answering: Answering, exchanges: Sequence[Exchange], options: Generation) -> list[Exchange]:
         """`exchanges` with what the memory says now, without the oldest that do not fit."""
         exchanges = list(self._renewed(exchanges))
-        room = answering.size - answering.wanted(options)
+        room = answering.size - min(answering.wanted(options), answering.size // 2)
         while len(exchanges) > 1 and sum(map(len, answering.spans(_said(exchanges), _images(exchanges)))) > room:
             oldest, following, *rest = exchanges
             newest_elsewhere = any(one.images for one in (following, *rest))

@@ -33,8 +33,8 @@ class Pace:
         return self._rest < 0
 
     def learn(self, saved: float) -> None:
-        """Take note of how many passes a draft has saved; fewer than none where it cost some."""
-        self._credit = min(self._credit + saved - COST, MOST_CREDIT)
+        """Take note of how many passes were saved, those that drafts cost taken off."""
+        self._credit = min(self._credit + saved, MOST_CREDIT)
         if self._credit < 0:
             self._credit, self._rest = 0.0, ceil(-self._credit / MOST_LOST)
 
@@ -65,9 +65,10 @@ class Drafts:
         return best[: min(self._length, limit)]
 
     def learn(self, proposed: int, right: int, *, saved: int) -> None:
-        """Take note of how many tokens of a draft were right, and how many passes it saved."""
-        self._length = min(MOST, 2 * self._length + 1) if right == proposed else max(LEAST, right + 1)
-        self._pace.learn(saved)
+        """Take note of how many of the tokens proposed, if any, were right, and how many passes that saved."""
+        if proposed:
+            self._length = min(MOST, 2 * self._length + 1) if right == proposed else max(LEAST, right + 1)
+        self._pace.learn(saved - COST if proposed else saved)
 
     def _continuations(self, ids: list[int]) -> list[list[int]]:
         """What follows the longest match of the end of `ids`, in every place where it does."""

@@ -86,6 +86,11 @@ class Memory:
         """Rises with every change that this process has seen."""
         return self.bank.manifest.generation
 
+    @property
+    def version(self) -> tuple[str, int]:
+        """The bank's folder and its generation: what was found stays right as long as both do."""
+        return str(self.bank.folder.resolve()), self.generation
+
     def search(
         self, image: ImageLike | EncodedImage, k: int | None = None, *, floor: float | None = None
     ) -> tuple[Entry, ...]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from tinyalign_edge.bundle import Manifest, open_bundle
 from tinyalign_edge.errors import DegradedWarning, InputError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.image import ImageLike
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.prompt import Prompt, Said, load_tokenizer
@@ -123,6 +124,9 @@ class Model:
         self._listing = threading.Lock()
         self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._process, self.closed = os.getpid(), False
+        vision_file = manifest.vision.file
+        listed = manifest.files.get(vision_file)  # not yet, while the exporter makes it
+        self._encoder = listed.sha256 if listed else file_sha256(folder / vision_file)
         self.memory: Memory | None = None
         if memory and (manifest.memory.kind != "none" or memory_dir is not None):
             bank = open_bank(folder, manifest, memory_dir)
@@ -171,17 +175,20 @@ class Model:
             InputError: not a picture, damaged or too large.
         """
         self._check_open()
+        memory = self.memory  # another thread may close the model meanwhile
         timings: dict[str, float] = {}
         seen = self._sight.see(image, timings)
         started = time.perf_counter()
-        generation, found = None, tuple(memories or ())
-        if memories is None and seen.key is not None and self.memory is not None:
-            generation, found = self.memory.generation, self.memory.nearest(seen.key)
+        searched, found = None, tuple(memories or ())
+        if memories is None and seen.key is not None and memory is not None:
+            searched, found = memory.version, memory.nearest(seen.key)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
         timings["retrieve"] = (time.perf_counter() - started) * 1000
-        return EncodedImage(seen.visual_tokens, seen.key, found, tokens, timings, generation, seen.features)
+        self._check_open()
+        made = seen.visual_tokens, seen.key, found, tokens, timings, searched, seen.features
+        return EncodedImage(*made, encoder=self._encoder)
 
     def ask(
         self, image: ImageLike | EncodedImage, question: str, options: Generation | None = None, **changes: Any
@@ -279,13 +286,19 @@ class Model:
         return inputs
 
     def renewed(self, image: EncodedImage) -> EncodedImage:
-        """`image` with its memories retrieved again, if the memory has changed since."""
+        """`image` with its memories retrieved again, if the memory has changed since, or is another one.
+
+        Raises:
+            InputError: another model has encoded it.
+        """
+        if image.encoder not in ("", self._encoder):
+            raise InputError("image: it was encoded by another model; encode it with this one")
         memory = self.memory
-        if memory is None or image.key is None or image.generation in (None, memory.generation):
+        if memory is None or image.key is None or image.searched in (None, memory.version):
             return image
-        generation = memory.generation
+        searched = memory.version
         found = memory.nearest(image.key)
-        return replace(image, memories=found, memory_tokens=self.memory_tokens(found), generation=generation)
+        return replace(image, memories=found, memory_tokens=self.memory_tokens(found), searched=searched)
 
     @contextmanager
     def reading(self) -> Iterator[Answering]:
@@ -324,7 +337,8 @@ class Model:
             raise InputError(f"{self.folder}: the model was loaded before this process was forked; load it in here")
 
     def _encoded(self, image: ImageLike | EncodedImage) -> EncodedImage:
-        return image if isinstance(image, EncodedImage) else self.encode(image, memories=())
+        self._check_open()
+        return self.renewed(image) if isinstance(image, EncodedImage) else self.encode(image, memories=())
 
     def _forget_read(self) -> None:
         """Let go of what was read: the memories in it may be forgotten now, or the model is closed."""

@@ -33,8 +33,9 @@ class EncodedImage:
     memories: tuple[Entry, ...]
     memory_tokens: Float  # (M, D)
     timings_ms: dict[str, float] = field(default_factory=dict)
-    generation: int | None = None  # of the memory that was searched; None where it was not
+    searched: tuple[str, int] | None = None  # the memory's `version` at that time; None where it was not searched
     features: Float | None = None  # (N, C), which the memory's value encoder reads; None where there is none
+    encoder: str = ""  # SHA-256 of the vision graph, since no other model reads it; "": made by hand
 
     def __post_init__(self) -> None:
         for name in ("visual_tokens", "key", "memory_tokens", "features"):
