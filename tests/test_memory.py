@@ -78,6 +78,14 @@ def test_keys_that_are_zero_or_not_finite_are_refused(folder: Path, bad: float) 
     assert len(Bank(folder)) == 300
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    latents = np.ones((4, 3, 8), np.float32)
+    latents[1, 2, 3] = bad
+    with pytest.raises(InputError, match="latents: one is not finite"):
+        latents_bank(tmp_path / "bank", latents)
+
+
 def test_latents_come_back_within_a_step_of_their_scale(tmp_path: Path) -> None:
     latents = np.random.default_rng(0).normal(size=(20, 3, 8)).astype(np.float32)
     bank = latents_bank(tmp_path / "b", latents[:19])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory import journal
+from tinyalign_edge.memory.check import check_table
 from tinyalign_edge.memory.graph import Graph, open_graph
 from tinyalign_edge.memory.layout import BankManifest
 from tinyalign_edge.memory.manifest import read_manifest
@@ -81,8 +82,11 @@ def _journal(folder: Path, manifest: BankManifest, previous: Snapshot | None) ->
         return from_rows([], manifest.spec)
     before = previous.manifest.journal if previous else None
     if previous is None or before is None or before.file != entry.file or before.bytes > entry.bytes:
-        return journal.read(folder, entry, manifest.spec)
-    return concat(previous.journal, journal.read(folder, entry, manifest.spec, after=before))
+        table = journal.read(folder, entry, manifest.spec)
+    else:
+        table = concat(previous.journal, journal.read(folder, entry, manifest.spec, after=before))
+    check_table(table, manifest.spec, str(folder / entry.file))
+    return table
 
 
 def _graph(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory import journal, layout
 from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, SegmentEntry
@@ -51,6 +52,9 @@ def write_bank(
         vocab_size: bound of the token ids.
         token_ids: the values of a bank of kind "tokens", E sequences.
         latents: the values of a bank of kind "latents", (E, L, latent_dim) float32.
+
+    Raises:
+        InputError: a key is zero, or a key or latent not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     more: dict[str, Array]
@@ -82,7 +86,13 @@ def write_bank(
 
 
 def quantize_latents(latents: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent."""
+    """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent.
+
+    Raises:
+        InputError: one is not finite.
+    """
+    if not np.all(np.isfinite(latents)):
+        raise InputError("latents: one is not finite; look for a damaged value encoder")
     peak = np.maximum(np.abs(latents).max(axis=-1), 1e-12)
     return np.round(latents / peak[..., None] * 127).astype(np.int8), (peak / 127).astype(np.float32)
 

@@ -46,10 +46,13 @@ class EntryMaker:
         assert image.key is not None
         if not np.all(np.isfinite(image.key)) or not np.any(image.key):
             raise InputError(f"{row.where}: the key of {row.path} is zero or not finite; look for a damaged encoder")
+        value = self._value(image, row)
+        if not np.all(np.isfinite(value)):
+            raise InputError(f"{row.where}: a value of {row.path} is not finite; look for a damaged value encoder")
         first = row.memory_turns[0]
         thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
         record = Record(first.answer, first.question, row.id, thumbnail=thumbnail)
-        return NewEntry(image.key, record, self._value(image, row))
+        return NewEntry(image.key, record, value)
 
     def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
         """What the model will read of the entry."""
