@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory import rebuild as rebuild_module
+from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.publish import publish
 from tinyalign_edge.memory.snapshot import open_snapshot
 
@@ -51,6 +55,20 @@ def test_a_writer_killed_while_it_replaces_the_bank_leaves_the_old_or_the_new_on
     result = json.loads(finish(start("replace", folder, points, "seed")))
     assert result["lines"] > 50
     assert result["found"] == [0, 1]  # it died before the new one stood, and after
+
+
+def test_a_process_that_was_forked_off_while_one_wrote_does_not_keep_the_lock(folder: Path) -> None:
+    with exclusive(folder):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_bytes_after_what_counts_are_ignored_and_swept_away(folder: Path) -> None:
