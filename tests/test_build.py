@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from examples.memory_bank import read_bank
-from tests.banks import contents, files, named_files
+from tests.banks import contents, files, named_files, reseal
 from tests.conftest import ROOT, STORED_BUNDLE
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
@@ -113,6 +113,24 @@ def test_a_damaged_bank_is_mended_by_building_it_again(tmp_path: Path, data: Pat
     (tmp_path / "bank" / "manifest.json").write_text("{")
     run(data, tmp_path / "bank")
     assert contents(Bank(tmp_path / "bank")) == expected
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_no_manifest_of_another_program_or_of_a_newer_version_is_replaced(
+    tmp_path: Path, data: Path, with_bank: bool
+) -> None:
+    folder = tmp_path / "folder"
+    if with_bank:
+        run(data, folder)
+        reseal(folder, json.loads((folder / "manifest.json").read_text("utf-8")) | {"schema_version": 2})
+    else:
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"name": "A web app", "icons": []}')
+    before = stored(folder)
+    error, message = (BundleError, "version 2 is newer than 1") if with_bank else (InputError, "is not a memory bank")
+    with pytest.raises(error, match=message):
+        run(data, folder)
+    assert stored(folder) == before
 
 
 def test_the_size_of_shards_and_the_number_of_processes_change_no_byte(tmp_path: Path, data: Path) -> None:

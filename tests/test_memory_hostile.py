@@ -221,7 +221,7 @@ def test_a_journal_that_says_the_impossible_is_refused_though_its_digests_are_ri
     put_journal(folder, [a_row(40), a_row(43)])
     assert Bank(folder).ids[-2:] == (40, 43)
     put_journal(folder, JOURNALS[what])
-    with pytest.raises(BundleError, match="do not rise|not of length 1|too long"):
+    with pytest.raises(BundleError, match=r"do not rise|not of length 1|too long"):
         Bank(folder)
 
 

@@ -17,9 +17,10 @@ from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.layout import BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.manifest import read_manifest
-from tinyalign_edge.memory.publish import check_target, publish
+from tinyalign_edge.memory.publish import publish
 from tinyalign_edge.memory.shards import Counts, Job, Shards
 from tinyalign_edge.memory.shown import build_due_graph
+from tinyalign_edge.memory.target import check_target
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.budget import BudgetPoint, check_budget, fit
 from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, side_by_side
@@ -88,7 +89,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
 
     Raises:
         InputError: not a bundle with a memory, a bad row (named), or `out` holds something else.
-        BundleError: damaged, hostile or too new.
+        BundleError: damaged, hostile or too new, be it the bank that `out` holds.
         TinyAlignError: the disk is full, or the folder cannot be written; finished shards are kept.
     """
     manifest = open_bundle(bundle)
