@@ -203,10 +203,10 @@ def copy(folder: Path, target: str) -> None:
 
 
 def unreadable(folder: Path) -> None:
-    """Open the bank without the right to read one of its files, and without the right to enter it."""
+    """Open the bank without the right to read one of its files; prints the errors."""
     _give_up_rights()
     errors = list[str | None]()
-    for path in (*sorted(folder.glob("*.bin")), folder / "manifest.json", folder):
+    for path in (*sorted(folder.glob("*.bin")), folder / "manifest.json"):
         mode = path.stat().st_mode
         path.chmod(0)
         errors.append(_error_of(lambda: Bank(folder)))

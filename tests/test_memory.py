@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
 from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.record import decode_record
 from tinyalign_edge.memory.search import nearest, quantize_keys
 
 
@@ -198,6 +199,40 @@ def test_what_cannot_be_kept_is_refused(folder: Path, value: np.ndarray, text: s
     with pytest.raises(InputError, match="of the shape"):
         bank.add(unit(1)[0][:5], Record("x"), value=np.array([1]))
     assert len(Bank(folder)) == 300
+
+
+def test_texts_that_are_not_unicode_are_refused_where_they_are_read(folder: Path) -> None:
+    table = Bank(folder)._snapshot.segments[0]
+    good = table.record(3)
+    assert b"text \xc3\xbc 3" in good
+    with pytest.raises(BundleError, match="entry 3: its record cannot be read"):
+        decode_record(good.replace(b"\xc3\xbc", b"\\ud800"), "entry 3")
+
+
+def test_more_neighbours_than_there_are_entries_are_all_entries(folder: Path) -> None:
+    bank = Bank(folder)
+    for k in (300, 10**12):
+        assert len(bank.search(unit(1)[0], k)) == 300
+    assert bank.search(unit(1)[0], 0) == ()
+    assert bank.nearest(unit(2), 302).rows.shape == (2, 302)
+
+
+def test_a_query_of_another_shape_or_a_negative_count_is_refused(folder: Path) -> None:
+    bank = Bank(folder)
+    with pytest.raises(InputError, match=r"k -1: must be at least 0"):
+        bank.search(unit(1)[0], -1)
+    for wrong in (np.ones(5, np.float32), np.ones((1, 32), np.float32)):
+        with pytest.raises(InputError, match=r"of the shape .*, this bank is asked by \(queries, 32\)"):
+            bank.search(wrong, 4)
+    with pytest.raises(InputError, match=r"of the shape \(32,\)"):
+        bank.nearest(unit(1)[0], 4)
+
+
+def test_white_space_around_a_text_does_not_keep_it_from_being_forgotten(folder: Path) -> None:
+    bank = Bank(folder)
+    number = teach(bank, " padded ")
+    assert bank.forget(text="  padded") == (number,)
+    assert bank.forget(text="text ü 5\n") == (5,)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "latents"])

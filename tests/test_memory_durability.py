@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,22 @@ def test_a_new_folder_is_on_the_disk_before_the_bank_in_it_counts(
     target = tmp_path / "a" / "b"
     publish(target, new.manifest.spec, [(table, np.ones(len(table), np.bool_)) for table in new.segments])
     assert {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino} <= set(brought)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(folder: Path) -> None:
+    errors = json.loads(finish(start("unreadable", folder)))
+    assert len(errors) == 3
+    assert all("cannot be read" in error and "Permission denied" in error and "\n" not in error for error in errors)
+
+
+def test_one_who_looks_again_does_not_wait_for_a_writer_elsewhere(folder: Path) -> None:
+    bank = Bank(folder)
+    with ThreadPoolExecutor(2) as pool, exclusive(folder):
+        adding = pool.submit(teach, bank, "third")
+        with pytest.raises(TimeoutError):
+            adding.result(0.2)  # it waits for the lock
+        pool.submit(bank.refresh).result(10)
+    assert adding.result(20) == 42
 
 
 def test_processes_that_add_and_forget_at_once_lose_nothing_while_others_read(folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyalign_edge.errors import BundleError
+from tinyalign_edge.folders import cause
 from tinyalign_edge.memory import journal
 from tinyalign_edge.memory.check import check_table
 from tinyalign_edge.memory.graph import Graph, open_graph
@@ -43,14 +44,21 @@ def open_snapshot(
 
     Raises:
         InputError: it is not a bank.
-        BundleError: damaged, hostile or written by a newer version.
+        BundleError: damaged, hostile, written by a newer version, or not readable.
     """
+    try:
+        return _open_newest(folder, previous, VerifiedFiles(folder, trusted=trusted, recorded=recorded))
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot be read ({cause(error)}); look at the rights of its files") from error
+
+
+def _open_newest(folder: Path, previous: Snapshot | None, verified: VerifiedFiles) -> Snapshot:
     while True:
         manifest = read_manifest(folder)
         if previous and previous.manifest == manifest:
             return previous
         try:
-            return _open(folder, manifest, previous, VerifiedFiles(folder, trusted=trusted, recorded=recorded))
+            return _open(folder, manifest, previous, verified)
         except (BundleError, OSError):  # a writer may have replaced the files meanwhile
             if read_manifest(folder).generation == manifest.generation:
                 raise
