@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from tests.banks import contents, files, make_bank, named_files, records, reseal
 from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
+from tinyalign_edge.memory import check as check_module
+from tinyalign_edge.memory import join as join_module
 from tinyalign_edge.memory import write as write_module
 from tinyalign_edge.memory.record import decode_record
 from tinyalign_edge.memory.search import nearest, quantize_keys
@@ -158,11 +161,28 @@ def test_forgetting_is_by_id_source_or_text_and_by_one_of_them(folder: Path) -> 
     assert bank.forget(id=3) == (3,)
     assert bank.forget(source="source-4") == (4,)
     assert bank.forget(text="text ü 5") == (5,)
-    assert bank.forget(text="text ü 5") == ()
+    assert bank.forget(text="text ü 5") == bank.forget(id=3) == bank.forget(id=-1) == bank.forget(id=1 << 70) == ()
     assert bank.ids == (0, 1, 2, *range(6, 300))
     for wrong in ({}, {"id": 1, "text": "text ü 1"}):
         with pytest.raises(InputError, match="give one of"):
             bank.forget(**wrong)
+
+
+def test_what_forgetting_takes_of_memory_does_not_grow_with_the_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (check_module, join_module):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    peaks = []
+    for count in (600, 6000):
+        bank = Bank(make_bank(tmp_path / str(count), count))
+        tracemalloc.start()
+        assert bank.forget(id=7) == (7,)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert bank.ids == (*range(7), *range(8, count))
+    size = (tmp_path / "6000" / "segment-2-0.bin").stat().st_size
+    assert peaks[1] - peaks[0] < size / 4
 
 
 def test_a_bank_can_forget_everything_and_be_taught_again(tmp_path: Path) -> None:

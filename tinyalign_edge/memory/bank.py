@@ -164,10 +164,10 @@ class Bank:
         text = None if text is None else text.strip()
         with self._exclusive() as snapshot:
             found = tuple(
-                number
+                int(table.ids[row])
                 for table in snapshot.tables
-                for row, number in enumerate(table.ids.tolist())
-                if (number == id if id is not None else _matches(self._record(table, row), source, text))
+                for row in (range(len(table)) if id is None else np.flatnonzero(table.ids == id).tolist())
+                if id is not None or _matches(self._record(table, row), source, text)
             )
             if found:
                 remove(self.folder, snapshot, found)

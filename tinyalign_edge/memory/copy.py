@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyalign_edge.folders import sync
+from tinyalign_edge.memory.join import whole
 from tinyalign_edge.memory.layout import GraphEntry
 from tinyalign_edge.memory.manifest import is_bank
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
 from tinyalign_edge.memory.target import check_target, claimed
-from tinyalign_edge.memory.write import commit, sweep
+from tinyalign_edge.memory.write import Part, commit, sweep
 
 
 def copy_bank(source: Path, target: Path) -> None:
@@ -36,7 +37,7 @@ def copy_bank(source: Path, target: Path) -> None:
         try:
             sweep(target, empty)  # what one that died has left
             manifest = replace(empty, graph=_copy_graph(source, target, snapshot))
-            commit(target, manifest, [(None, table) for table in snapshot.tables], None)
+            commit(target, manifest, [Part((whole(table),)) for table in snapshot.tables], None)
         except BaseException:
             if not is_bank(target):
                 with suppress(OSError):
