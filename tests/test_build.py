@@ -31,6 +31,7 @@ from tinyalign_edge.memory import Bank, verified
 from tinyalign_edge.memory import join as join_module
 from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import shards as shards_module
+from tinyalign_edge.report import print_built
 from tinyalign_edge.runtime import build as build_module
 from tinyalign_edge.runtime.budget import OVERHEAD_BYTES
 from tinyalign_edge.runtime.build import BuildOptions, Built, build, work_folder
@@ -79,7 +80,7 @@ def test_a_bank_is_built_from_json_and_json_lines(tmp_path: Path, name: str) -> 
     data = make_data(tmp_path / "data", 41, name=name)
     built = run(data, tmp_path / "bank", shard_rows=7)
     size = (tmp_path / "bank" / "segment-1-0.bin").stat().st_size
-    assert built == Built(True, 6, 6, 41, duplicates=1, entries=40, bytes=size)
+    assert built == Built(True, 6, 6, 41, 0, 1, entries=40, bytes=size, without_picture=0, held_back=0)
     bank = Bank(tmp_path / "bank")
     rows = read_rows(data, data.parent)[:40]
     with load(STORED_BUNDLE, memory_dir=tmp_path / "bank") as model:
@@ -141,6 +142,27 @@ def test_the_size_of_shards_and_the_number_of_processes_change_no_byte(tmp_path:
         assert (tmp_path / "three").exists() == built.complete
     assert run(data, tmp_path / "one more", shard_rows=5, part=Part(7, 20)).complete is False
     assert stored(tmp_path / "three") == stored(tmp_path / "one")
+
+
+def test_a_process_that_finds_the_shards_joined_says_only_what_it_knows(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = build_module._make_shards
+
+    def overtaken(*given: Any) -> None:
+        monkeypatch.setattr(build_module, "_make_shards", make)
+        make(*given)
+        joined.append(run(data, tmp_path / "bank"))
+
+    joined: list[Built] = []
+    monkeypatch.setattr(build_module, "_make_shards", overtaken)
+    built = run(data, tmp_path / "bank")
+    assert (joined[0].duplicates, joined[0].skipped) == (1, 0)
+    assert built == replace(joined[0], duplicates=None, skipped=None, without_picture=None, held_back=None)
+    print_built(built)
+    shown = capsys.readouterr().out
+    assert "40, joined elsewhere" in shown
+    assert "None" not in shown and "skipped" not in shown and "merged" not in shown
 
 
 def test_rows_without_an_id_are_named_after_their_file_wherever_it_lies(tmp_path: Path) -> None:

@@ -53,9 +53,14 @@ def nearest_entries(snapshot: Snapshot, queries: Float, k: int, *, floor: float)
 def _by_graph(graph: Graph, parts: Sequence[Part], units: Float, k: int, floor: float) -> Neighbours:
     found = no_neighbours(len(units), k)
     for i, unit in enumerate(units):
-        ids, scores = _scored(parts, graph.candidates(unit, k + CANDIDATES), unit)
+        try:
+            candidates = graph.candidates(unit, k + CANDIDATES)
+        except Exception:  # whatever USearch makes of a graph that is not as it writes them
+            candidates = np.zeros(0, np.uint64)
+        ids, scores = _scored(parts, candidates, unit)
         order = np.argsort(-scores, kind="stable")
-        if len(order) > k > 0 and scores[order[k - 1]] == scores[order[-1]]:  # more equals than candidates
+        more_equals = len(order) > k > 0 and scores[order[k - 1]] == scores[order[-1]]  # than candidates
+        if more_equals or not len(order):
             exact = _exactly(parts, unit[None], k, floor)
             found.rows[i], found.similarity[i] = exact.rows[0], exact.similarity[0]
             continue

@@ -62,20 +62,21 @@ class BuildOptions:
 class Built:
     """What a call of `build` left. Unless `complete`, other processes have shards to make and no bank was changed.
 
-    `bytes` are those of the entries; a graph takes `graph_bytes` more.
+    `bytes` are those of the entries; a graph takes `graph_bytes` more. What became of the rows is None where another
+    process joined the shards, or nobody yet: it is not known then.
     """
 
     complete: bool
     shards: int
     shards_done: int
     rows: int
-    skipped: int = 0
-    duplicates: int = 0
+    skipped: int | None = None
+    duplicates: int | None = None
     entries: int = 0
     bytes: int = 0
     graph_bytes: int = 0
-    without_picture: int = 0
-    held_back: int = 0
+    without_picture: int | None = None
+    held_back: int | None = None
     points: tuple[BudgetPoint, ...] = ()  # with a budget: what was measured
 
 
@@ -279,4 +280,5 @@ def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None
 
 def _built(job: Job, manifest: BankManifest) -> Built:
     size = sum(segment.bytes for segment in manifest.segments)
-    return Built(True, job.shards, job.shards, job.rows, entries=manifest.count, bytes=size)
+    graph_bytes = manifest.graph.bytes if manifest.graph else 0
+    return Built(True, job.shards, job.shards, job.rows, entries=manifest.count, bytes=size, graph_bytes=graph_bytes)
