@@ -28,6 +28,7 @@ from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.memory import Bank, verified
+from tinyalign_edge.memory import check as check_module
 from tinyalign_edge.memory import join as join_module
 from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import shards as shards_module
@@ -209,7 +210,8 @@ def test_what_is_in_memory_does_not_grow_with_the_number_of_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "BUCKET", 32)
-    monkeypatch.setattr(join_module, "BLOCK", 32)
+    for module in (check_module, join_module):
+        monkeypatch.setattr(module, "BLOCK", 32)
     silent = nullcontext(lambda *_: None)  # a bar keeps its last 1,000 steps
     monkeypatch.setattr(build_module, "progress", lambda *_, **__: silent)
     write = shards_module.Shards.write

@@ -76,6 +76,8 @@ def test_more_neighbours_than_entries_leaves_empty_places() -> None:
 def test_keys_that_are_zero_or_not_finite_are_refused(folder: Path, bad: float) -> None:
     with pytest.raises(InputError, match="zero or not finite"):
         quantize_keys(np.full((1, 4), bad, np.float32))
+    with pytest.raises(InputError, match="not of length 1"):
+        quantize_keys(1.01 * unit(1))
     bank = Bank(folder)
     with pytest.raises(InputError, match="zero or not finite"):
         bank.add(np.full(32, bad, np.float32), Record("x"), value=np.array([1]))
