@@ -8,6 +8,7 @@ import numpy as np
 
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec
+from tinyalign_edge.memory.search import UNIT
 from tinyalign_edge.memory.table import Array, Table
 
 BLOCK = 4096  # keys in float32 at once
@@ -29,7 +30,7 @@ def rounding(key_dim: int) -> float:
 
     Each of them is off by 1/254 at most, so the key is by the root of their number times that.
     """
-    return min(0.9, math.sqrt(key_dim) / 254 + 1e-3)
+    return min(0.9, math.sqrt(key_dim) / 254 + UNIT)
 
 
 def _check(table: Table, spec: BankSpec, where: str) -> None:

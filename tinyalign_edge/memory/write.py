@@ -63,7 +63,7 @@ def write_bank(
         latents: the values of a bank of kind "latents", (E, L, latent_dim) float32.
 
     Raises:
-        InputError: a key is zero, or a key or latent not finite.
+        InputError: a key is not of length 1, or a latent is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     more: dict[str, Array]
