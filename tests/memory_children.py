@@ -1,6 +1,6 @@
 """Processes that write to a bank and die, run out of disk or compete. For `test_memory_durability.py`.
 
-python -m tests.memory_children crash|replace|full|read-only|add FOLDER ...
+python -m tests.memory_children crash|replace|full|read-only|add|copy|unreadable FOLDER ...
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.banks import contents, files, key_of, make_bank, named_files, teach
 from tinyalign_edge.errors import TinyAlignError
-from tinyalign_edge.memory import Bank, graph, journal, rebuild
+from tinyalign_edge.memory import Bank, copy_bank, graph, journal, rebuild
 from tinyalign_edge.memory import publish as publish_module
 from tinyalign_edge.memory import write as write_module
 from tinyalign_edge.memory.join import write_joined
@@ -30,7 +30,7 @@ from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.segment import write_segment
 from tinyalign_edge.memory.snapshot import open_snapshot
 
-WRITERS = (write_module.append, write_module.commit, write_module.remove, write_module.sweep)
+WRITERS = (write_module.append, write_module.extend, write_module.commit, write_module.remove, write_module.sweep)
 WRITERS += (journal.append, write_manifest, write_segment, rebuild.install, graph.write_graph)
 WRITERS += (publish_module._replace, write_joined)
 CODE = {function.__code__ for function in WRITERS}  # where the folder changes: a process is killed at a line of it
@@ -76,13 +76,21 @@ def replace(folder: Path, points: str, seed: str) -> None:
 
 
 def _operations(rng: random.Random, bank: Bank) -> tuple[list[str], list[Callable[[Bank], Any]]]:
-    """The names of all additions; additions, removals and new graphs, the same for every process."""
+    """The names of all additions; additions, merges, removals and new graphs, the same for every process."""
     ids, next_id = list(bank.ids), max(bank.ids) + 1
     names, steps = list[str](), list[Callable[[Bank], Any]]()
     for _ in range(OPERATIONS):
         kind = rng.random()
         if kind < 0.2:
             steps.append(lambda bank: bank.rebuild())
+        elif kind < 0.35:
+            other = Bank(make_bank(bank.folder.with_name(f"other-{next_id}"), 0))
+            new = range(next_id, next_id + 3)
+            for number in new:
+                names.append(f"{SECRET} {number}")
+                teach(other, names[-1])
+            steps.append(lambda bank, other=other.folder: bank.merge(Bank(other)))  # type: ignore[misc]
+            ids, next_id = [*ids, *new], new.stop
         elif kind < 0.7:
             names.append(f"{SECRET} {next_id}")
             steps.append(lambda bank, name=names[-1]: teach(bank, name))  # type: ignore[misc]
@@ -155,15 +163,13 @@ def _check(folder: Path, allowed: list[dict[int, Any]], names: list[str]) -> Non
 
 
 def full(folder: Path, limit_bytes: str) -> None:
-    """Add, forget and build a graph where no file may grow beyond a limit; prints the errors."""
+    """Change a bank in every way where no file may grow beyond a limit; prints the errors."""
     rebuild.SWITCH_OVER = 20
-    bank = Bank(folder)
+    bank, changes = _changes(folder)
     before = contents(bank)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), limits[1]))
-    errors = [
-        _error_of(change) for change in (lambda: teach(bank, "one more"), lambda: bank.forget(id=5), bank.rebuild)
-    ]
+    errors = [_error_of(change) for change in changes]
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(bank) == contents(Bank(folder)) == before
     assert files(folder) == named_files(bank)
@@ -171,17 +177,50 @@ def full(folder: Path, limit_bytes: str) -> None:
 
 
 def read_only(folder: Path) -> None:
-    """Add, forget and build a graph in a folder without the right to write; prints the errors."""
+    """Change a bank in every way in a folder without the right to write; prints the errors."""
     rebuild.SWITCH_OVER = 20
+    _, changes = _changes(folder)
     folder.chmod(0o555)
-    if os.geteuid() == 0:  # root writes everywhere, until it gives up its capabilities
+    _give_up_rights()
+    print(json.dumps([_error_of(change) for change in changes]))
+
+
+def _changes(folder: Path) -> tuple[Bank, list[Callable[[], Any]]]:
+    """A bank and what may be done to it."""
+    bank, other = Bank(folder), Bank(make_bank(folder.with_name("other"), 3))
+    teach(other, "another")
+    add, forget = lambda: teach(bank, "one more"), lambda: bank.forget(id=5)
+    return bank, [add, forget, lambda: bank.merge(other), bank.rebuild]
+
+
+def copy(folder: Path, target: str) -> None:
+    """Copy the bank into a folder whose parent, and then also itself, cannot be written; prints the errors."""
+    Path(target).parent.chmod(0o555)
+    _give_up_rights()
+    errors = [_error_of(lambda: copy_bank(folder, Path(target)))]
+    assert contents(Bank(Path(target))) == contents(Bank(folder))
+    print(json.dumps([*errors, _error_of(lambda: copy_bank(folder, Path(target).with_name("another")))]))
+
+
+def unreadable(folder: Path) -> None:
+    """Open the bank without the right to read one of its files; prints the errors."""
+    _give_up_rights()
+    errors = list[str | None]()
+    for path in (*sorted(folder.glob("*.bin")), folder / "manifest.json"):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        errors.append(_error_of(lambda: Bank(folder)))
+        path.chmod(mode)
+    print(json.dumps(errors))
+
+
+def _give_up_rights() -> None:
+    """Root reads and writes everywhere, until it gives up its capabilities."""
+    if os.geteuid() == 0:
         import ctypes
 
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         assert ctypes.CDLL(None).capset(header, none) == 0
-    bank = Bank(folder)
-    changes = (lambda: teach(bank, "one more"), lambda: bank.forget(id=5), bank.rebuild)
-    print(json.dumps([_error_of(change) for change in changes]))
 
 
 def add(folder: Path, name: str, count: str) -> None:
@@ -203,5 +242,6 @@ def _error_of(call: Callable[[], Any]) -> str | None:
 
 
 if __name__ == "__main__":
-    command = {"crash": crash, "replace": replace, "full": full, "read-only": read_only, "add": add}[sys.argv[1]]
-    command(Path(sys.argv[2]), *sys.argv[3:])
+    commands = {"crash": crash, "replace": replace, "full": full, "read-only": read_only, "add": add}
+    commands |= {"copy": copy, "unreadable": unreadable}
+    commands[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

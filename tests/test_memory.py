@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from tests.banks import contents, files, make_bank, named_files, records, reseal
 from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
+from tinyalign_edge.memory import check as check_module
+from tinyalign_edge.memory import join as join_module
 from tinyalign_edge.memory import write as write_module
+from tinyalign_edge.memory.record import decode_record
 from tinyalign_edge.memory.search import nearest, quantize_keys
 
 
@@ -72,10 +76,20 @@ def test_more_neighbours_than_entries_leaves_empty_places() -> None:
 def test_keys_that_are_zero_or_not_finite_are_refused(folder: Path, bad: float) -> None:
     with pytest.raises(InputError, match="zero or not finite"):
         quantize_keys(np.full((1, 4), bad, np.float32))
+    with pytest.raises(InputError, match="not of length 1"):
+        quantize_keys(1.01 * unit(1))
     bank = Bank(folder)
     with pytest.raises(InputError, match="zero or not finite"):
         bank.add(np.full(32, bad, np.float32), Record("x"), value=np.array([1]))
     assert len(Bank(folder)) == 300
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    latents = np.ones((4, 3, 8), np.float32)
+    latents[1, 2, 3] = bad
+    with pytest.raises(InputError, match="latents: one is not finite"):
+        latents_bank(tmp_path / "bank", latents)
 
 
 def test_latents_come_back_within_a_step_of_their_scale(tmp_path: Path) -> None:
@@ -149,11 +163,28 @@ def test_forgetting_is_by_id_source_or_text_and_by_one_of_them(folder: Path) -> 
     assert bank.forget(id=3) == (3,)
     assert bank.forget(source="source-4") == (4,)
     assert bank.forget(text="text ü 5") == (5,)
-    assert bank.forget(text="text ü 5") == ()
+    assert bank.forget(text="text ü 5") == bank.forget(id=3) == bank.forget(id=-1) == bank.forget(id=1 << 70) == ()
     assert bank.ids == (0, 1, 2, *range(6, 300))
     for wrong in ({}, {"id": 1, "text": "text ü 1"}):
         with pytest.raises(InputError, match="give one of"):
             bank.forget(**wrong)
+
+
+def test_what_forgetting_takes_of_memory_does_not_grow_with_the_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (check_module, join_module):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    peaks = []
+    for count in (600, 6000):
+        bank = Bank(make_bank(tmp_path / str(count), count))
+        tracemalloc.start()
+        assert bank.forget(id=7) == (7,)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert bank.ids == (*range(7), *range(8, count))
+    size = (tmp_path / "6000" / "segment-2-0.bin").stat().st_size
+    assert peaks[1] - peaks[0] < size / 4
 
 
 def test_a_bank_can_forget_everything_and_be_taught_again(tmp_path: Path) -> None:
@@ -190,6 +221,40 @@ def test_what_cannot_be_kept_is_refused(folder: Path, value: np.ndarray, text: s
     with pytest.raises(InputError, match="of the shape"):
         bank.add(unit(1)[0][:5], Record("x"), value=np.array([1]))
     assert len(Bank(folder)) == 300
+
+
+def test_texts_that_are_not_unicode_are_refused_where_they_are_read(folder: Path) -> None:
+    table = Bank(folder)._snapshot.segments[0]
+    good = table.record(3)
+    assert b"text \xc3\xbc 3" in good
+    with pytest.raises(BundleError, match="entry 3: its record cannot be read"):
+        decode_record(good.replace(b"\xc3\xbc", b"\\ud800"), "entry 3")
+
+
+def test_more_neighbours_than_there_are_entries_are_all_entries(folder: Path) -> None:
+    bank = Bank(folder)
+    for k in (300, 10**12):
+        assert len(bank.search(unit(1)[0], k)) == 300
+    assert bank.search(unit(1)[0], 0) == ()
+    assert bank.nearest(unit(2), 302).rows.shape == (2, 302)
+
+
+def test_a_query_of_another_shape_or_a_negative_count_is_refused(folder: Path) -> None:
+    bank = Bank(folder)
+    with pytest.raises(InputError, match=r"k -1: must be at least 0"):
+        bank.search(unit(1)[0], -1)
+    for wrong in (np.ones(5, np.float32), np.ones((1, 32), np.float32)):
+        with pytest.raises(InputError, match=r"of the shape .*, this bank is asked by \(queries, 32\)"):
+            bank.search(wrong, 4)
+    with pytest.raises(InputError, match=r"of the shape \(32,\)"):
+        bank.nearest(unit(1)[0], 4)
+
+
+def test_white_space_around_a_text_does_not_keep_it_from_being_forgotten(folder: Path) -> None:
+    bank = Bank(folder)
+    number = teach(bank, " padded ")
+    assert bank.forget(text="  padded") == (number,)
+    assert bank.forget(text="text ü 5\n") == (5,)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "latents"])

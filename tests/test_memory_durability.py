@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +17,10 @@ import pytest
 
 from tests.banks import contents, files, make_bank, named_files, teach, unit
 from tests.conftest import ROOT
-from tinyalign_edge.errors import BundleError
-from tinyalign_edge.memory import Bank
+from tinyalign_edge.errors import BundleError, TinyAlignError
+from tinyalign_edge.memory import Bank, copy_bank
 from tinyalign_edge.memory import rebuild as rebuild_module
+from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.publish import publish
 from tinyalign_edge.memory.snapshot import open_snapshot
 
@@ -51,6 +57,20 @@ def test_a_writer_killed_while_it_replaces_the_bank_leaves_the_old_or_the_new_on
     result = json.loads(finish(start("replace", folder, points, "seed")))
     assert result["lines"] > 50
     assert result["found"] == [0, 1]  # it died before the new one stood, and after
+
+
+def test_a_process_that_was_forked_off_while_one_wrote_does_not_keep_the_lock(folder: Path) -> None:
+    with exclusive(folder):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_bytes_after_what_counts_are_ignored_and_swept_away(folder: Path) -> None:
@@ -97,6 +117,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_the_old_bank(tmp_path: P
     assert 2 * journal_bytes + 60 < manifest_bytes  # so that the manifest is what does not fit
     limit_bytes = {"nothing": 0, "journal": journal_bytes + 10, "manifest": manifest_bytes - 20}[full]
     errors = json.loads(finish(start("full", folder, limit_bytes)))
+    assert len(errors) == 4
     assert all("cannot be written (File too large" in error and "\n" not in error for error in errors)
     bank = Bank(folder)
     assert contents(bank) == before
@@ -109,8 +130,74 @@ def test_a_read_only_folder_is_an_error_of_one_line_and_can_still_be_read(folder
         errors = json.loads(finish(start("read-only", folder)))
     finally:
         folder.chmod(0o755)
+    assert len(errors) == 4
     assert all("cannot be written (Permission denied" in error and "--memory-dir" in error for error in errors)
     assert contents(Bank(folder)) == before
+
+
+def test_a_copy_goes_into_an_empty_folder_whose_parent_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mount" / "memory"
+    target.mkdir(parents=True)
+    try:
+        done, refused = json.loads(finish(start("copy", folder, target)))
+    finally:
+        target.parent.chmod(0o755)
+    assert done is None
+    assert "cannot be written (Permission denied" in refused and "\n" not in refused
+    assert contents(Bank(target)) == contents(Bank(folder))
+    assert [path.name for path in target.parent.iterdir()] == ["memory"]
+
+
+def test_a_copy_is_made_where_one_that_died_left_a_part(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "memory"
+    target.mkdir()
+    for name in ("lock", "segment-4-0.bin", "graph-2.usearch", "manifest.json.new"):
+        (target / name).write_bytes(b"half")
+    copy_bank(folder, target)
+    assert contents(Bank(target)) == contents(Bank(folder))
+    assert files(target) == named_files(Bank(target))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_copy_that_does_not_fit_on_the_disk_leaves_nothing(folder: Path, tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "new" / "memory"
+    if there:
+        target.mkdir(parents=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(TinyAlignError, match=r"memory: cannot be written \(File too large"):
+            copy_bank(folder, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (files(target) == set()) if there else not target.parent.exists()
+
+
+def test_a_new_folder_is_on_the_disk_before_the_bank_in_it_counts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought, fsync = list[int](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (brought.append(os.fstat(file).st_ino), fsync(file)))
+    new = open_snapshot(folder)
+    target = tmp_path / "a" / "b"
+    publish(target, new.manifest.spec, [(table, np.ones(len(table), np.bool_)) for table in new.segments])
+    assert {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino} <= set(brought)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(folder: Path) -> None:
+    errors = json.loads(finish(start("unreadable", folder)))
+    assert len(errors) == 3
+    assert all("cannot be read" in error and "Permission denied" in error and "\n" not in error for error in errors)
+
+
+def test_one_who_looks_again_does_not_wait_for_a_writer_elsewhere(folder: Path) -> None:
+    bank = Bank(folder)
+    with ThreadPoolExecutor(2) as pool, exclusive(folder):
+        adding = pool.submit(teach, bank, "third")
+        with pytest.raises(TimeoutError):
+            adding.result(0.2)  # it waits for the lock
+        pool.submit(bank.refresh).result(10)
+    assert adding.result(20) == 42
 
 
 def test_processes_that_add_and_forget_at_once_lose_nothing_while_others_read(folder: Path) -> None:

@@ -162,6 +162,18 @@ def test_a_graph_with_any_changed_byte_is_not_used(bank: Bank) -> None:
     assert_finds_the_same(Bank(bank.folder))
 
 
+def test_where_usearch_fails_on_a_graph_all_entries_are_compared(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    from usearch.index import Index
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a node has more links than there are")
+
+    teach(bank, "new")
+    monkeypatch.setattr(Index, "search", fail)
+    assert bank.stats().graph_entries == 300
+    assert_finds_the_same(bank)
+
+
 @pytest.mark.parametrize(("name", "value"), [("count", 299), ("last_id", 300)])
 def test_a_manifest_that_lies_about_its_graph_hides_no_entry(bank: Bank, name: str, value: int) -> None:
     teach(bank, "new")

@@ -225,6 +225,7 @@ def test_a_fused_key_depends_on_the_question(world: Path, towers: Path, tmp_path
 def test_an_entry_of_default_size_takes_at_most_a_kilobyte(tmp_path: Path) -> None:
     settings, released_bytes = MemorySettings(), 22_528
     keys = np.random.default_rng(0).normal(size=(50, settings.key_dim)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     values: dict[str, Any] = {
         "token_ids": [[1] * settings.value_tokens] * 50,
         "latents": np.ones((50, settings.latents, settings.latent_dim), np.float32),

@@ -43,7 +43,11 @@ def save_cnn(folder: Path) -> None:
     """A MobileNetV2 with a 1 x 1 grid of features."""
     torch.manual_seed(0)
     config = MobileNetV2Config(image_size=SIDE, depth_multiplier=0.35, finegrained_output=False)
-    MobileNetV2Model(config).save_pretrained(folder)
+    model = MobileNetV2Model(config)
+    for weights in model.parameters():
+        if weights.ndim == 4:
+            torch.nn.init.kaiming_normal_(weights)  # as it is made at random, its features vanish
+    model.save_pretrained(folder)
     processor = MobileNetV2ImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
     processor.save_pretrained(folder)
 

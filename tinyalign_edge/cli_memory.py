@@ -75,7 +75,9 @@ def forget(
     bundle: Bundle,
     id: Annotated[int | None, typer.Option(help="The entry's id, as 'search' shows it.")] = None,
     source: Annotated[str | None, typer.Option(help="All entries of this source.")] = None,
-    text: Annotated[str | None, typer.Option(help="All entries of exactly this text.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="All entries of exactly this text, white space around it apart.")
+    ] = None,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
 ) -> None:

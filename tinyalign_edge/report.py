@@ -73,10 +73,14 @@ def print_built(built: Built) -> None:
     if not built.complete:
         print(f"shards: {built.shards_done} of {built.shards} are done; who finishes the last one joins them")
         return
+    joined = built.duplicates is not None  # else by another process, which has said what became of the rows
     rows = [
-        ("rows", f"{built.rows} in {built.shards} shards, {built.skipped} bad ones skipped"),
-        ("text alone", f"{built.without_picture} rows, which are no entries"),
-        ("entries", f"{built.entries}, {built.duplicates} duplicates merged"),
+        ("rows", f"{built.rows} in {built.shards} shards" + (f", {built.skipped} bad ones skipped" if joined else "")),
+        *([("text alone", f"{built.without_picture} rows, which are no entries")] if joined else []),
+        (
+            "entries",
+            f"{built.entries}" + (f", {built.duplicates} duplicates merged" if joined else ", joined elsewhere"),
+        ),
         ("files", f"{megabytes(built.bytes)}, and a graph of {megabytes(built.graph_bytes)}"),
     ]
     rows += [("held back", f"{built.held_back} rows, to measure the loss on")] if built.held_back else []

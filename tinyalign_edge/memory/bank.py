@@ -58,7 +58,7 @@ class Bank:
         """
         self.folder = folder
         self.on_loss: Callable[[], None] = lambda: None  # called when entries that were open are gone
-        self._changing = threading.Lock()
+        self._changing = threading.Lock()  # only one thread opens another generation
         self._snapshot = open_snapshot(folder)
 
     def __len__(self) -> int:
@@ -75,12 +75,21 @@ class Bank:
         return tuple(number for table in self._snapshot.tables for number in table.ids.tolist())
 
     def nearest(self, queries: Float, k: int, *, floor: float = -1.0) -> Neighbours:
-        """The ids of the `k` entries most similar to each of `queries` (Q, key_dim), at or above `floor`."""
+        """The ids of the `k` entries most similar to each of `queries` (Q, key_dim), at or above `floor`.
+
+        Raises:
+            InputError: a query is zero, not finite or of another shape, or `k` is below 0.
+        """
         return nearest_entries(self._snapshot, queries, k, floor=floor)
 
     def search(self, query: Float, k: int, *, floor: float = -1.0) -> tuple[Entry, ...]:
-        """The entries most similar to one `query` (key_dim,), most similar first."""
+        """The `k` entries most similar to one `query` (key_dim,), most similar first; fewer where there are fewer.
+
+        Raises:
+            InputError: as `nearest`.
+        """
         snapshot = self._snapshot
+        k = min(k, snapshot.manifest.count)
         found = nearest_entries(snapshot, query[None], k, floor=floor)
         pairs = zip(found.rows[0].tolist(), found.similarity[0].tolist(), strict=True)
         return tuple(self._entry(snapshot, number, similarity) for number, similarity in pairs if number >= 0)
@@ -103,7 +112,7 @@ class Bank:
         Raises:
             BundleError: as on opening; what was open stays open.
         """
-        with self._alone():
+        with self._noticing(), self._changing:
             self._snapshot = open_snapshot(self.folder, self._snapshot)
 
     def verify(self) -> None:
@@ -112,7 +121,7 @@ class Bank:
         Raises:
             BundleError: one is damaged. A graph is not: it is only not used.
         """
-        with self._alone():
+        with self._noticing(), self._changing:
             self._snapshot = open_snapshot(self.folder, trusted=False)
 
     def add(self, key: Float, record: Record, *, value: npt.NDArray[np.integer] | Float) -> int:
@@ -138,6 +147,8 @@ class Bank:
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text. When this returns, no file holds a byte of them.
 
+        White space at the ends of a text does not count.
+
         What a file system keeps of deleted files, and what other processes have open until they refresh, is out of
         its reach.
 
@@ -150,12 +161,13 @@ class Bank:
         """
         if sum(given is not None for given in (id, source, text)) != 1:
             raise InputError("forget: give one of id, source and text")
+        text = None if text is None else text.strip()
         with self._exclusive() as snapshot:
             found = tuple(
-                number
+                int(table.ids[row])
                 for table in snapshot.tables
-                for row, number in enumerate(table.ids.tolist())
-                if (number == id if id is not None else _matches(self._record(table, row), source, text))
+                for row in (range(len(table)) if id is None else np.flatnonzero(table.ids == id).tolist())
+                if id is not None or _matches(self._record(table, row), source, text)
             )
             if found:
                 remove(self.folder, snapshot, found)
@@ -214,9 +226,9 @@ class Bank:
     @contextmanager
     def _exclusive(self) -> Iterator[Snapshot]:
         """Hold the lock, with the newest generation open; afterwards open what the block has written."""
-        with self._alone():
+        with self._noticing():
             try:
-                with exclusive(self.folder):
+                with exclusive(self.folder), self._changing:  # in this order: `refresh` waits for no other process
                     self._snapshot = open_snapshot(self.folder, self._snapshot)
                     sweep(self.folder, self._snapshot.manifest)
                     try:
@@ -234,12 +246,11 @@ class Bank:
                 ) from error
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Only one thread opens another generation; it tells if entries are gone, whoever has forgotten them."""
+    def _noticing(self) -> Iterator[None]:
+        """Tell if entries are gone after the block, whoever has forgotten them. No lock is held then."""
         before = self.manifest
         try:
-            with self._changing:
-                yield
+            yield
         finally:
             after = self.manifest
             if after.next_id - before.next_id != after.count - before.count:  # each addition counts both up
@@ -265,7 +276,7 @@ class Bank:
 
 
 def _matches(record: Record, source: str | None, text: str | None) -> bool:
-    return record.source == source if source is not None else record.text == text
+    return record.source == source if source is not None else record.text.strip() == text
 
 
 def _row(spec: BankSpec, key: Float, record: bytes, value: Array) -> Row:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tinyalign_edge.errors import InputError, TinyAlignError
-from tinyalign_edge.folders import cause, sync, temporary_beside
+from tinyalign_edge.folders import sync
+from tinyalign_edge.memory.join import whole
 from tinyalign_edge.memory.layout import GraphEntry
 from tinyalign_edge.memory.manifest import is_bank
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
-from tinyalign_edge.memory.write import commit
+from tinyalign_edge.memory.target import check_target, claimed
+from tinyalign_edge.memory.write import Part, commit, sweep
 
 
 def copy_bank(source: Path, target: Path) -> None:
@@ -26,20 +28,21 @@ def copy_bank(source: Path, target: Path) -> None:
     """
     if is_bank(target):
         return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists and is not a memory bank; choose another folder")
+    check_target(target)
     snapshot = open_snapshot(source)
-    temporary = temporary_beside(target)
-    try:
-        manifest = replace(snapshot.manifest, graph=_copy_graph(source, temporary, snapshot))
-        commit(temporary, manifest, [(None, table) for table in snapshot.tables], None)
-        temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        if not is_bank(target):
-            raise TinyAlignError(f"{target}: cannot be written ({cause(error)}); nothing was changed") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    empty = replace(snapshot.manifest, segments=(), journal=None, graph=None)
+    with claimed(target):
+        if is_bank(target):
+            return
+        try:
+            sweep(target, empty)  # what one that died has left
+            manifest = replace(empty, graph=_copy_graph(source, target, snapshot))
+            commit(target, manifest, [Part((whole(table),)) for table in snapshot.tables], None)
+        except BaseException:
+            if not is_bank(target):
+                with suppress(OSError):
+                    sweep(target, empty)
+            raise
 
 
 def _copy_graph(source: Path, target: Path, snapshot: Snapshot) -> GraphEntry | None:

@@ -19,10 +19,18 @@ Mask = npt.NDArray[np.bool_]
 Selected = tuple[Table, Mask]  # (E,): true for the entries that are meant
 
 
-def write_joined(path: Path, parts: Sequence[Selected], spec: BankSpec, *, first_id: int) -> SegmentEntry | None:
+def whole(table: Table) -> Selected:
+    """All entries of a table."""
+    return table, np.ones(len(table), np.bool_)
+
+
+def write_joined(
+    path: Path, parts: Sequence[Selected], spec: BankSpec, *, first_id: int | None = None
+) -> SegmentEntry | None:
     """Write the selected entries of `parts`, in their order, to the new file `path`, down to the disk.
 
-    Their ids are counted from `first_id`. Returns None, and writes nothing, where there are none.
+    They keep their ids, or have new ones, counted from `first_id`. Returns None, and writes nothing, where there are
+    none.
     """
     count = sum(int(keep.sum()) for _, keep in parts)
     if not count:
@@ -35,14 +43,13 @@ def write_joined(path: Path, parts: Sequence[Selected], spec: BankSpec, *, first
     last = dict.fromkeys(("value_offsets", "record_offsets"), np.uint64(0))
     for name in at.keys() & last.keys():
         at[name] += 8  # the first offset is 0, and so is the file until it is written
-    next_id = first_id
     with path.open("xb") as file:
         file.truncate(size)
         for block in _blocks(parts):
             for section in placed:
                 column = getattr(block, section.name)
-                if section.name == "ids":
-                    column, next_id = np.arange(next_id, next_id + len(block)), next_id + len(block)
+                if section.name == "ids" and first_id is not None:
+                    column, first_id = np.arange(first_id, first_id + len(block)), first_id + len(block)
                 elif section.name in last:
                     column = column[1:] + last[section.name]
                     last[section.name] = column[-1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory.graph import Graph
 from tinyalign_edge.memory.search import Float, Neighbours, Rows, fill, nearest, no_neighbours, similarities, unit_rows
 from tinyalign_edge.memory.snapshot import Snapshot
@@ -30,8 +31,13 @@ def nearest_entries(snapshot: Snapshot, queries: Float, k: int, *, floor: float)
     Of equally similar ones the least ids come first.
 
     Raises:
-        InputError: a query is zero or not finite.
+        InputError: a query is zero, not finite or of another shape, or `k` is below 0.
     """
+    key_dim = snapshot.manifest.spec.key_dim
+    if queries.ndim != 2 or queries.shape[1] != key_dim:
+        raise InputError(f"keys: of the shape {queries.shape}, this bank is asked by (queries, {key_dim})")
+    if k < 0:
+        raise InputError(f"k {k}: must be at least 0")
     units = unit_rows(queries)
     graph = snapshot.graph
     after = [table.first_after(graph.last_id) if graph else 0 for table in snapshot.tables]
@@ -47,9 +53,14 @@ def nearest_entries(snapshot: Snapshot, queries: Float, k: int, *, floor: float)
 def _by_graph(graph: Graph, parts: Sequence[Part], units: Float, k: int, floor: float) -> Neighbours:
     found = no_neighbours(len(units), k)
     for i, unit in enumerate(units):
-        ids, scores = _scored(parts, graph.candidates(unit, k + CANDIDATES), unit)
+        try:
+            candidates = graph.candidates(unit, k + CANDIDATES)
+        except Exception:  # whatever USearch makes of a graph that is not as it writes them
+            candidates = np.zeros(0, np.uint64)
+        ids, scores = _scored(parts, candidates, unit)
         order = np.argsort(-scores, kind="stable")
-        if len(order) > k > 0 and scores[order[k - 1]] == scores[order[-1]]:  # more equals than candidates
+        more_equals = len(order) > k > 0 and scores[order[k - 1]] == scores[order[-1]]  # than candidates
+        if more_equals or not len(order):
             exact = _exactly(parts, unit[None], k, floor)
             found.rows[i], found.similarity[i] = exact.rows[0], exact.similarity[0]
             continue

@@ -58,6 +58,16 @@ def read_manifest(folder: Path) -> BankManifest:
     return manifest
 
 
+def is_newer(folder: Path) -> bool:
+    """Whether the manifest of `folder` says that a newer version wrote it, be it otherwise damaged."""
+    try:
+        data = parse_json(read_small(inside(folder, MANIFEST)), folder / MANIFEST)
+    except (InputError, BundleError):
+        return False
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    return isinstance(version, int) and version > SCHEMA_VERSION
+
+
 def write_manifest(folder: Path, manifest: BankManifest) -> None:
     """Make `manifest` the folder's generation; it stands there whole, before and after a power cut."""
     text = json.dumps(to_json(replace(manifest, self_sha256=ZEROS)), indent=1, ensure_ascii=False) + "\n"

@@ -71,4 +71,5 @@ def thumbnail_bytes(data: bytes) -> int:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
+    value.encode()  # half a surrogate pair cannot be: JSON can spell it, but nobody can print or store it
     return value

@@ -16,6 +16,7 @@ from tinyalign_edge.errors import InputError
 BLOCK_ROWS = 4096  # turned into float32 at once: they stay in the processor's cache
 BATCH_SCORES = 1 << 24  # of several queries, held at once
 GROUP = 64  # rows whose maximum stands for them when the best are looked for
+UNIT = 1e-3  # how far from 1 the length of a unit key may be
 
 Float = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -33,11 +34,12 @@ def quantize_keys(keys: Float) -> tuple[npt.NDArray[np.int8], Float]:
     """Unit keys (E, key_dim) float32 to int8 rows and a float32 scale a row.
 
     Raises:
-        InputError: a key is zero or not finite.
+        InputError: a key is zero or not finite, or of another length.
     """
-    scales = (np.abs(keys).max(axis=1, initial=0.0) / 127).astype(np.float32)  # (E,)
-    if not np.all(np.isfinite(scales)) or not np.all(scales > 0):
-        raise InputError("keys: one is zero or not finite; look for a damaged picture or encoder")
+    lengths = np.sqrt(np.einsum("ij,ij->i", keys, keys))  # (E,)
+    if not np.all(np.abs(lengths - 1) <= UNIT):
+        raise InputError("keys: one is zero or not finite, or not of length 1; look for a damaged picture or encoder")
+    scales = (np.abs(keys).max(axis=1) / 127).astype(np.float32)  # (E,)
     return np.round(keys / scales[:, None]).astype(np.int8), scales
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyalign_edge.errors import BundleError
 from tinyalign_edge.files import FileEntry, check_files, inside
 from tinyalign_edge.folders import sync
-from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec, SegmentEntry, aligned, sections
-from tinyalign_edge.memory.table import Array, Table
+from tinyalign_edge.memory.check import check_table
+from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
+from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
 
 
@@ -35,7 +35,7 @@ def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec, verified: Ve
     """Map a segment, once its bytes are the manifest's, or were and have not changed since.
 
     Raises:
-        BundleError: missing or changed, or its offsets, ids or scales are impossible.
+        BundleError: missing or changed, or as `check_table`.
     """
     path = inside(folder, entry.file)
     known = verified.holds(path, (entry, spec))
@@ -48,21 +48,6 @@ def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec, verified: Ve
     }
     table = Table(**arrays)
     if not known:
-        _check(path, table, entry, spec)
+        check_table(table, spec, str(path))
         verified.add(path, (entry, spec))
     return table
-
-
-def _check(path: Path, table: Table, entry: SegmentEntry, spec: BankSpec) -> None:
-    if not np.all(table.ids[1:] > table.ids[:-1]):
-        raise BundleError(f"{path}: its ids do not rise; build the bank again")
-    if not np.all(np.isfinite(table.key_scales)):
-        raise BundleError(f"{path}: a key is not finite; build the bank again")
-    _check_offsets(path, table.record_offsets, entry.record_bytes, MAX_RECORD_BYTES)
-    if spec.kind == "tokens":
-        _check_offsets(path, table.value_offsets, entry.token_count, MAX_ENTRY_BYTES // table.values.itemsize)
-
-
-def _check_offsets(path: Path, offsets: Array, end: int, longest: int) -> None:
-    if offsets[0] != 0 or int(offsets[-1]) != end or np.any(np.diff(offsets) > longest):  # a fall wraps around
-        raise BundleError(f"{path}: its offsets do not fit its sections; build the bank again")

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyalign_edge.errors import BundleError
+from tinyalign_edge.folders import cause
 from tinyalign_edge.memory import journal
+from tinyalign_edge.memory.check import check_table
 from tinyalign_edge.memory.graph import Graph, open_graph
 from tinyalign_edge.memory.layout import BankManifest
 from tinyalign_edge.memory.manifest import read_manifest
@@ -42,14 +44,21 @@ def open_snapshot(
 
     Raises:
         InputError: it is not a bank.
-        BundleError: damaged, hostile or written by a newer version.
+        BundleError: damaged, hostile, written by a newer version, or not readable.
     """
+    try:
+        return _open_newest(folder, previous, VerifiedFiles(folder, trusted=trusted, recorded=recorded))
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot be read ({cause(error)}); look at the rights of its files") from error
+
+
+def _open_newest(folder: Path, previous: Snapshot | None, verified: VerifiedFiles) -> Snapshot:
     while True:
         manifest = read_manifest(folder)
         if previous and previous.manifest == manifest:
             return previous
         try:
-            return _open(folder, manifest, previous, VerifiedFiles(folder, trusted=trusted, recorded=recorded))
+            return _open(folder, manifest, previous, verified)
         except (BundleError, OSError):  # a writer may have replaced the files meanwhile
             if read_manifest(folder).generation == manifest.generation:
                 raise
@@ -81,8 +90,11 @@ def _journal(folder: Path, manifest: BankManifest, previous: Snapshot | None) ->
         return from_rows([], manifest.spec)
     before = previous.manifest.journal if previous else None
     if previous is None or before is None or before.file != entry.file or before.bytes > entry.bytes:
-        return journal.read(folder, entry, manifest.spec)
-    return concat(previous.journal, journal.read(folder, entry, manifest.spec, after=before))
+        table = journal.read(folder, entry, manifest.spec)
+    else:
+        table = concat(previous.journal, journal.read(folder, entry, manifest.spec, after=before))
+    check_table(table, manifest.spec, str(folder / entry.file))
+    return table
 
 
 def _graph(

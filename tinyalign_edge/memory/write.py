@@ -9,27 +9,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import reduce
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory import journal, layout
+from tinyalign_edge.memory.join import Selected, whole, write_joined
 from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, SegmentEntry
 from tinyalign_edge.memory.manifest import TEMPORARY, write_manifest
 from tinyalign_edge.memory.record import Record
 from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.segment import write_segment
 from tinyalign_edge.memory.snapshot import Snapshot
-from tinyalign_edge.memory.table import Array, Row, Table, concat, offsets
+from tinyalign_edge.memory.table import Array, Row, Table, offsets
 
 JOURNAL_ENTRIES = 1024  # sealed beyond these
 JOURNAL_BYTES = 1 << 20
 
-Part = tuple[SegmentEntry | None, Table]  # a segment, or what will be one
+
+@dataclass(frozen=True)
+class Part:
+    """A segment, or, without an `entry`, what will be one."""
+
+    entries: tuple[Selected, ...]
+    entry: SegmentEntry | None = None
+
+    def __len__(self) -> int:
+        return sum(int(keep.sum()) for _, keep in self.entries)
 
 
 def write_bank(
@@ -51,6 +61,9 @@ def write_bank(
         vocab_size: bound of the token ids.
         token_ids: the values of a bank of kind "tokens", E sequences.
         latents: the values of a bank of kind "latents", (E, L, latent_dim) float32.
+
+    Raises:
+        InputError: a key is not of length 1, or a latent is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     more: dict[str, Array]
@@ -82,7 +95,13 @@ def write_bank(
 
 
 def quantize_latents(latents: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent."""
+    """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent.
+
+    Raises:
+        InputError: one is not finite.
+    """
+    if not np.all(np.isfinite(latents)):
+        raise InputError("latents: one is not finite; look for a damaged value encoder")
     peak = np.maximum(np.abs(latents).max(axis=-1), 1e-12)
     return np.round(latents / peak[..., None] * 127).astype(np.int8), (peak / 127).astype(np.float32)
 
@@ -92,7 +111,7 @@ def append(folder: Path, snapshot: Snapshot, row: Row) -> None:
     manifest = snapshot.manifest
     before = manifest.journal
     if before and (before.count >= JOURNAL_ENTRIES or before.bytes >= JOURNAL_BYTES):
-        manifest = commit(folder, manifest, [*_sealed(snapshot), (None, snapshot.journal)], None)
+        manifest = commit(folder, manifest, [*_sealed(snapshot), Part((whole(snapshot.journal),))], None)
         before = None
     generation = manifest.generation + 1
     before = before or JournalEntry(f"journal-{generation}.bin", 0, 0, journal.FIRST_DIGEST.hex())
@@ -105,26 +124,26 @@ def append(folder: Path, snapshot: Snapshot, row: Row) -> None:
 
 def extend(folder: Path, snapshot: Snapshot, tables: Sequence[Table]) -> None:
     """Add whole tables, whose ids follow the manifest's next, and seal them with the journal."""
-    added = reduce(concat, [snapshot.journal, *tables])
-    manifest = replace(snapshot.manifest, next_id=int(added.ids[-1]) + 1)
-    commit(folder, manifest, [*_sealed(snapshot), (None, added)], None)
+    manifest = replace(snapshot.manifest, next_id=int(tables[-1].ids[-1]) + 1)
+    added = Part(tuple(map(whole, (snapshot.journal, *tables))))
+    commit(folder, manifest, [*_sealed(snapshot), added], None)
 
 
 def remove(folder: Path, snapshot: Snapshot, ids: Sequence[int]) -> None:
     """Write every file that holds one of `ids` anew without it, and delete the old ones."""
     gone = np.array(ids, np.uint64)
     parts, journal_entry = list[Part](), snapshot.manifest.journal
-    for entry, table in _sealed(snapshot):
+    for part, table in zip(_sealed(snapshot), snapshot.segments, strict=True):
         keep = ~np.isin(table.ids, gone)
-        parts.append((entry, table) if keep.all() else (None, table.take(keep)))
+        parts.append(part if keep.all() else Part(((table, keep),)))
     keep = ~np.isin(snapshot.journal.ids, gone)
     if not keep.all():
-        parts.append((None, snapshot.journal.take(keep)))
+        parts.append(Part(((snapshot.journal, keep),)))
         journal_entry = None
     manifest = snapshot.manifest
     if manifest.graph and min(ids) <= manifest.graph.last_id:  # it would hold their keys
         manifest = replace(manifest, graph=None)
-    commit(folder, manifest, [part for part in parts if len(part[1])], journal_entry)
+    commit(folder, manifest, [part for part in parts if len(part)], journal_entry)
 
 
 def sweep(folder: Path, manifest: BankManifest) -> None:
@@ -151,23 +170,25 @@ def commit(
     The last takes in those before it that are not much larger, so that the number of segments grows with the
     logarithm of the number of entries.
     """
-    while len(parts) > 1 and parts[-1][0] is None and len(parts[-2][1]) <= 2 * len(parts[-1][1]):
-        *parts, (_, before), (_, last) = parts
-        parts.append((None, concat(before, last)))
+    while len(parts) > 1 and parts[-1].entry is None and len(parts[-2]) <= 2 * len(parts[-1]):
+        *parts, before, last = parts
+        parts.append(Part(before.entries + last.entries))
     generation = manifest.generation + 1
-    segments = tuple(
-        entry or write_segment(folder / segment_name(generation, number), table, manifest.spec)
-        for number, (entry, table) in enumerate(parts)
-    )
+    segments = list[SegmentEntry]()
+    for number, part in enumerate(parts):
+        path = folder / segment_name(generation, number)
+        segment = part.entry or write_joined(path, part.entries, manifest.spec)
+        segments += [segment] if segment else []
     sync(folder)
-    manifest = replace(manifest, generation=generation, segments=segments, journal=journal_entry)
+    manifest = replace(manifest, generation=generation, segments=tuple(segments), journal=journal_entry)
     write_manifest(folder, manifest)
     sweep(folder, manifest)
     return manifest
 
 
 def _sealed(snapshot: Snapshot) -> list[Part]:
-    return list(zip(snapshot.manifest.segments, snapshot.segments, strict=True))
+    pairs = zip(snapshot.manifest.segments, snapshot.segments, strict=True)
+    return [Part((whole(table),), entry) for entry, table in pairs]
 
 
 def segment_name(generation: int, number: int) -> str:

@@ -17,9 +17,10 @@ from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.layout import BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.manifest import read_manifest
-from tinyalign_edge.memory.publish import check_target, publish
+from tinyalign_edge.memory.publish import publish
 from tinyalign_edge.memory.shards import Counts, Job, Shards
 from tinyalign_edge.memory.shown import build_due_graph
+from tinyalign_edge.memory.target import check_target
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.budget import BudgetPoint, check_budget, fit
 from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, side_by_side
@@ -61,20 +62,21 @@ class BuildOptions:
 class Built:
     """What a call of `build` left. Unless `complete`, other processes have shards to make and no bank was changed.
 
-    `bytes` are those of the entries; a graph takes `graph_bytes` more.
+    `bytes` are those of the entries; a graph takes `graph_bytes` more. What became of the rows is None where another
+    process joined the shards, or nobody yet: it is not known then.
     """
 
     complete: bool
     shards: int
     shards_done: int
     rows: int
-    skipped: int = 0
-    duplicates: int = 0
+    skipped: int | None = None
+    duplicates: int | None = None
     entries: int = 0
     bytes: int = 0
     graph_bytes: int = 0
-    without_picture: int = 0
-    held_back: int = 0
+    without_picture: int | None = None
+    held_back: int | None = None
     points: tuple[BudgetPoint, ...] = ()  # with a budget: what was measured
 
 
@@ -88,7 +90,7 @@ def build(bundle: Path, *, data: Path, images: Path, out: Path | None = None, op
 
     Raises:
         InputError: not a bundle with a memory, a bad row (named), or `out` holds something else.
-        BundleError: damaged, hostile or too new.
+        BundleError: damaged, hostile or too new, be it the bank that `out` holds.
         TinyAlignError: the disk is full, or the folder cannot be written; finished shards are kept.
     """
     manifest = open_bundle(bundle)
@@ -278,4 +280,5 @@ def _finish(bundle: Path, shards: Shards, target: Path, budget_bytes: int | None
 
 def _built(job: Job, manifest: BankManifest) -> Built:
     size = sum(segment.bytes for segment in manifest.segments)
-    return Built(True, job.shards, job.shards, job.rows, entries=manifest.count, bytes=size)
+    graph_bytes = manifest.graph.bytes if manifest.graph else 0
+    return Built(True, job.shards, job.shards, job.rows, entries=manifest.count, bytes=size, graph_bytes=graph_bytes)

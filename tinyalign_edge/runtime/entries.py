@@ -15,6 +15,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.image import open_image
 from tinyalign_edge.memory import Record, make_thumbnail
+from tinyalign_edge.memory.search import UNIT
 from tinyalign_edge.memory.shards import Entries
 from tinyalign_edge.runtime.model import Model
 from tinyalign_edge.runtime.sight import EncodedImage
@@ -44,12 +45,15 @@ class EntryMaker:
         """
         image = self._encode(row)
         assert image.key is not None
-        if not np.all(np.isfinite(image.key)) or not np.any(image.key):
-            raise InputError(f"{row.where}: the key of {row.path} is zero or not finite; look for a damaged encoder")
+        if not abs(np.linalg.norm(image.key) - 1) <= UNIT:
+            raise InputError(f"{row.where}: the key of {row.path} is not of length 1; look for a damaged encoder")
+        value = self._value(image, row)
+        if not np.all(np.isfinite(value)):
+            raise InputError(f"{row.where}: a value of {row.path} is not finite; look for a damaged value encoder")
         first = row.memory_turns[0]
         thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
         record = Record(first.answer, first.question, row.id, thumbnail=thumbnail)
-        return NewEntry(image.key, record, self._value(image, row))
+        return NewEntry(image.key, record, value)
 
     def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
         """What the model will read of the entry."""
