@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bench.study.datasets import DataSet
-from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, Part, Run, rate_trials
+from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part, Run, rate_trials
 from tinyalign_edge.bench.study.score import Eye, ask, summarise
 from tinyalign_edge.bench.study.store import results
 from tinyalign_edge.bench.teach import teach_accuracies
@@ -202,17 +202,22 @@ def teach(bench: Bench, run: Run) -> Result:
 
 
 def int8(bench: Bench, run: Run) -> Result:
-    """The same questions, asked of the int8 bundle of the run's checkpoint one by one."""
+    """The same questions, asked of the int8 bundle of the run's checkpoint one by one, what its picture and memory tell
+    and, where there are classes that no training saw, what it learns from examples of them."""
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
     shutil.rmtree(bundle, ignore_errors=True)
     manifest = export(checkpoint.folder, bundle)
     torch_asked = ask(bench.answerer(run), bench.rows(run))
     with load(bundle) as model:
         asked = list(BundleAnswerer(model).ask_all(bench.rows(run)))
+        told = measure(BundleAnswerer(model), bench.rows(run))
     same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
+    taught = {"teach": teach_accuracies(bundle)} if (run.dataset, run.arm) == (TAUGHT, "memory") else {}
     shutil.rmtree(bundle)
     return {
         **summarise(asked),
+        "emi": asdict(told),
+        **taught,
         "fp32": summarise(torch_asked),
         "answers_as_fp32": float(np.mean(same)),
         "given_back": to_json(manifest.given_back),
