@@ -141,6 +141,14 @@ def test_a_run_may_go_on_with_smaller_passes(world: Path, towers: Path, tmp_path
     assert_same_training(parts, whole)
 
 
+@pytest.mark.parametrize("memory", ["paper", "none"])
+def test_episodes_need_a_checkpoint_that_reads_texts(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
+    first = train_tiny(world, towers, tmp_path / "c", memory=memory, steps=1, eval_every=1)
+    with pytest.raises(InputError, match=f"--episodes 0.5: not with --memory {memory}"):
+        instruct(world, first, tmp_path / "tuned", episodes=0.5)
+    assert not (tmp_path / "tuned" / "config.json").exists()
+
+
 def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
     options = TrainOptions(bf16=True, visual_tokens=4)
     rounded, exact = (

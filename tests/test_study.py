@@ -120,9 +120,19 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
-    bench.dataset = lambda name, tiny=bench.dataset("tiny"): replace(tiny, options=replace(tiny.options, steps=3))
+    tiny = bench.dataset("tiny")
+    bench.dataset = lambda name: replace(tiny, options=replace(tiny.options, steps=3))
     with pytest.raises(InputError, match="was trained with steps 2, the study wants 3"):
         bench.checkpoint(run)
+    for changes, message in (
+        ({"k": 3}, r"was trained with memory\.k 2, the study wants 3"),
+        ({"copy_words": False}, r"was trained with memory\.copy_dim \d+, the study wants 0"),
+        ({"memory_dropout": 0.25}, r"was trained with memory\.memory_dropout 0\.0, the study wants 0\.25"),
+        ({"episodes": 0.1}, r"was trained with episodes 0\.5, the study wants 0\.1"),
+    ):
+        bench.dataset = lambda name, changes=changes: replace(tiny, options=replace(tiny.options, **changes))
+        with pytest.raises(InputError, match=message):
+            bench.checkpoint(run)
     assert "0 of 5" in runner.time_left(bench.out, parts)
 
 
@@ -136,6 +146,11 @@ def test_a_bundle_and_a_share_are_measured_too(bench: Bench, world: Path, monkey
     run = SCORES.run
     parts = [SCORES, Part(run, "int8"), Part(replace(run, share=50), "full_bank"), Part(run, "emi"), Part(run, "teach")]
     run_missing(bench, parts)
+    whole, other = (
+        answerer.checkpoint.config.memory.floor
+        for answerer in (bench.answerer(run), bench.answerer(replace(run, share=50), bank_of=run))
+    )
+    assert other == whole != bench.checkpoint(replace(run, share=50)).config.memory.floor
     done = results(bench.out, parts)
     for figure in ("image", "memory", "shuffled_memory"):
         assert done[parts[1].name]["emi"][figure] == pytest.approx(done[parts[3].name][figure], abs=0.05)
