@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
+from tinyalign_edge.bench.study.eye import Eye
 from tinyalign_edge.config import read_json, write_json
-from tinyalign_edge.data import Row, read_rows
+from tinyalign_edge.data import read_rows
 from tinyalign_edge.export.card import markdown_table
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.batches import Values
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
-from tinyalign_edge.train.encode import Encoded, encode_rows
 from tinyalign_edge.train.options import EPISODES, TrainOptions
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.state import STATE
@@ -98,21 +97,6 @@ def main() -> None:
         arms = {name: read_json(part) for name, part in parts.items()}
         print(record("memory_size", COMMAND, {"steps": STEPS, "arms": arms}))
         print(table(arms))
-
-
-class Eye:
-    """Encodes each picture once for all arms: the frozen encoder and the pooling are the same."""
-
-    def __init__(self) -> None:
-        self._seen: dict[Path, tuple[Any, Any]] = {}
-
-    def __call__(self, vision: Any, image: Any, model: Any, rows: Sequence[Row], **options: Any) -> Encoded:
-        """As `encode_rows`."""
-        if new := [row for row in rows if row.path not in self._seen]:
-            seen = encode_rows(vision, image, model, new, **options)
-            self._seen.update((row.path, (seen.pooled[i], seen.regions[i])) for i, row in enumerate(new))
-        pooled, regions = zip(*(self._seen[row.path] for row in rows), strict=True)
-        return Encoded(np.stack(pooled), np.stack(regions))
 
 
 def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tinyalign_edge.bench.record import record
 from tinyalign_edge.train.batches import Collate, Example, TokenTurn, Values
 from tinyalign_edge.train.features import Features, record_type
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.options import COPY_DIM
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 from tinyalign_edge.train.watcher import to_device
 
@@ -56,7 +57,7 @@ def measure(kind: Any, features: Features, device: torch.device, *, rows: int, s
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(SMOLLM2_135M).requires_grad_(False)
     connector = ConnectorSettings(SIDE, SIDE, CHANNELS, VISUAL_TOKENS, SMOLLM2_135M.hidden_size)
-    memory = MemorySettings(kind=kind)
+    memory = MemorySettings(kind=kind, copy_dim=COPY_DIM if kind == "tokens" else 0)  # as `train` makes them
     model = AlignModel(language, connector, memory).to(device).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
     collate = Collate(memory, _values(memory, features))

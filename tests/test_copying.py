@@ -24,7 +24,7 @@ from tinyalign_edge.runtime.model import load  # noqa: E402
 from tinyalign_edge.runtime.sessions import open_session  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
-from tinyalign_edge.train.copying import CopyHead, Texts, memory_texts, mix  # noqa: E402
+from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,6 +75,31 @@ def test_the_graph_computes_what_torch_computes(tmp_path: Path) -> None:
         mixed = session.run(None, feed)[0]
         np.testing.assert_allclose(mixed, expected.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(np.exp(mixed).sum(axis=1), 1, rtol=1e-4)
+
+
+def test_the_loss_of_labels_is_that_of_the_mixture() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([3, 3, 7, 9])
+    token_ids = torch.tensor([[3, 3, 5], [5, 6, 0], [7, 1, 0], [9, 9, 9]])  # twice, never, once, and nothing else
+    scores = torch.randn(4, 4)
+    scores[2, 3] = -torch.inf  # padding
+    found = []
+    for mixed in (True, False):
+        logits, given = (
+            (5 * torch.linspace(-1, 1, 4 * 12).sin().reshape(4, 12)).requires_grad_(),
+            scores.clone().requires_grad_(),
+        )
+        shares = given.log_softmax(dim=-1)
+        losses = (
+            torch.nn.functional.cross_entropy(mix(logits, shares, token_ids), labels, reduction="none")
+            if mixed
+            else label_losses(logits, shares, token_ids, labels)
+        )
+        losses.sum().backward()
+        found.append((losses.detach(), logits.grad, given.grad))
+    for wanted, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted)
+        assert value.isfinite().all()
 
 
 def test_memory_tokens_are_found_in_each_row_whatever_its_length() -> None:

@@ -30,6 +30,8 @@ BANK = [
     row((WHAT, "A crab."), ("Is there an anchor?", "no")),
     row((WHAT, "a wild cat")),
     row((WHAT, "a person rides a very old bicycle along the beach")),
+    row(("", "rectangle, blue")),
+    row(("", "a large lighthouse stands beside the rectangle of a sports field")),
 ]
 ANSWERS = [*["yes"] * 40, *["no"] * 40, *["a crab", "a wild cat"] * 3]
 MINE = row(("Is there a crab?", "yes"), (WHAT, "a crab"))
@@ -65,6 +67,36 @@ def test_a_name_is_replaced_in_the_row_and_in_every_neighbour(prompt: Prompt) ->
         styles.add(texts[0] == f"a {name}")
         others.add("wild cat" in texts[2])
     assert styles == others == {True, False}  # as taught alone and as trained; other names replaced and not
+
+
+def test_the_names_of_a_caption_are_replaced_one_by_one(prompt: Prompt) -> None:
+    mine = row(("Is it a blue shape?", "yes"), ("Which shape is it?", "rectangle"), ("Which colour is it?", "blue"))
+    colours = set()
+    for seed in range(20):
+        found, texts = played(episodes(prompt), prompt, seed, mine, (4,))
+        shape, colour = (turn.answer for turn in found.turns[1:])
+        assert shape != "rectangle"
+        assert texts == [f"{shape}, {colour}"]
+        assert found.turns[0] == Turn(f"Is it a {colour} shape?", "yes")
+        colours.add(colour == "blue")
+    assert colours == {True, False}
+
+
+def test_a_name_within_a_longer_text_is_replaced_as_a_whole_word(prompt: Prompt) -> None:
+    found, texts = played(episodes(prompt), prompt, 0, row((WHAT, "a rectangle")), (5,))
+    name = name_in(found.turns[0].answer)
+    assert name != "rectangle"
+    assert texts == [BANK[5].turns[0].answer.replace("rectangle", name)]
+    light = row((WHAT, "a light"))
+    assert played(episodes(prompt), prompt, 0, light, (5,)) == (light, None)
+
+
+def test_no_longer_name_takes_the_answer_away(prompt: Prompt) -> None:
+    for seed in range(10):
+        found, texts = played(episodes(prompt), prompt, seed, row((WHAT, "a cat")), (2,))
+        assert texts == [f"a wild {name_in(found.turns[0].answer)}"] or texts == [
+            f"{WHAT} a wild {name_in(found.turns[0].answer)}"
+        ]
 
 
 def test_what_is_no_name_or_not_in_the_memory_stays(prompt: Prompt) -> None:

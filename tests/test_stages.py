@@ -27,6 +27,7 @@ from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
+from tinyalign_edge.train.start import start_align  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,6 +139,30 @@ def test_a_run_may_go_on_with_smaller_passes(world: Path, towers: Path, tmp_path
     )  # fmt: skip
     parts = load_file(tmp_path / "cut" / "model.safetensors")
     assert_same_training(parts, whole)
+
+
+@pytest.mark.parametrize("memory", ["paper", "none"])
+def test_episodes_need_a_checkpoint_that_reads_texts(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
+    first = train_tiny(world, towers, tmp_path / "c", memory=memory, steps=1, eval_every=1)
+    with pytest.raises(InputError, match=f"--episodes 0.5: not with --memory {memory}"):
+        instruct(world, first, tmp_path / "tuned", episodes=0.5)
+    assert not (tmp_path / "tuned" / "config.json").exists()
+
+
+def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
+    options = TrainOptions(bf16=True, visual_tokens=4)
+    rounded, exact = (
+        start_align(str(towers / "vit"), str(towers / "lm"), replace(options, bf16=bf16)).language.model
+        for bf16 in (True, False)
+    )
+    assert {weight.dtype for weight in rounded.parameters()} == {torch.bfloat16}
+    assert rounded.get_output_embeddings().weight is rounded.get_input_embeddings().weight
+    found, wanted = (dict(model.named_buffers()) for model in (rounded, exact))
+    frequencies = [name for name in wanted if "inv_freq" in name]
+    assert frequencies
+    for name in frequencies:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], wanted[name])
 
 
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("optimum")
 
-from tinyalign_edge.bench.study import measure, plan, runner
+from tinyalign_edge.bench.study import measure, plan, runner, tables
 from tinyalign_edge.bench.study.datasets import DataSet, with_captions
-from tinyalign_edge.bench.study.goals import goals
+from tinyalign_edge.bench.study.goals import Goal, goals
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import Part, Run
 from tinyalign_edge.bench.study.report import Places, filled, write_report
@@ -118,18 +120,43 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
-    bench.dataset = lambda name, tiny=bench.dataset("tiny"): replace(tiny, options=replace(tiny.options, steps=3))
+    tiny = bench.dataset("tiny")
+    bench.dataset = lambda name: replace(tiny, options=replace(tiny.options, steps=3))
     with pytest.raises(InputError, match="was trained with steps 2, the study wants 3"):
         bench.checkpoint(run)
+    for changes, message in (
+        ({"k": 3}, r"was trained with memory\.k 2, the study wants 3"),
+        ({"copy_words": False}, r"was trained with memory\.copy_dim \d+, the study wants 0"),
+        ({"memory_dropout": 0.25}, r"was trained with memory\.memory_dropout 0\.0, the study wants 0\.25"),
+        ({"episodes": 0.1}, r"was trained with episodes 0\.5, the study wants 0\.1"),
+    ):
+        bench.dataset = lambda name, changes=changes: replace(tiny, options=replace(tiny.options, **changes))
+        with pytest.raises(InputError, match=message):
+            bench.checkpoint(run)
     assert "0 of 5" in runner.time_left(bench.out, parts)
 
 
 @pytest.mark.slow
-def test_a_bundle_and_a_share_are_measured_too(bench: Bench) -> None:
+def test_a_bundle_and_a_share_are_measured_too(bench: Bench, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("teach", "query"):
+        rows = read_json(world / "test.json")[: 5 if name == "teach" else 2]
+        (world / f"{name}.json").write_text(json.dumps(rows), "utf-8")
+    monkeypatch.setattr(measure, "TAUGHT", "tiny")
+    monkeypatch.setattr(measure, "teach_accuracies", partial(measure.teach_accuracies, folder=world))
     run = SCORES.run
-    parts = [SCORES, Part(run, "int8"), Part(replace(run, share=50), "full_bank")]
+    parts = [SCORES, Part(run, "int8"), Part(replace(run, share=50), "full_bank"), Part(run, "emi"), Part(run, "teach")]
     run_missing(bench, parts)
+    whole, other = (
+        answerer.checkpoint.config.memory.floor
+        for answerer in (bench.answerer(run), bench.answerer(replace(run, share=50), bank_of=run))
+    )
+    assert other == whole != bench.checkpoint(replace(run, share=50)).config.memory.floor
     done = results(bench.out, parts)
+    for figure in ("image", "memory", "shuffled_memory"):
+        assert done[parts[1].name]["emi"][figure] == pytest.approx(done[parts[3].name][figure], abs=0.05)
+    taught, in_torch = done[parts[1].name]["teach"], done[parts[4].name]
+    assert taught["teach"].keys() == in_torch["teach"].keys() and taught["seen"].keys() == in_torch["seen"].keys()
+    assert taught["teach_ceiling"] == in_torch["teach_ceiling"]
     assert done[parts[1].name]["loss"] == pytest.approx(done[SCORES.name]["loss"], rel=0.05)
     assert done[parts[1].name]["fp32"]["loss"] == pytest.approx(done[SCORES.name]["loss"], abs=1e-6)
     assert done[parts[1].name]["answers_as_fp32"] > 0.5
@@ -145,11 +172,107 @@ def test_answers_are_those_of_plain_greedy_decoding(world: Path, checkpoints: di
     assert [item.nll for item in found] == pytest.approx([item.nll for item in plain], abs=1e-4)
 
 
-def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
-    def scores(last: float, share: float) -> dict[str, object]:
-        curve = [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2.0), (100, 1.2 * last), (200, last))]
-        return {"cpu_seconds": 60.0, "loss": last, "open": {"exact_match": share}, "curve": curve}
+def scores(last: float, share: float = 0.5, *, test: float = 1.0, kind: str = "open") -> dict[str, Any]:
+    curve = [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2.0), (100, 1.2 * last), (200, last))]
+    return {"cpu_seconds": 60.0, "loss": test, kind: {"exact_match": share}, "curve": curve}
 
+
+def seeds_of(dataset: str, arm: str, *results: dict[str, Any], kind: plan.Kind = "scores") -> dict[str, dict[str, Any]]:
+    return {Part(Run(dataset, arm, seed=seed), kind).name: result for seed, result in enumerate(results)}
+
+
+def goal_of(done: dict[str, dict[str, Any]], text: str) -> Goal:
+    (found,) = (goal for goal in goals(done) if goal.dataset == "caltech" and goal.text.endswith(text))
+    return found
+
+
+@pytest.mark.parametrize("reached", [0, 1])
+def test_a_loss_that_is_never_reached_misses_the_goal(reached: int) -> None:
+    memory = [scores(0.5)] * reached + [scores(0.9)] * (3 - reached)
+    done = seeds_of("caltech", "baseline", *[scores(0.6)] * 3) | seeds_of("caltech", "memory", *memory)
+    done |= seeds_of("caltech", "k-1", scores(0.9))
+    summary = summarise(done)
+    never = 3 - reached
+    assert summary["caltech"]["steps_to_baseline_loss_ratio"] == {"mean": None, "std": None, "seeds": 3, "never": never}
+    json.dumps(summary, allow_nan=False)
+    assert goal_of(done, "steps to the baseline's loss / its steps").met is False
+    text = f"not reached ({never} of 3)"
+    assert f"its steps | {text} | 3 of 3 | at most 0.5 | **no** |" in tables.goal_table(done, summary)
+    assert f" {text} |" in tables.losses(done, summary)
+    (line,) = (line for line in tables.ablations(done, summary).splitlines() if "| k-1 |" in line)
+    assert line.endswith(" not reached |")
+
+
+def test_one_seed_that_never_reaches_the_loss_decides_and_a_missing_one_does_not() -> None:
+    done = seeds_of("caltech", "baseline", *[scores(0.6)] * 3) | seeds_of("caltech", "memory", scores(0.9))
+    assert goal_of(done, "steps to the baseline's loss / its steps").met is False
+    done |= seeds_of("caltech", "memory", scores(0.5))
+    assert goal_of(done, "steps to the baseline's loss / its steps").met is None
+
+
+def test_goals_compare_each_seed_with_itself_and_are_met_by_all_seeds_alone() -> None:
+    done = seeds_of("caltech", "baseline", scores(0.6, 0.8), scores(0.6, 0.9), scores(0.6, 0.9))
+    done[Part(Run("caltech", "memory", 40, 1), "scores").name] = scores(0.5, 0.88)  # above the mean, below its own
+    goal = goal_of(done, "minus the baseline's with all")
+    assert goal.measured == pytest.approx(-0.02)
+    assert goal.met is None
+    assert "| -0.020 | 1 of 3 | at least 0 | not known |" in tables.goal_table(done, summarise(done))
+    done |= {Part(Run("caltech", "memory", 40, seed), "scores").name: scores(0.5, 0.91) for seed in (0, 2)}
+    assert goal_of(done, "minus the baseline's with all").met is True
+
+
+def test_int8_is_judged_by_its_worst_seed() -> None:
+    done = seeds_of("caltech", "baseline", *[scores(0.6, 0.9)] * 3)
+    int8 = [scores(0.6, score) for score in (0.92, 0.92, 0.88)]
+    done |= seeds_of("caltech", "baseline", *int8, kind="int8")
+    goal = goal_of(done, "open questions, arm baseline")
+    assert goal.measured == pytest.approx(-0.02)
+    assert goal.met is False
+
+
+def test_the_final_loss_is_the_held_out_one_and_the_test_questions_stand_beside_it() -> None:
+    done = seeds_of("caltech", "baseline", scores(0.6, test=0.7))
+    summary = summarise(done)["caltech"]
+    assert (summary["final_loss"]["baseline"]["mean"], summary["test_loss"]["baseline"]["mean"]) == (0.6, 0.7)
+    for table in (tables.losses, tables.ablations):
+        assert {"0.6000", "0.7000"} <= set(table(done, summarise(done)).split())
+
+
+def test_what_a_bundle_tells_and_learns_stands_beside_the_checkpoint() -> None:
+    shots = {"0": 0.0, "1": 0.1, "3": 0.3, "5": 0.5}
+    taught = {"teach": shots, "teach_choices": shots, "teach_ceiling": shots, "seen": {"before": 0.9, "after": 0.89}}
+    worse = {**taught, "teach": {**shots, "5": 0.45}}
+    told = {"cpu_seconds": 1.0, "image": 0.2, "memory": 0.1, "shuffled_memory": -0.1}
+    done = seeds_of("caltech", "memory", told, kind="emi") | seeds_of("caltech", "memory", taught, kind="teach")
+    in_bundle = {**scores(0.5, 0.8), "emi": {**told, "memory": 0.09}, "teach": worse}
+    done |= seeds_of("caltech", "memory", in_bundle, kind="int8")
+    summary = summarise(done)
+    assert summary["caltech"]["teach"]["int8"]["5"]["mean"] == 0.45
+    assert "| caltech | memory, beyond the picture | +0.1000 | +0.0900 |" in tables.bundles(done, summary)
+    text = tables.taught(done, summary)
+    assert "| memory, int8 bundle: free | 0.0 | 10.0 | 30.0 | 45.0 |" in text
+    assert "| memory, int8 bundle | 90.0 | 89.0 |" in text
+    assert goal_of(done, "worst seed: five taught examples a class").met is False
+
+
+def test_yes_no_questions_are_not_shown_as_open_ones() -> None:
+    done = seeds_of("nlvr", "baseline", scores(0.6, 0.55, kind="yes_no"))
+    done |= seeds_of("nlvr", "baseline", {**scores(0.6, 0.54, kind="yes_no")}, kind="int8")
+    summary = summarise(done)
+    assert summary["nlvr"]["score"]["baseline"]["100"]["mean"] == 0.55  # there are no others
+    for table in (tables.shares, tables.controls):
+        text = table(done, summary)
+        assert "| nlvr | yes/no |" in text and "| nlvr | open |" not in text
+    assert "| – | – | 55.0 | 54.0 |" in tables.bundles(done, summary)
+
+
+def test_trials_of_every_data_set_are_shown() -> None:
+    trials = [Part(Run(name, next(iter(plan.TRIALS)), seed=plan.TUNING_SEED), "scores").name for name in plan.DATASETS]
+    text = tables.tuning({name: scores(0.6) for name in trials}, {})
+    assert [name for name in plan.DATASETS if f"| {name} |" in text] == list(plan.DATASETS)
+
+
+def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
     done = {
         Part(Run("caltech", "baseline"), "scores").name: scores(0.6, 0.70),
         Part(Run("caltech", "memory"), "scores").name: scores(0.5, 0.80),
@@ -169,7 +292,9 @@ def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
     assert summary["score"]["memory"]["40"] == {"mean": None, "std": None, "seeds": 0}
     assert summary["steps_to_baseline_loss_ratio"]["mean"] == 0.5
     text = report.read_text("utf-8")
-    assert text.count("| caltech | loss with memory / loss without | 0.833 | at most 0.85 | yes |") == 1
+    assert (
+        text.count("| caltech | held-out loss with memory / without | 0.833 | 1 of 3 | at most 0.85 | not known |") == 1
+    )
     assert "Not finished" in text and "of easy_vqa" in text
     missing = read_json(tmp_path / "results" / "summary.json")["missing_parts"]
     assert "easy_vqa.baseline.100.0.scores" in missing and not done.keys() & set(missing)
@@ -178,7 +303,7 @@ def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
 
 
 def test_a_goal_without_its_parts_is_not_met_and_not_missed() -> None:
-    assert {goal.met for goal in goals(summarise({}))} == {None}
+    assert {goal.met for goal in goals({})} == {None}
     assert steps_ratio({}, "caltech", 0) is None
     with pytest.raises(InputError, match="has no '<!-- state -->'"):
         filled("# nothing", {}, summarise({}))

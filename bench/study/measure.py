@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bench.study.datasets import DataSet
-from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, Part, Run, rate_trials
-from tinyalign_edge.bench.study.score import Eye, ask, summarise
+from tinyalign_edge.bench.study.eye import Eye
+from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part, Run, rate_trials
+from tinyalign_edge.bench.study.score import ask, summarise
 from tinyalign_edge.bench.study.store import results
 from tinyalign_edge.bench.teach import teach_accuracies
 from tinyalign_edge.config import to_json
@@ -29,13 +30,14 @@ from tinyalign_edge.runtime.answerer import BundleAnswerer
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import METRICS, Checkpoint, is_checkpoint, load_checkpoint
-from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.options import TrainOptions, episodes_share, memory_settings
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.state import STATE
 
 Result = dict[str, Any]
 
 SAME = ("steps", "batch_size", "learning_rate", "fraction", "seed")  # of a checkpoint and what the plan says now
+KNOWN_LATER = ("floor", "fingerprint")  # of a memory: the others of its settings have to be the same, too
 
 
 @dataclass
@@ -75,9 +77,15 @@ class Bench:
                 label=run.name,
             )
         checkpoint = load_checkpoint(folder)
-        for name in SAME:
-            if (found := getattr(checkpoint.config.training, name)) != (wanted := getattr(options, name)):
-                raise InputError(f"{folder}: was trained with {name} {found}, the study wants {wanted}; remove it")
+        config = checkpoint.config
+        memory = memory_settings(options, config.connector)
+        share = episodes_share(options, memory)
+        wanted = {f"memory.{name}": value for name, value in asdict(memory).items() if name not in KNOWN_LATER}
+        wanted |= {"episodes": share, **{name: getattr(options, name) for name in SAME}}
+        found = {f"memory.{name}": value for name, value in asdict(config.memory).items()} | asdict(config.training)
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise InputError(f"{folder}: was trained with {name} {found[name]}, the study wants {value}; remove it")
         return checkpoint
 
     def options(self, run: Run) -> TrainOptions:
@@ -100,12 +108,13 @@ class Bench:
         return replace(options, learning_rate=min(last, key=last.__getitem__))
 
     def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:
-        """The run's checkpoint, ready to be asked; with another run's bank, and the keys that belong to it."""
+        """The run's checkpoint, ready to be asked; with another run's bank, its keys and its floor."""
         checkpoint = self.checkpoint(run)
         if bank_of is not None:
             other = self.checkpoint(bank_of)
             checkpoint.model.key.load_state_dict(other.model.key.state_dict())
-            checkpoint = replace(checkpoint, bank=other.bank)
+            memory = replace(checkpoint.config.memory, floor=other.config.memory.floor)
+            checkpoint = replace(checkpoint, bank=other.bank, config=replace(checkpoint.config, memory=memory))
         return TorchAnswerer(checkpoint, encode=self.eyes.setdefault(run.dataset, Eye()))
 
     def rows(self, run: Run) -> list[Row]:
@@ -202,17 +211,22 @@ def teach(bench: Bench, run: Run) -> Result:
 
 
 def int8(bench: Bench, run: Run) -> Result:
-    """The same questions, asked of the int8 bundle of the run's checkpoint one by one."""
+    """The same questions, asked of the int8 bundle of the run's checkpoint one by one, what its picture and memory tell
+    and, where there are classes that no training saw, what it learns from examples of them."""
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
     shutil.rmtree(bundle, ignore_errors=True)
     manifest = export(checkpoint.folder, bundle)
     torch_asked = ask(bench.answerer(run), bench.rows(run))
     with load(bundle) as model:
         asked = list(BundleAnswerer(model).ask_all(bench.rows(run)))
+        told = measure(BundleAnswerer(model), bench.rows(run))
     same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
+    taught = {"teach": teach_accuracies(bundle)} if (run.dataset, run.arm) == (TAUGHT, "memory") else {}
     shutil.rmtree(bundle)
     return {
         **summarise(asked),
+        "emi": asdict(told),
+        **taught,
         "fp32": summarise(torch_asked),
         "answers_as_fp32": float(np.mean(same)),
         "given_back": to_json(manifest.given_back),

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tinyalign_edge.bench.study.datasets import is_closed
 from tinyalign_edge.data import Row
 from tinyalign_edge.evaluate import Asked, MemoryMode, score
 from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.encode import Encoded, encode_rows
 from tinyalign_edge.train.references import read_references
 
 
@@ -47,18 +43,3 @@ def summarise(asked: Sequence[Asked]) -> dict[str, Any]:
         "loss": sum(item.nll for item in asked) / sum(item.tokens for item in asked),
         **{name: asdict(score(items)) for name, items in groups.items() if items},
     }
-
-
-class Eye:
-    """Encodes each picture once for all checkpoints of a data set: encoder, pooling and regions are the same."""
-
-    def __init__(self) -> None:
-        self._seen: dict[Path, tuple[Any, Any]] = {}
-
-    def __call__(self, vision: Any, image: Any, model: Any, rows: Sequence[Row], **options: Any) -> Encoded:
-        """As `encode_rows`."""
-        if new := [row for row in rows if row.path not in self._seen]:
-            made = encode_rows(vision, image, model, new, **options)
-            self._seen.update((row.path, (made.pooled[i], made.regions[i])) for i, row in enumerate(new))
-        pooled, regions = zip(*(self._seen[row.path] for row in rows), strict=True)
-        return Encoded(np.stack(pooled), np.stack(regions))

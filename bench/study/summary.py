@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
-from tinyalign_edge.bench.study.plan import DATASETS, SEEDS, SHARES, TAUGHT, Kind, Part, Run
+from tinyalign_edge.bench.study.plan import DATASETS, SHARES, TAUGHT, Kind, Part, Run
+from tinyalign_edge.bench.study.seeds import Figure, Spread
 from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.teach import SHOTS
 
 Summary = dict[str, Any]
-Spread = dict[str, float | int | None]  # mean, sample standard deviation, seeds
 
 COMPARED = ("baseline", "memory")
 
 
 def summarise(done: Results) -> Summary:
-    """Per data set mean, sample standard deviation and number of seeds of every figure; null where there is none."""
-    return {name: _dataset(done, name) for name in DATASETS}
+    """Per data set what the seeds say together of every figure; null where there is none."""
+    return {name: _spread(figures(done, name)) for name in DATASETS}
+
+
+def _spread(part: dict[str, Any]) -> Summary:
+    return {key: value.spread if isinstance(value, Figure) else _spread(value) for key, value in part.items()}
 
 
 def find(done: Results, run: Run, kind: Kind, *keys: str) -> Any:
@@ -45,24 +48,25 @@ def curve(done: Results, run: Run) -> list[tuple[int, float]]:
     return [(point["step"], point["held_out_loss"]) for point in points]
 
 
+def last_loss(done: Results, run: Run) -> float | None:
+    """The held-out loss at the end of a training."""
+    points = curve(done, run)
+    return points[-1][1] if points else None
+
+
 def steps_ratio(done: Results, name: str, seed: int, arm: str = "memory") -> float | None:
     """The share of the baseline's steps after which an arm first has a held-out loss at or below the baseline's last;
-    None where a part is missing or it never has."""
+    infinite where it never has, None where a part is missing."""
     baseline, other = curve(done, Run(name, "baseline", seed=seed)), curve(done, Run(name, arm, seed=seed))
     if not baseline or not other:
         return None
     steps, last = baseline[-1]
-    return next((step / steps for step, loss in other if loss <= last), None)
+    return next((step / steps for step, loss in other if loss <= last), math.inf)
 
 
 def over_seeds(figure: Callable[[int], float | None]) -> Spread:
-    """Mean and sample standard deviation over the seeds for which the figure is known."""
-    known = [value for seed in SEEDS if (value := figure(seed)) is not None]
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        "seeds": len(known),
-    }
+    """What the seeds say together of a figure."""
+    return Figure.of(figure).spread
 
 
 def missing(done: Results, parts: Iterable[Part]) -> list[str]:
@@ -70,19 +74,25 @@ def missing(done: Results, parts: Iterable[Part]) -> list[str]:
     return [part.name for part in parts if part.name not in done]
 
 
-def _dataset(done: Results, name: str) -> Summary:
-    def value(arm: str, kind: Kind, *keys: str) -> Spread:
-        return over_seeds(lambda seed: find(done, Run(name, arm, seed=seed), kind, *keys))
+def figures(done: Results, name: str) -> dict[str, Any]:
+    """All figures of a data set, by seed: a tree of the keys of `summary.json` with a `Figure` at every end."""
+
+    def value(arm: str, kind: Kind, *keys: str) -> Figure:
+        return Figure.of(lambda seed: find(done, Run(name, arm, seed=seed), kind, *keys))
+
+    def final(arm: str) -> Figure:
+        return Figure.of(lambda seed: last_loss(done, Run(name, arm, seed=seed)))
 
     return {
-        "final_loss": {
+        "final_loss": {arm: final(arm) for arm in COMPARED},
+        "test_loss": {
             **{arm: value(arm, "scores", "loss") for arm in COMPARED},
             "shuffled_memory": value("shuffled", "scores", "loss"),
             "empty_bank": value("memory", "scores", "empty_bank", "loss"),
             "half_the_steps": value("half", "scores", "loss"),
             "int8": {arm: value(arm, "int8", "loss") for arm in COMPARED},
         },
-        "steps_to_baseline_loss_ratio": over_seeds(lambda seed: steps_ratio(done, name, seed)),
+        "steps_to_baseline_loss_ratio": Figure.of(lambda seed: steps_ratio(done, name, seed)),
         "score": _scores(done, name, "open"),
         "score_yes_no": _scores(done, name, "yes_no"),
         "emi": {
@@ -90,19 +100,30 @@ def _dataset(done: Results, name: str) -> Summary:
             "memory": value("memory", "emi", "memory"),
             "shuffled": value("shuffled", "emi", "shuffled_memory"),
             "image_of_baseline": value("baseline", "emi", "image"),
+            "int8": {
+                "image": value("memory", "int8", "emi", "image"),
+                "memory": value("memory", "int8", "emi", "memory"),
+                "image_of_baseline": value("baseline", "int8", "emi", "image"),
+            },
         },
         **(_taught(value) if name == TAUGHT else {}),
     }
 
 
-def _taught(value: Callable[..., Spread]) -> Summary:
-    figures = {"teach": SHOTS, "teach_choices": SHOTS, "teach_ceiling": SHOTS[1:], "seen": ("before", "after")}
-    return {figure: {str(at): value("memory", "teach", figure, str(at)) for at in of} for figure, of in figures.items()}
+def _taught(value: Callable[..., Figure]) -> dict[str, Any]:
+    of = {"teach": SHOTS, "teach_choices": SHOTS, "teach_ceiling": SHOTS[1:], "seen": ("before", "after")}
+    return {
+        figure: {
+            **{str(at): value("memory", "teach", figure, str(at)) for at in when},
+            "int8": {str(at): value("memory", "int8", "teach", figure, str(at)) for at in when},
+        }
+        for figure, when in of.items()
+    }
 
 
-def _scores(done: Results, name: str, questions: str) -> Summary:
-    def one(arm: str, kind: Kind, *keys: str, share: int = 100) -> Spread:
-        return over_seeds(lambda seed: score_of(done, Run(name, arm, share, seed), kind, *keys, questions=questions))
+def _scores(done: Results, name: str, questions: str) -> dict[str, Any]:
+    def one(arm: str, kind: Kind, *keys: str, share: int = 100) -> Figure:
+        return Figure.of(lambda seed: score_of(done, Run(name, arm, share, seed), kind, *keys, questions=questions))
 
     return {
         **{arm: {str(share): one(arm, "scores", share=share) for share in SHARES} for arm in COMPARED},

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tinyalign_edge.bench.study.goals import goals
+from tinyalign_edge.bench.study.goals import Goal, goals
 from tinyalign_edge.bench.study.plan import (
     ABLATIONS,
     ARMS,
     BANK_SHARES,
     DATASETS,
     MAIN,
+    SEEDS,
     SHARES,
     TAUGHT,
     TRIALS,
     TUNING_SEED,
+    Kind,
     Run,
     plan,
 )
+from tinyalign_edge.bench.study.seeds import Spread
 from tinyalign_edge.bench.study.store import Results
-from tinyalign_edge.bench.study.summary import Spread, Summary, curve, find, missing, over_seeds, score_of, steps_ratio
+from tinyalign_edge.bench.study.summary import (
+    COMPARED,
+    Summary,
+    curve,
+    find,
+    last_loss,
+    missing,
+    over_seeds,
+    steps_ratio,
+)
 from tinyalign_edge.bench.teach import SHOTS
 from tinyalign_edge.export.card import markdown_table
 
 NONE = "–"
 NEXT = 4
 TAUGHT_FIGURES = {"teach": "free", "teach_choices": "among choices", "teach_ceiling": "nearest entry's text"}
+KINDS = (("open", "open", "score"), ("yes/no", "yes_no", "score_yes_no"))
+INFORMATION = {
+    "picture, model without memory": "image_of_baseline", "picture": "image", "memory, beyond the picture": "memory",
+}  # fmt: skip
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 
 
@@ -48,13 +65,20 @@ def state(done: Results, summary: Summary) -> str:
 
 def goal_table(done: Results, summary: Summary) -> str:
     """The goals and whether they are met."""
-    marks = {True: "yes", False: "**no**", None: "not measured"}
+    marks = {True: "yes", False: "**no**", None: "not known"}
+    head = ("data", "mean over seeds", "measured", "seeds", "demanded", "met")
     rows = [
-        (goal.dataset, goal.text, NONE if goal.figure is None else f"{goal.figure:.3f}",
+        (goal.dataset, goal.text, _measured(goal), f"{len(goal.figure.by_seed)} of {len(SEEDS)}",
          f"{'at most' if goal.below else 'at least'} {goal.bound:g}", marks[goal.met])
-        for goal in goals(summary)
+        for goal in goals(done)
     ]  # fmt: skip
-    return markdown_table(("data", "mean over seeds", "measured", "demanded", "met"), rows)
+    return markdown_table(head, rows)
+
+
+def _measured(goal: Goal) -> str:
+    if goal.figure.never:
+        return _not_reached(goal.figure.spread)
+    return NONE if goal.measured is None else f"{goal.measured:.3f}"
 
 
 def settings(done: Results, summary: Summary) -> str:
@@ -72,16 +96,16 @@ def settings(done: Results, summary: Summary) -> str:
 
 
 def losses(done: Results, summary: Summary) -> str:
-    """Loss of the test questions, and steps to the baseline's loss."""
+    """Held-out loss at the end of the training, steps to the baseline's, and loss of the test questions."""
     rows = []
     for name in DATASETS:
-        final = summary[name]["final_loss"]
-        rows.append((name, *(_spread(final[arm], "{:.4f}") for arm in ("baseline", "memory")),
+        final, ratio = summary[name]["final_loss"], summary[name]["steps_to_baseline_loss_ratio"]
+        test = (summary[name]["test_loss"][arm] for arm in (*COMPARED, "half_the_steps", "empty_bank"))
+        rows.append((name, *(_spread(final[arm], "{:.4f}") for arm in COMPARED),
                      _change(final["memory"]["mean"], final["baseline"]["mean"]),
-                     _spread(summary[name]["steps_to_baseline_loss_ratio"], "{:.2f}"),
-                     _spread(final["half_the_steps"], "{:.4f}"), _spread(final["empty_bank"], "{:.4f}")))  # fmt: skip
-    head = ("data", "no memory", "memory", "change", "steps to the baseline's held-out loss / its steps",
-            "memory, half the steps", "memory, empty bank")  # fmt: skip
+                     _spread(ratio, "{:.2f}"), *(_spread(loss, "{:.4f}") for loss in test)))  # fmt: skip
+    head = ("data", "held-out loss: no memory", "memory", "change", "steps to the baseline's held-out loss / its steps",
+            "test loss: no memory", "memory", "memory, half the steps", "memory, empty bank")  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -89,7 +113,7 @@ def shares(done: Results, summary: Summary) -> str:
     """Exact match against the share of the data."""
     rows = []
     for name in DATASETS:
-        for questions, key in (("open", "score"), ("yes/no", "score_yes_no")):
+        for questions, key in _kinds(done, name):
             for arm, title in (
                 ("baseline", "no memory"),
                 ("memory", "memory"),
@@ -106,12 +130,12 @@ def controls(done: Results, summary: Summary) -> str:
     arms = ("empty_bank", "shuffled_memory")
     rows = []
     for name in DATASETS:
-        for questions, key in (("open", "score"), ("yes/no", "score_yes_no")):
+        for questions, key in _kinds(done, name):
             part = summary[name][key]
             found = (part["baseline"]["100"], part["memory"]["100"], *(part[a] for a in (*arms, "copy_neighbour")))
             rows.append((name, questions, *map(_share, found)))
-        final = summary[name]["final_loss"]
-        rows.append((name, "loss", *(_spread(final[a], "{:.4f}") for a in ("baseline", "memory", *arms)), NONE))
+        loss = summary[name]["test_loss"]
+        rows.append((name, "test loss", *(_spread(loss[a], "{:.4f}") for a in (*COMPARED, *arms)), NONE))
     head = ("data", "questions", "no memory", "memory", "memory, empty bank", "shuffled memory",
             "copy the nearest answer")  # fmt: skip
     return markdown_table(head, [row for row in rows if any(cell != NONE for cell in row[2:])])
@@ -119,28 +143,33 @@ def controls(done: Results, summary: Summary) -> str:
 
 def information(done: Results, summary: Summary) -> str:
     """EMI."""
-    keys = ("image_of_baseline", "image", "memory", "shuffled")
+    keys = (*INFORMATION.values(), "shuffled")
     rows = [(name, *(_spread(summary[name]["emi"][key], "{:+.4f}") for key in keys)) for name in DATASETS]
-    head = ("data", "picture, model without memory", "picture", "memory, beyond the picture",
-            "shuffled memory, of a model trained with it")  # fmt: skip
-    return markdown_table(head, rows)
+    return markdown_table(("data", *INFORMATION, "shuffled memory, of a model trained with it"), rows)
 
 
 def ablations(done: Results, summary: Summary) -> str:
     """One line an arm, seed 0."""
     rows = []
     for name in MAIN:
-        for arm in ("baseline", "memory", *ABLATIONS):
+        for arm in (*COMPARED, *ABLATIONS):
             run = Run(name, arm)
-            loss = find(done, run, "scores", "loss")
+            loss, last = find(done, run, "scores", "loss"), last_loss(done, run)
             if loss is not None:
-                ratio = steps_ratio(done, name, 0, arm)
                 size = find(done, run, "scores", "bank", "entry_bytes")
-                rows.append((name, arm, ARMS[arm].title, NONE if size is None else f"{size:.0f}", f"{loss:.4f}",
-                             *(_percent(score_of(done, run, "scores", questions=q)) for q in ("open", "yes_no")),
-                             NONE if ratio is None else f"{ratio:.2f}"))  # fmt: skip
-    head = ("data", "arm", "", "bytes an entry", "loss", "open", "yes/no", "steps to the baseline's loss")
+                scores = (find(done, run, "scores", group, "exact_match") for group in ("open", "yes_no"))
+                rows.append((name, arm, ARMS[arm].title, NONE if size is None else f"{size:.0f}",
+                             NONE if last is None else f"{last:.4f}", f"{loss:.4f}", *map(_percent, scores),
+                             _reached(steps_ratio(done, name, 0, arm))))  # fmt: skip
+    head = ("data", "arm", "", "bytes an entry", "held-out loss", "test loss", "open", "yes/no",
+            "steps to the baseline's held-out loss / its steps")  # fmt: skip
     return markdown_table(head, rows)
+
+
+def _reached(ratio: float | None) -> str:
+    if ratio is None:
+        return NONE
+    return "not reached" if math.isinf(ratio) else f"{ratio:.2f}"
 
 
 def banks(done: Results, summary: Summary) -> str:
@@ -152,45 +181,59 @@ def banks(done: Results, summary: Summary) -> str:
             if found:
                 scores = (_percent(found.get(group, {}).get("exact_match")) for group in ("open", "yes_no"))
                 rows.append((name, f"{share} %", f"{found['entries']}", f"{found['loss']:.4f}", *scores))
-    return markdown_table(("data", "bank", "entries", "loss", "open", "yes/no"), rows)
+    return markdown_table(("data", "bank", "entries", "test loss", "open", "yes/no"), rows)
 
 
 def taught(done: Results, summary: Summary) -> str:
     """Right answers about classes that no training saw, after so many examples of each, and about trained ones."""
     rows = []
-    for arm in ("memory", "no-copy", "no-episodes"):
-        for figure, title in TAUGHT_FIGURES.items():
-            of = partial(_taught, done, arm, figure)
-            if of(f"{SHOTS[-1]}")["seeds"]:
-                rows.append((f"{ARMS[arm].title}: {title}", *(_share(of(f"{shots}")) for shots in SHOTS)))
+    measured: list[tuple[str, str, tuple[Kind, *tuple[str, ...]]]] = [
+        *((arm, ARMS[arm].title, ("teach",)) for arm in ("memory", "no-copy", "no-episodes")),
+        ("memory", "memory, int8 bundle", ("int8", "teach")),
+    ]
+    seen = []
+    for arm, title, place in measured:
+        of = partial(_taught, done, arm, place)
+        for figure, how in TAUGHT_FIGURES.items():
+            if of(figure, f"{SHOTS[-1]}")["seeds"]:
+                rows.append((f"{title}: {how}", *(_share(of(figure, f"{shots}")) for shots in SHOTS)))
+        if of("seen", "after")["seeds"]:
+            seen.append((title, *(_share(of("seen", when)) for when in ("before", "after"))))
     head = ("arm", *(f"{shots} examples" for shots in SHOTS))
-    seen = [_share(_taught(done, "memory", "seen", when)) for when in ("before", "after")]
-    return f"{markdown_table(head, rows)}\n\nTrained classes before: {seen[0]} %, after: {seen[1]} %."
+    return f"{markdown_table(head, rows)}\n\n{markdown_table(('arm', 'trained classes before', 'after'), seen)}"
 
 
-def _taught(done: Results, arm: str, figure: str, at: str) -> Spread:
-    return over_seeds(lambda seed: find(done, Run(TAUGHT, arm, seed=seed), "teach", figure, at))
+def _taught(done: Results, arm: str, place: tuple[Kind, *tuple[str, ...]], figure: str, at: str) -> Spread:
+    return over_seeds(lambda seed: find(done, Run(TAUGHT, arm, seed=seed), *place, figure, at))
 
 
 def bundles(done: Results, summary: Summary) -> str:
     """Float32 in torch beside the int8 bundle."""
-    rows = []
+    rows, told = [], []
     for name in DATASETS:
-        loss, scores = summary[name]["final_loss"], [summary[name][key] for key in ("score", "score_yes_no")]
-        for arm in ("baseline", "memory"):
+        loss, emi = summary[name]["test_loss"], summary[name]["emi"]
+        kinds = dict(_kinds(done, name))
+        for arm in COMPARED:
             if loss["int8"][arm]["seeds"]:
                 cells = [_spread(figures, "{:.4f}") for figures in (loss[arm], loss["int8"][arm])]
-                cells += [_share(figures) for part in scores for figures in (part[arm]["100"], part["int8"][arm])]
+                for title, _, key in KINDS:
+                    part = summary[name][key] if title in kinds else None
+                    cells += [NONE, NONE] if part is None else [_share(part[arm]["100"]), _share(part["int8"][arm])]
                 rows.append((name, arm, *cells))
-    head = ("data", "arm", "loss", "int8", "open, %", "int8", "yes/no, %", "int8")
-    return markdown_table(head, rows)
+        if emi["int8"]["image"]["seeds"]:
+            for title, key in INFORMATION.items():
+                told.append((name, title, *(_spread(figures[key], "{:+.4f}") for figures in (emi, emi["int8"]))))
+    head = ("data", "arm", "test loss", "int8", "open, %", "int8", "yes/no, %", "int8")
+    return (
+        f"{markdown_table(head, rows)}\n\n{markdown_table(('data', 'nats an answer token', 'float32', 'int8'), told)}"
+    )
 
 
 def tuning(done: Results, summary: Summary) -> str:
     """Every trial by which the settings were chosen, by the held-out loss of the training (the test questions were not
     looked at)."""
     rows = []
-    for name in MAIN:
+    for name in DATASETS:
         for arm, trial in TRIALS.items():
             points = curve(done, Run(name, arm, seed=TUNING_SEED))
             if points:
@@ -229,6 +272,8 @@ TABLES: dict[str, Callable[[Results, Summary], str]] = {
 
 def _spread(figures: dict[str, Any], style: str, scale: float = 1.0) -> str:
     """Mean, and deviation where there are several seeds."""
+    if figures.get("never"):
+        return _not_reached(figures)
     if figures["mean"] is None:
         return NONE
     shown = style.format(figures["mean"] * scale)
@@ -237,8 +282,19 @@ def _spread(figures: dict[str, Any], style: str, scale: float = 1.0) -> str:
     return f"{shown} ± {style.replace('+', '').format(figures['std'] * scale)}"
 
 
+def _not_reached(figures: dict[str, Any]) -> str:
+    return f"not reached ({figures['never']} of {figures['seeds']})"
+
+
 def _share(figures: dict[str, Any] | None) -> str:
     return NONE if figures is None else _spread(figures, "{:.1f}", 100.0)
+
+
+def _kinds(done: Results, name: str) -> list[tuple[str, str]]:
+    """The kinds of questions that a data set has, and where `summary.json` has their scores: those of yes/no questions
+    stand under "score" too where there are no others."""
+    parts = [result for part, result in done.items() if part.startswith(f"{name}.")]
+    return [(title, key) for title, group, key in KINDS if any(group in result for result in parts)]
 
 
 def _percent(share: float | None) -> str:

@@ -82,6 +82,13 @@ class CopyHead(nn.Module):
         return torch.cat([self.vocabulary(normed), scores], dim=-1).float().log_softmax(dim=-1)
 
 
+def label_losses(logits: Tensor, shares: Tensor, token_ids: Tensor, labels: Tensor) -> Tensor:
+    """Negative logarithms (W,) of what `mix` gives the labels (W,) int64, without those of the other tokens."""
+    vocabulary = shares[:, 0] - nn.functional.cross_entropy(logits, labels, reduction="none")
+    copied = (shares[:, 1:].exp() * (token_ids == labels[:, None])).sum(dim=1)
+    return -torch.logaddexp(vocabulary, (copied + LEAST).log())
+
+
 def mix(logits: Tensor, shares: Tensor, token_ids: Tensor) -> Tensor:
     """Log probabilities (W, V) of what follows.
 

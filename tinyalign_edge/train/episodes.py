@@ -1,8 +1,8 @@
 """Training examples whose names are replaced by others, so that a name has to be taken from the memory.
 
-In an episode the answer's name is another one, the same in the row and in its neighbours' texts: what the language
-model knows of the old name does not help. Other names of the neighbours are replaced as well, in every second episode
-each, so that an unusual word is not always the right one.
+In an episode a name that is an answer of the row, and stands in its neighbours' texts, is another one, the same in all
+of them: what the language model knows of the old name does not help. Other names are replaced as well, in every second
+episode each, so that an unusual word is not always the right one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MOST_WORDS = 3  # of a name
 COMMON = 0.05  # an answer that more than this share of all questions has is a word (yes, no, a number), not a name
 ARTICLES = ("a", "an", "the")
 CONSONANTS, VOWELS, ENDS = "bdfgklmnprstvz", "aeiou", ("", "", "n", "r", "s", "l", "t", "k")
+PARTS = re.compile(r",\s+")  # a caption may list several names
 WORD = re.compile("[▁Ġ]([a-z]{4,12})")  # how tokenizers write a token that begins a word
 
 Texts = tuple[tuple[int, ...], ...]
@@ -60,11 +61,12 @@ class Episodes:
         if random.random() >= self.share or not neighbours:
             return row, None
         said = [self.rows[number].memory_turns for number in neighbours]
-        theirs = list(dict.fromkeys(name for about in said for turn in about if (name := self._name(turn))))
-        mine = [name for turn in row.turns if (name := self._name(turn)) in theirs]
+        theirs = self._names(turn for about in said for turn in about)
+        mine = _told(self._names(row.turns), [turn.answer for about in said for turn in about])
         if not mine:
             return row, None
-        chosen = [name for name in theirs if name == mine[0] or random.random() < 0.5]
+        others = [name for name in dict.fromkeys([*mine, *theirs]) if not _told(mine[:1], [name])]
+        chosen = [mine[0], *(name for name in others if random.random() < 0.5)]
         rename = Renaming({name: self._new_name(random) for name in chosen})
         episode = replace(row, turns=tuple(rename.turn(turn) for turn in row.turns))
         if not self.fits(episode):
@@ -73,15 +75,16 @@ class Episodes:
         texts = []
         for about in said:
             renamed = [rename.turn(turn) for turn in about]
-            named = [new for old, new in zip(about, renamed, strict=True) if self._name(old) in chosen]
+            named = [new for old, new in zip(about, renamed, strict=True) if set(self._names([old])) & set(chosen)]
             if alone and named:  # as a device is taught: the text by itself
                 renamed = [replace(named[0], question="")]
             texts.append(self.prompt.memory_ids(renamed, self.value_tokens))
         return episode, tuple(texts)
 
-    def _name(self, turn: Turn) -> str:
-        name = name_in(turn.answer).lower()
-        return "" if name in self.common else name
+    def _names(self, turns: Iterable[Turn]) -> list[str]:
+        """The names that answers and captions are made of, in lower case, each once."""
+        names = (name_in(part).lower() for turn in turns for part in PARTS.split(turn.answer))
+        return list(dict.fromkeys(name for name in names if name and name not in self.common))
 
     def _new_name(self, random: np.random.Generator) -> str:
         return " ".join(self._new_word(random) for _ in range(1 + (random.random() < 0.3)))
@@ -98,8 +101,7 @@ class Renaming:
 
     def __init__(self, names: dict[str, str]) -> None:
         self._names = names
-        longest_first = sorted(names, key=len, reverse=True)
-        self._any = re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b", re.IGNORECASE)
+        self._any = _any_of(names)
 
     def turn(self, turn: Turn) -> Turn:
         """The turn with other names."""
@@ -114,6 +116,20 @@ def name_in(answer: str) -> str:
     if words and words[0].lower() in ARTICLES:
         words = words[1:]
     return " ".join(words) if len(words) <= MOST_WORDS else ""
+
+
+def _told(names: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The names that stand in one of the texts."""
+    if not names:
+        return []
+    found = {match[0].lower() for text in texts for match in _any_of(names).finditer(text)}
+    return [name for name in names if name in found]
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds names where they stand as whole words, the longest one first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
 def _one(of: Sequence[str], random: np.random.Generator) -> str:

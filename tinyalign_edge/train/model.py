@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
-from tinyalign_edge.train.copying import CopyHead, memory_texts, mix
+from tinyalign_edge.train.copying import CopyHead, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
@@ -126,12 +126,19 @@ class AlignModel(nn.Module):
                memory_mask: Tensor, memory: MemoryInputs | None) -> Tensor:  # fmt: skip
         """Logits (W, V) at the positions where `wanted` (B, S) is true; with a copy term, log probabilities."""
         hidden = self.hidden(embeds, position_ids, block)
+        logits, copies = self._next(hidden, wanted, input_ids, memory_mask, memory)
+        return logits if copies is None else mix(logits, *copies)
+
+    def _next(self, hidden: Tensor, wanted: Tensor, input_ids: Tensor, memory_mask: Tensor,
+              memory: MemoryInputs | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+        """What `logits` mixes: the vocabulary's logits (W, V), and with a copy term the shares (W, 1 + M) of vocabulary
+        and memory tokens with the ids (W, M) of these."""
         logits = self.vocabulary_logits(hidden[wanted])
         if self.copy_head is None or memory is None:
-            return logits
+            return logits, None
         texts = memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"])
         shares = self.copy_head.shares(hidden, input_ids, texts)[wanted]
-        return mix(logits, shares, texts.token_ids[wanted.nonzero()[:, 0]])
+        return logits, (shares, texts.token_ids[wanted.nonzero()[:, 0]])
 
     def hidden(self, embeds: Tensor, position_ids: Tensor, block: Tensor) -> Tensor:
         """The language model's last hidden states (B, S, D)."""
@@ -152,22 +159,29 @@ class AlignModel(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def answer_logits(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
-                      visual_mask: Tensor, memory_mask: Tensor, features: Tensor,
-                      memory: MemoryInputs | None = None) -> Tensor:  # fmt: skip
+    def answer_logits(self, **batch: Any) -> Tensor:
         """Logits (W, V) at the positions of a batch that predict an answer's token, in row-major order.
 
         A label stands at the position that predicts it; other positions hold `IGNORED`.
         """
-        embeds = self.inputs_embeds(input_ids, visual_mask, self.connector(features), memory_mask, memory)
-        return self.logits(
-            embeds, position_ids, block, labels != IGNORED, input_ids=input_ids, memory_mask=memory_mask, memory=memory
-        )
+        logits, copies = self._answers(**batch)
+        return logits if copies is None else mix(logits, *copies)
 
     def answer_losses(self, *, labels: Tensor, **batch: Any) -> Tensor:
         """Negative log-likelihood of every answer token of a batch, in nats: (W,), as `answer_logits`."""
-        logits = self.answer_logits(labels=labels, **batch)
-        return nn.functional.cross_entropy(logits, labels[labels != IGNORED], reduction="none")
+        logits, copies = self._answers(labels=labels, **batch)
+        tokens = labels[labels != IGNORED]
+        if copies is None:
+            return nn.functional.cross_entropy(logits, tokens, reduction="none")
+        return label_losses(logits, *copies, tokens)
+
+    def _answers(self, *, input_ids: Tensor, position_ids: Tensor, block: Tensor, labels: Tensor,
+                 visual_mask: Tensor, memory_mask: Tensor, features: Tensor,
+                 memory: MemoryInputs | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+        """`_next` at the positions of a batch that predict an answer's token."""
+        embeds = self.inputs_embeds(input_ids, visual_mask, self.connector(features), memory_mask, memory)
+        hidden = self.hidden(embeds, position_ids, block)
+        return self._next(hidden, labels != IGNORED, input_ids, memory_mask, memory)
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""

@@ -61,12 +61,20 @@ def _share_a_picture(
     return shared
 
 
-def of_others(near: Neighbours, seed: int) -> Neighbours:
-    """Give every example the neighbours of another one, drawn once: what retrieval is then worth is nothing."""
+def of_others(near: Neighbours, seed: int, own: npt.NDArray[np.int64] | None = None) -> Neighbours:
+    """Give every example the neighbours of another one, drawn once: what retrieval is then worth is nothing.
+
+    Args:
+        own: (Q,), the example's own entry, which is left out of them; None: it has none.
+    """
     drawn = np.random.default_rng(seed).permutation(len(near.rows))
     source = np.empty_like(drawn)
     source[drawn] = np.roll(drawn, 1)
-    return Neighbours(near.rows[source], near.similarity[source])
+    given = Neighbours(near.rows[source], near.similarity[source])
+    keep = given.rows >= 0
+    if own is not None:
+        keep &= given.rows != own[:, None]
+    return _keep_first(given, keep, given.rows.shape[1])
 
 
 def _picture_similarity(

@@ -156,9 +156,15 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
 
 
 def episodes_share(options: TrainOptions, memory: MemorySettings) -> float:
-    """The share of the rows that are episodes, of those that can be."""
+    """The share of the rows that are episodes, of those that can be.
+
+    Raises:
+        InputError: the memory, in stage "instruct" the checkpoint's, reads no texts.
+    """
     if options.episodes is None:
         return EPISODES if memory.copy_dim else 0.0
+    if options.episodes and memory.kind in ("none", "paper"):
+        raise InputError(f"--episodes {options.episodes}: not with --memory {memory.kind}, which reads no texts")
     return options.episodes
 
 

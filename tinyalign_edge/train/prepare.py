@@ -203,7 +203,8 @@ def examples(
     held_out_keys = make_keys(seen, model, held_out_asked, lambda row: query_text(row, prompt, memory.value_tokens))
     found = retrieve(bank.rows.pictures, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
     if memory.shuffled:
-        found = replace(found, training=of_others(found.training, seed), held_out=of_others(found.held_out, seed))
+        others = of_others(found.training, seed, own)
+        found = replace(found, training=others, held_out=of_others(found.held_out, seed))
     near = _spread(found.training, numbers, len(asked))
     episodes = None
     if share:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.prompt import Prompt
@@ -59,7 +60,7 @@ def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
     memory = memory_settings(options, connector)
     model = AlignModel(tongue.model, connector, memory)
     if options.bf16:
-        tongue.model.to(torch.bfloat16)  # it is only read: half the memory, and autocast would round it anyway
+        round_weights(tongue.model)
     prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
     return Start(eye, tongue, prompt, connector, memory, model)
 
@@ -80,7 +81,7 @@ def start_whole(folder: Path, options: TrainOptions, *, template: str | None) ->
     memory = memory_settings(options, connector)
     model = AlignModel(tongue.model, connector, memory, projector=whole.projector)
     if options.bf16:
-        tongue.model.to(torch.bfloat16)
+        round_weights(tongue.model)
     prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
     if prompt.question("a").before != prompt.question("b").before:
         raise UnsupportedError(
@@ -106,3 +107,12 @@ def start_instruct(checkpoint: Path, options: TrainOptions) -> Start:
         return Start(*parts, **fixed, merge=add_adapters(language, rank=options.lora_rank, alpha=alpha))
     language.requires_grad_(True)
     return Start(*parts, **fixed)
+
+
+def round_weights(frozen: nn.Module) -> None:
+    """Keep weights that are only read in bfloat16: half the memory, and autocast would round them anyway.
+
+    Buffers stay as they are: rotary frequencies with eight bits would turn distant positions by the wrong angle.
+    """
+    for weight in frozen.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
