@@ -50,6 +50,7 @@ def open_bundle(folder: Path) -> dict:
 def open_graph(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads sleep between graphs, not spin
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # int8 convolution weights: unpacked at load
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -62,6 +62,8 @@ def test_the_memory_is_taught_and_made_to_forget(talk: Talk, bundle: Path) -> No
     with ta.load(bundle) as model:
         assert model.memory is not None
         assert int(number) not in model.memory.bank.ids
+    code, _, err = talk(bundle, PICTURE, lines=["/remember a red cat.", f"/forget {int(number) + 1}", "/forget"])
+    assert (code, len(err), "nothing was remembered" in err[0]) == (0, 1, True)
 
 
 def test_mistakes_are_one_line_and_the_conversation_goes_on(talk: Talk, bundle: Path) -> None:

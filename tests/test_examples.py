@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +144,30 @@ def test_the_service_answers_streams_remembers_and_refuses(bundle: Path, monkeyp
         refused = client.post("/ask", files={"picture": b"<svg/>"}, data={"question": QUESTION})
         assert (refused.status_code, refused.json()["error"][:5]) == (422, "image")
         assert client.post("/ask", files=picture, data={"question": ""}).status_code == 422
+        too_long = client.post("/stream", files=picture, data={"question": "what " * 5000})
+        assert (too_long.status_code, "context" in too_long.json()["error"]) == (422, True)
+        for path in ("/ask", "/stream"):
+            assert status_for_a_client_that_leaves(app, path, QUESTION) == 499
+
+
+def status_for_a_client_that_leaves(app: Any, path: str, question: str) -> int:
+    """What is answered to a request whose connection ends as soon as it was read."""
+    border = b"border"
+    fields = [(b'name="picture"; filename="a.png"', PICTURE.read_bytes()), (b'name="question"', question.encode())]
+    body = b"".join(b"--%b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (border, *field) for field in fields)
+    received = iter([{"type": "http.request", "body": body + b"--border--\r\n", "more_body": False}])
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(received, {"type": "http.disconnect"})
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=" + border)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
 
 
 def test_caches_that_are_handed_on_instead_of_shared_give_the_same_logits() -> None:

@@ -117,8 +117,9 @@ class Talk:
             raise InputError("/forget: nothing was remembered in this conversation; name an ID that /memories shows")
         if given and not given.isdecimal():
             raise InputError(f"/forget {given}: not a number; /memories shows them")
-        number = int(given) if given else self._remembered.pop()
+        number = int(given) if given else self._remembered[-1]
         gone = self._memory.forget(id=number)
+        self._remembered = [kept for kept in self._remembered if kept != number]
         if not gone:
             raise InputError(f"/forget {number}: there is no such entry; /memories shows them")
         print(f"forgotten: entry {number}")
