@@ -8,7 +8,7 @@
 # step by step: a step that was interrupted is done again. Emulation says nothing about speed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LIMIT=${LIMIT:-900} # seconds of an emulated process
+LIMIT=${LIMIT:-400} # seconds of an emulated process
 work=$(realpath -m "${ARM64:-runs/arm64}")
 python=${PYTHON:-python3} # with the package: its answers are what aarch64's are compared with
 suite=bookworm version=3.11
@@ -53,6 +53,7 @@ fi
 
 # The kernel shows the real machine's processor: a file in its place names what is emulated. It has one core, since
 # qemu 7.2 may wait for itself when onnxruntime's threads end; tests with threads of their own run all the same.
+# Temporary files lie at the same path inside and outside, since older proots look outside when asked for permissions.
 cpuinfo() { # FEATURES PART
     printf 'processor\t: 0\nFeatures\t: %s\nCPU implementer\t: 0x41\n' "$1"
     printf 'CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: %s\nCPU revision\t: 1\n\n' "$2"
@@ -64,14 +65,16 @@ cpuinfo "$base aes pmull sha1 sha2 atomics fphp asimdhp asimdrdm lrcpc dcpop asi
 emulated() { # PROCESSOR COMMAND ...
     local processor=$1
     shift
-    timeout --kill-after=10 "$LIMIT" env -i QEMU_CPU="$processor" PATH=/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 PYTHONPATH=/src:/opt/site \
-        PYTHONDONTWRITEBYTECODE=1 TINYALIGN_CACHE=/tmp/cache COLUMNS=120 \
+    timeout --kill-after=10 "$LIMIT" env -i QEMU_CPU="$processor" PATH=/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 \
+        PYTHONPATH=/src:/opt/site PYTHONDONTWRITEBYTECODE=1 TINYALIGN_CACHE="$work/tmp/cache" TMPDIR="$work/tmp" \
+        COLUMNS=120 \
         proot -q qemu-aarch64-static -r "$work/root" -b /dev -b /proc -b "$work/$processor:/proc/cpuinfo" \
-        -b "$PWD:/src" -b "$site:/opt/site" -b "$work/answers.npz:/tmp/answers.npz" -w /src "$@"
+        -b "$PWD:/src" -b "$site:/opt/site" -b "$work/tmp" -w /src "$@"
 }
 
 bundle=tests/data/bundle-schema-1 picture=tests/data/picture.png question="What colour is the circle?"
-PYTHONPATH=$PWD "$python" -m tests.same_answers record "$bundle" "$work/answers.npz"
+rm -rf "$work/tmp" && mkdir "$work/tmp"
+PYTHONPATH=$PWD "$python" -m tests.same_answers record "$bundle" "$work/tmp/answers.npz"
 for processor in cortex-a72 cortex-a76; do
     echo "== $processor, emulated: $(emulated "$processor" uname -m)"
     emulated "$processor" python3 -m tinyalign_edge verify "$bundle"
@@ -79,20 +82,23 @@ for processor in cortex-a72 cortex-a76; do
     there=$(emulated "$processor" python3 -m tinyalign_edge ask "$bundle" "$picture" "$question")
     [ "$here" = "$there" ] || { echo "error: answers '$there', here '$here'" >&2; exit 1; }
     echo "ask: $there"
-    emulated "$processor" python3 -m tests.same_answers compare "$bundle" /tmp/answers.npz
+    emulated "$processor" python3 -m tests.same_answers compare "$bundle" "$work/tmp/answers.npz"
 done
+
+echo "== bench, emulated: its times say nothing"
+emulated cortex-a76 python3 -m tinyalign_edge bench "$bundle" --repetitions 1 --threads 1 --output csv | sed -n 1,3p
 
 # A process for each file, since qemu may stop or wait for ever between two system calls, and proot then says 0: only
 # pytest's last line tells that the tests have run. Without one they run again; a test that fails is not tried twice.
 echo "== tests, on an emulated cortex-a76"
-for file in tests/test_{device,bundle,image,memory*,prefix,generation,conversation,drafts,cli_chat}.py; do
+for file in tests/test_{device,bundle,image,memory*,prefix,generation,conversation,drafts,cli_chat,bad_input,endurance,packed}.py; do
     for attempt in 1 2 3; do
         emulated cortex-a76 python3 -m pytest -p no:cacheprovider "$file" "$@" >"$work/tests.log" 2>&1 || true
         last=$(tail -n 1 "$work/tests.log")
         echo "$file: $last"
         grep -Eq '[0-9]+ (failed|error)' <<<"$last" && { cat "$work/tests.log" >&2; exit 1; }
-        grep -Eq '[0-9]+ (passed|skipped|deselected)' <<<"$last" && continue 2
-        echo "the emulator ended without a result (attempt $attempt)"
+        grep -Eq '[0-9]+ passed' <<<"$last" && continue 2
+        echo "nothing has passed, or the emulator ended (attempt $attempt)"
     done
     cat "$work/tests.log" >&2
     exit 1

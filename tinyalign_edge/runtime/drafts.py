@@ -13,9 +13,9 @@ from math import ceil
 LONGEST_MATCH = 4
 SHORTEST_MATCH = 2  # one token alone repeats by chance; at the beginning of a memory it does not need to be longer
 FIRST, MOST, LEAST = 7, 15, 3  # tokens of a draft; a pass is over one more
-COST = 0.5  # of a pass over a draft, beyond one over a token, in passes
+COST = 0.75  # of a pass over a draft, beyond one over a token, in passes: small models take more, large ones less
 MOST_CREDIT = 2.0  # passes that drafts have saved and may lose again before they rest
-MOST_LOST = 0.03  # of all passes, where drafts do not pay
+MOST_LOST = 0.02  # of all passes, where drafts do not pay
 
 
 class Pace:
