@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory.graph import Graph
 from tinyalign_edge.memory.search import Float, Neighbours, Rows, fill, nearest, no_neighbours, similarities, unit_rows
-from tinyalign_edge.memory.snapshot import Snapshot
-from tinyalign_edge.memory.table import Array, Table
+from tinyalign_edge.memory.snapshot import Part, Snapshot
+from tinyalign_edge.memory.table import Array
 
 CANDIDATES = 12  # of the graph, ranked again for each query, beyond k
-
-
-@dataclass(frozen=True)
-class Part:
-    """Neighbouring entries of a table."""
-
-    ids: Array  # (E,) uint64
-    keys: Array  # (E, key_dim) int8
-    scales: Array  # (E,) float32
 
 
 def nearest_entries(snapshot: Snapshot, queries: Float, k: int, *, floor: float) -> Neighbours:
@@ -39,14 +29,10 @@ def nearest_entries(snapshot: Snapshot, queries: Float, k: int, *, floor: float)
     if k < 0:
         raise InputError(f"k {k}: must be at least 0")
     units = unit_rows(queries)
-    graph = snapshot.graph
-    after = [table.first_after(graph.last_id) if graph else 0 for table in snapshot.tables]
-    pairs = list(zip(snapshot.tables, after, strict=True))
-    old = [_part(table, 0, end) for table, end in pairs if end]
-    new = [_part(table, start, None) for table, start in pairs if start < len(table)]
-    if graph is None or not old:
+    known, new = snapshot.parts
+    if snapshot.graph is None or not known:
         return _exactly(new, units, k, floor)
-    found = _by_graph(graph, old, units, k, floor)
+    found = _by_graph(snapshot.graph, known, units, k, floor)
     return _best([found, _exactly(new, units, k, floor)], k) if new else found
 
 
@@ -98,7 +84,3 @@ def _best(found: Sequence[Neighbours], k: int) -> Neighbours:
     scores = np.concatenate([each.similarity for each in found], axis=1)
     order = np.argsort(np.where(ids < 0, np.inf, -scores), axis=1, kind="stable")[:, :k]
     return Neighbours(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
-
-
-def _part(table: Table, start: int, end: int | None) -> Part:
-    return Part(table.ids[start:end], table.keys[start:end], table.key_scales[start:end])

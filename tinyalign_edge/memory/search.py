@@ -65,8 +65,9 @@ def unit_rows(queries: Float) -> Float:
     Raises:
         InputError: one is zero or not finite.
     """
-    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)  # (Q,)
-    if not np.all(np.isfinite(lengths)) or not np.all(lengths > 0):
+    wide = queries.astype(np.float64)
+    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))  # (Q,)
+    if not ((lengths > 0) & (lengths < np.inf)).all():
         raise InputError("keys: one is zero or not finite; look for a damaged picture or encoder")
     return np.asarray(queries / lengths[:, None], np.float32)
 

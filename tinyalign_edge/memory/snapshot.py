@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tinyalign_edge.errors import BundleError
@@ -14,8 +15,17 @@ from tinyalign_edge.memory.graph import Graph, open_graph
 from tinyalign_edge.memory.layout import BankManifest
 from tinyalign_edge.memory.manifest import read_manifest
 from tinyalign_edge.memory.segment import open_segment
-from tinyalign_edge.memory.table import Table, concat, from_rows
+from tinyalign_edge.memory.table import Array, Table, concat, from_rows
 from tinyalign_edge.memory.verified import VerifiedFiles
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring entries of a table, as a search reads them."""
+
+    ids: Array  # (E,) uint64
+    keys: Array  # (E, key_dim) int8
+    scales: Array  # (E,) float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,14 @@ class Snapshot:
     def tables(self) -> tuple[Table, ...]:
         """All entries, in the order of their ids."""
         return (*self.segments, self.journal) if len(self.journal) else self.segments
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """The entries that the graph knows, and those that it does not."""
+        after = [table.first_after(self.graph.last_id) if self.graph else 0 for table in self.tables]
+        pairs = list(zip(self.tables, after, strict=True))
+        known = tuple(_part(table, 0, end) for table, end in pairs if end)
+        return known, tuple(_part(table, start, None) for table, start in pairs if start < len(table))
 
 
 def open_snapshot(
@@ -110,3 +128,7 @@ def _graph(
     if previous and previous.graph and previous.manifest.graph == entry:
         return previous.graph
     return open_graph(folder, entry, manifest.spec, verified)
+
+
+def _part(table: Table, start: int, end: int | None) -> Part:
+    return Part(table.ids[start:end], table.keys[start:end], table.key_scales[start:end])
