@@ -26,7 +26,7 @@ KNOWN = {  # what this program makes use of, or may leave aside
     "vision": "file precision visual_tokens key_dim inputs outputs feature_dim",
     "decoder": "file embed_file data_files precision layers width kv_heads head_dim vocab_size max_positions smoothed "
     "kv graph past_key past_value present_key present_value hidden",
-    "memory": "kind k floor metric key_dim key_dtype value_tokens latents latent_dim fingerprint file value_file "
+    "memory": "kind k floor first metric key_dim key_dtype value_tokens latents latent_dim fingerprint file value_file "
     "copy_file",
     "prompt": "chat_template prepend_bos bos_token eos_token eos_token_ids max_context_tokens picture",
 }
@@ -152,7 +152,7 @@ class Copying:
         inputs = {
             "logits": logits[None],
             "states": states[-1:],
-            "texts": np.stack([states[self.places - 1], states[self.places]], axis=1),
+            "texts": np.stack([states[np.maximum(self.places - 1, 0)], states[self.places]], axis=1),
             "token_ids": self.ids,
             "match": (self.before == token).astype(np.float32)[None],
         }
@@ -185,9 +185,9 @@ def answer(folder: Path, layout: dict, picture: Path, question: str) -> dict:
     found = [] if memory["kind"] == "none" else retrieve(folder / "memory", memory, seen["key"])
     rows, copying = [seen["visual_tokens"]], None
     if any(len(value) for _, value, _ in found):
-        rows.append(memory_tokens(folder, memory, found, language.embed))
+        rows.insert(0 if memory.get("first") else 1, memory_tokens(folder, memory, found, language.embed))
         if memory.get("copy_file"):
-            start = len(before) + len(rows[0])
+            start = len(before) + (0 if memory.get("first") else len(seen["visual_tokens"]))
             copying = Copying(folder / memory["copy_file"], [value for _, value, _ in found], start)
 
     language.read(np.concatenate([language.embed(before), *rows]))  # up to the picture's end

@@ -138,6 +138,7 @@ def _memory(source: Source) -> MemoryBlock:
         kind=settings.bank_kind,
         k=settings.k,
         floor=settings.floor,
+        first=settings.first,
         key_dim=settings.key_dim,
         value_tokens=settings.value_tokens,
         latents=settings.latents if settings.kind == "latents" else 0,

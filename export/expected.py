@@ -43,12 +43,18 @@ class Expected:
 
     def keep_exact(self, image: EncodedImage) -> None:
         """Keep the picture as the float32 graphs encode it."""
-        np.savez(self._exact_file, visual_tokens=image.visual_tokens, memory_tokens=image.memory_tokens)
+        np.savez(
+            self._exact_file,
+            visual_tokens=image.visual_tokens,
+            memory_tokens=image.memory_tokens,
+            memory_first=np.array(image.memory_first),
+        )
 
     def exact_image(self) -> EncodedImage:
         """What `keep_exact` was given, without its key."""
         visual, memory = (_read(self._exact_file, name) for name in ("visual_tokens", "memory_tokens"))
-        return EncodedImage(visual, None, self.memories, memory, {})
+        first = bool(_read(self._exact_file, "memory_first"))
+        return EncodedImage(visual, None, self.memories, memory, {}, memory_first=first)
 
     @property
     def _exact_file(self) -> Path:

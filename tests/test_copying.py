@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
 from tinyalign_edge.bundle import open_bundle  # noqa: E402
+from tinyalign_edge.config import read_json, write_json  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError  # noqa: E402
 from tinyalign_edge.evaluate import single_questions  # noqa: E402
@@ -25,6 +26,7 @@ from tinyalign_edge.runtime.sessions import open_session  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix  # noqa: E402
+from tinyalign_edge.train.settings import CONFIG  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -137,6 +139,26 @@ def test_the_bundle_copies_as_torch_does(checkpoint: Path, copying_bundle: Path,
             logits, _ = model.answer_logits(image, turn.question, turn.answer)
             np.testing.assert_allclose(logits, side.logits(example), atol=1e-3)
             assert model.ask(image, turn.question).text == said
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_memory_at_the_very_beginning_is_copied_as_torch_does(
+    checkpoint: Path, world: Path, tmp_path: Path, first: bool
+) -> None:
+    """Without a beginning-of-text token the first memory token has no position before it."""
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = read_json(checkpoint / CONFIG)
+    assert config["memory"]["first"]
+    config["prompt"]["prepend_bos"], config["memory"]["first"] = False, first
+    write_json(tmp_path / "checkpoint" / CONFIG, config)
+    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision="fp32"))
+    side = TorchAnswerer(load_checkpoint(tmp_path / "checkpoint"))
+    row = single_questions(read_rows(world / "test.json", world))[0]
+    [example] = side.prepare([row]).examples
+    assert not example.before
+    with load(tmp_path / "bundle") as model:
+        logits, _ = model.answer_logits(model.encode(row.path), row.turns[0].question, row.turns[0].answer)
+    np.testing.assert_allclose(logits, side.logits(example), atol=1e-3)
 
 
 def test_what_is_copied_is_the_same_with_kept_prefixes_drafts_choices_and_turns(

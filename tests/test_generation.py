@@ -18,6 +18,7 @@ import tinyalign_edge as ta
 from tests.conftest import STORED_BUNDLE
 from tests.test_prefix import PICTURE, QUESTIONS, drawn
 from tinyalign_edge.runtime.picker import Picker
+from tinyalign_edge.runtime.text import Text
 
 Floats = npt.NDArray[np.float32]
 DRAWS = 5_000
@@ -26,6 +27,14 @@ DRAWS = 5_000
 @pytest.fixture(scope="module")
 def model() -> ta.Model:
     return ta.load(STORED_BUNDLE, threads=1)
+
+
+def test_a_text_shown_piece_by_piece_is_the_whole_one_without_white_space_at_its_ends(model: ta.Model) -> None:
+    ids = model.prompt.tokenizer.encode("  one  two. ", add_special_tokens=False).ids
+    text = Text(model.prompt)
+    pieces = [text.push(token) for token in ids]
+    assert not any(piece.endswith(" ") for piece in pieces)
+    assert "".join(pieces) + text.end() == text.shown == model.prompt.text(ids) == "one  two."
 
 
 @pytest.mark.parametrize(
@@ -111,8 +120,9 @@ def test_a_stop_text_ends_the_answer_wherever_tokens_meet(model: ta.Model) -> No
     assert len(parts) > 10
     for stop in parts:
         stream = model.stream(PICTURE, QUESTIONS[0], max_new_tokens=10, stop=[stop, "never said"])
-        assert "".join(stream) == text[: text.index(stop)]
-        assert (stream.result().text, stream.result().finish_reason) == (text[: text.index(stop)], "stop")
+        before = text[: text.index(stop)].rstrip()
+        assert "".join(stream) == before
+        assert (stream.result().text, stream.result().finish_reason) == (before, "stop")
     assert model.ask(PICTURE, QUESTIONS[0], max_new_tokens=10, stop=text + "!").text == text  # what was held back
 
 

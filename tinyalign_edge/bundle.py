@@ -151,6 +151,7 @@ class MemoryBlock:
     kind: MemoryKind
     k: int = 0
     floor: float = -1.0  # entries less similar than this are left out
+    first: bool = False  # memory tokens stand before the visual tokens
     metric: Literal["cosine"] = "cosine"
     key_dim: int = 0
     key_dtype: Literal["int8"] = "int8"

@@ -1,6 +1,6 @@
 """Questions to token ids: the chat template, the place of the picture, and back to text.
 
-The sequence the language model reads is `before | visual tokens | memory tokens | after | answer`: `before` is the
+The sequence the language model reads is `before | memory tokens | visual tokens | after | answer`: `before` is the
 beginning-of-text token where the model has one, `after` the rendered chat template. Picture and memories stand first,
 as a text would that the question is about, and not inside the user's message: the small frozen language models tried
 read them better there, and everything before `after` is the same for every question.

@@ -37,7 +37,7 @@ def memory_texts(pictures: Iterable[tuple[int, EncodedImage]]) -> MemoryTexts:
     """The memory tokens of pictures, each given with the position at which it begins."""
     positions, ids, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, image in pictures:
-        first = start + len(image.visual_tokens)
+        first = start + (0 if image.memory_first else len(image.visual_tokens))
         positions.append(np.arange(first, first + len(image.memory_tokens)))
         for entry in image.memories if len(image.memory_tokens) else ():
             value = entry.value.astype(np.int64)
@@ -75,7 +75,7 @@ class Copying:
         feed = {
             "logits": logits,
             "states": hidden[len(hidden) - len(logits) :],
-            "texts": np.stack([hidden[texts.positions - 1], hidden[texts.positions]], axis=1),
+            "texts": np.stack([hidden[np.maximum(texts.positions - 1, 0)], hidden[texts.positions]], axis=1),
             "token_ids": texts.token_ids,
             "match": (ids[:, None] == texts.before).astype(np.float32),
         }

@@ -188,7 +188,7 @@ class Model:
         timings["retrieve"] = (time.perf_counter() - started) * 1000
         self._check_open()
         made = seen.visual_tokens, seen.key, found, tokens, timings, searched, seen.features
-        return EncodedImage(*made, encoder=self._encoder)
+        return EncodedImage(*made, memory_first=self.manifest.memory.first, encoder=self._encoder)
 
     def ask(
         self, image: ImageLike | EncodedImage, question: str, options: Generation | None = None, **changes: Any

@@ -35,6 +35,7 @@ class EncodedImage:
     timings_ms: dict[str, float] = field(default_factory=dict)
     searched: tuple[str, int] | None = None  # the memory's `version` at that time; None where it was not searched
     features: Float | None = None  # (N, C), which the memory's value encoder reads; None where there is none
+    memory_first: bool = False  # as `MemoryBlock.first`
     encoder: str = ""  # SHA-256 of the vision graph, since no other model reads it; "": made by hand
 
     def __post_init__(self) -> None:
@@ -46,7 +47,8 @@ class EncodedImage:
     @cached_property
     def tokens(self) -> Float:
         """What the language model reads in the picture's place, (N + M, D)."""
-        return _read_only(np.concatenate([self.visual_tokens, self.memory_tokens]))
+        parts = [self.visual_tokens, self.memory_tokens]
+        return _read_only(np.concatenate(parts[::-1] if self.memory_first else parts))
 
     @cached_property
     def digest(self) -> bytes:

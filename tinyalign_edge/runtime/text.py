@@ -8,7 +8,9 @@ from tinyalign_edge.prompt import Prompt
 
 
 class Text:
-    """The text of one answer, token by token; what may be the beginning of a stop text is held back.
+    """The text of one answer, token by token, without white space at its ends.
+
+    What may be the beginning of a stop text is held back, and white space until more follows.
 
     Attributes:
         shown: what `push` and `end` have given so far.
@@ -34,7 +36,8 @@ class Text:
         return "" if self.stopped else self._show(len(self._held))
 
     def _show(self, length: int) -> str:
-        piece, self._held = self._held[:length], self._held[length:]
+        piece = self._held[:length].rstrip()
+        self._held = self._held[len(piece) :]
         self.shown += piece
         return piece
 

@@ -156,7 +156,8 @@ class Collate:
         memory = self._memory_length(example)
         shared = len(example.before) + visual + memory
         ids = [*example.before, *[0] * (visual + memory)]
-        slot = [0] * len(example.before) + [1] * visual + [2] * memory
+        picture, retrieved = [1] * visual, [2] * memory
+        slot = [0] * len(example.before) + (retrieved + picture if self.memory.first else picture + retrieved)
         positions, block, labels = list(range(shared)), [SHARED] * shared, [IGNORED] * shared
         for number, turn in enumerate(example.turns, start=1):
             text = [*turn.question, *turn.answer[:-1]]

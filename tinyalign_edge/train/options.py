@@ -42,6 +42,7 @@ class TrainOptions:
         gate: memory tokens can be closed, by what is learnt.
         copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memory "tokens", which
             alone has any.
+        memory_first: the memory stands before the picture; None: but for the memory "paper".
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too; None:
             half where words can be copied.
         memory_dropout: the share of the rows that see no neighbours.
@@ -57,6 +58,7 @@ class TrainOptions:
     latents: int | None = None
     latent_dim: int | None = None
     copy_words: bool | None = None
+    memory_first: bool | None = None
     episodes: float | None = None
     memory_dropout: float = 0.0
     fraction: float = 1.0
@@ -139,6 +141,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         value_tokens=options.value_tokens,
         gate=options.gate,
         shuffled=options.shuffle_memory,
+        first=not paper if options.memory_first is None else options.memory_first,
         memory_dropout=options.memory_dropout,
         copy_dim=min(COPY_DIM, connector.width) if copies else 0,
     )

@@ -76,6 +76,7 @@ class MemorySettings:
     latents: int = 8
     latent_dim: int = 96
     gate: bool = False
+    first: bool = False  # memory tokens stand before the visual tokens, so that these are always as far from a question
     copy_dim: int = 0  # of the keys by which a token of the memory is found and copied; 0: nothing is copied
     dropout: float = 0.25
     memory_dropout: float = 0.0
