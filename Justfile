@@ -59,7 +59,7 @@ fix:
 # Make every figure of the README anew (needs TINYALIGN_SHARED); writes bench/results
 bench:
     {{ bin }}/python -m tinyalign_edge.bench.demo
-    {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 400 --memory tokens latents
+    {{ bin }}/python -m tinyalign_edge.bench.caltech --steps 800 --memory tokens latents
     {{ bin }}/python -m tinyalign_edge.bench.teach runs/caltech/tokens-bundle --record
     {{ bin }}/python -m tinyalign_edge.bench.memory_size
     {{ bin }}/python -m tinyalign_edge.bench.stories
@@ -117,6 +117,7 @@ runtime:
     {{ bin }}/python -m tinyalign_edge.bench.cold_start
     {{ bin }}/python -m tinyalign_edge.bench.caption_drafts
     {{ bin }}/python -m tinyalign_edge.bench.caption_drafts --precision fp32
+    {{ bin }}/python -m tinyalign_edge.bench.note_drafts
     {{ bin }}/python -m tinyalign_edge.bench.drafts runs/caltech/tokens-bundle --name caltech-drafts \
         --data "${TINYALIGN_SHARED:-../shared}/data/caltech101/test.json" \
         --images "${TINYALIGN_SHARED:-../shared}/data/caltech101"

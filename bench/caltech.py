@@ -1,8 +1,9 @@
 """The Caltech-101 run: train with and without memory on real photographs, export, evaluate the int8 bundle.
 
-    python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 400] [--memory tokens latents]
+    python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 800] [--memory tokens latents]
 
-Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
+Rows, towers and settings are the study's (`bench/study/datasets.py`), with the learning rate that its trials choose. Needs
+`TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
 that are finished are not repeated.
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
+from tinyalign_edge.bench.study.datasets import find_dataset
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
 from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
@@ -23,18 +25,18 @@ from tinyalign_edge.export.card import CARD
 from tinyalign_edge.export.run import export
 from tinyalign_edge.report import folder_bytes
 from tinyalign_edge.train.checkpoint import is_checkpoint
-from tinyalign_edge.train.options import TrainOptions
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.state import STATE
 
 COMMAND = "python -m tinyalign_edge.bench.caltech"
+LEARNING_RATE = 1e-2
 
 
 def main() -> None:
     """Run what is missing and record everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/caltech"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--memory", nargs="*", default=["tokens", "latents"], choices=["tokens", "latents"])
     given = parser.parse_args()
     arms = ["none", *given.memory]
@@ -46,15 +48,15 @@ def main() -> None:
 
 def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
     """Train, export and evaluate one kind of memory."""
-    checkpoint, bundle = out / arm, out / f"{arm}-bundle"
+    checkpoint, bundle, data = out / arm, out / f"{arm}-bundle", find_dataset("caltech", out)
     if not is_checkpoint(checkpoint):
         train(
-            data=shared("data", "caltech101", "train.json"),
-            images=shared("data", "caltech101"),
-            vision=str(shared("models", "mobilenet-v2-imagenet")),
-            lm=str(shared("models", "caption-lm")),
+            data=data.train,
+            images=data.train_images,
+            vision=data.vision,
+            lm=data.lm,
             out=checkpoint,
-            options=TrainOptions(memory=arm, steps=steps, device="cpu"),  # type: ignore[arg-type]
+            options=replace(data.options, memory=arm, steps=steps, learning_rate=LEARNING_RATE),  # type: ignore[arg-type]
             resume=(checkpoint / STATE).exists(),
             label=f"Training {arm}",
         )

@@ -55,6 +55,7 @@ ARMS = {
     "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
     "no-copy": Arm("token ids that cannot be copied", {**TOKENS, "copy_words": False, "episodes": 0.0}),
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, "episodes": 0.0}),
+    "after": Arm("token ids that stand after the picture", {**TOKENS, "memory_first": False}),
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
@@ -64,25 +65,24 @@ ARMS = {
     "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper"}),
 }
 RATES = (1e-3, 3e-3, 1e-2)
-MADE_UP = (0.0, 0.25, 0.5)  # shares of rows with made-up names
-ALONE = (0.25, 0.5)  # shares of rows without memory
+DECAYS = (0.01, 0.3)  # weight decays beside the data sets' own
+MADE_UP = (0.0, 0.1, 0.5)  # shares of rows with made-up names beside the default
+ALONE = 0.25  # share of rows without memory
 TRIALS = {
     **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
                                      changes={**ARMS[arm].changes, "learning_rate": rate})
        for arm in ("baseline", "memory") for rate in RATES},
-    **{f"{arm}-short-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, rate {rate:g}, half the steps",
-                                           changes={**ARMS[arm].changes, "learning_rate": rate}, steps=0.5)
-       for arm in ("baseline", "memory") for rate in RATES},
+    **{f"{arm}-decay-{decay:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, weight decay {decay:g}",
+                                         changes={**ARMS[arm].changes, "weight_decay": decay})
+       for arm in ("baseline", "memory") for decay in DECAYS},
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
        for arm in ("baseline", "memory")},
     **{f"memory-episodes-{share:g}": Arm(f"{share:.0%} of the rows with made-up names", {**TOKENS, "episodes": share})
        for share in MADE_UP},
-    **{f"memory-episodes-{share:g}-alone-{alone:g}": Arm(
-        f"{share:.0%} of the rows with made-up names, {alone:.0%} without memory",
-        {**TOKENS, "episodes": share, "memory_dropout": alone}) for share in MADE_UP for alone in ALONE},
+    "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
 }  # fmt: skip
 ABLATIONS = (
-    "no-copy", "no-episodes", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16",
+    "no-copy", "no-episodes", "after", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16",
     "latents-32", "random", "fused", "paper",
 )  # fmt: skip
 
@@ -156,7 +156,7 @@ def _ordered() -> Iterator[Part]:
         yield from _measures(name, 0)
         for share in SHARES:
             yield from _share(name, share, 0)
-    for name in DATASETS:
+    for name in MAIN:
         yield from (Part(Run(name, arm, seed=TUNING_SEED), "scores") for arm in TRIALS)
     for arm in ABLATIONS[:-2]:
         yield from (Part(Run(name, arm), "scores") for name in MAIN)

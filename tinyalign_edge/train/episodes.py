@@ -2,7 +2,8 @@
 
 In an episode a name that is an answer of the row, and stands in its neighbours' texts, is another one, the same in all
 of them: what the language model knows of the old name does not help. Other names are replaced as well, in every second
-episode each, so that an unusual word is not always the right one.
+episode each, so that an unusual word is not always the right one. Turns that a common word answers, such as yes or
+no, are left out: they would ask whether the picture shows what nobody has seen.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Episodes:
         others = [name for name in dict.fromkeys([*mine, *theirs]) if not _told(mine[:1], [name])]
         chosen = [mine[0], *(name for name in others if random.random() < 0.5)]
         rename = Renaming({name: self._new_name(random) for name in chosen})
-        episode = replace(row, turns=tuple(rename.turn(turn) for turn in row.turns))
+        asked = [turn for turn in row.turns if name_in(turn.answer).lower() not in self.common]
+        episode = replace(row, turns=tuple(rename.turn(turn) for turn in asked))
         if not self.fits(episode):
             return row, None
         alone = random.random() < 0.5
