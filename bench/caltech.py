@@ -2,8 +2,8 @@
 
     python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 800] [--memory tokens latents]
 
-Rows, towers and settings are the study's (`bench/study/datasets.py`), with the learning rate that its trials choose. Needs
-`TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
+Rows, towers and settings are the study's (`bench/study/datasets.py`), with the learning rate that its trials choose.
+Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
 that are finished are not repeated.
 """
 

@@ -82,8 +82,8 @@ TRIALS = {
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
 }  # fmt: skip
 ABLATIONS = (
-    "no-copy", "no-episodes", "after", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4", "latents-16",
-    "latents-32", "random", "fused", "paper",
+    "no-copy", "no-episodes", "after", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4",
+    "latents-16", "latents-32", "random", "fused", "paper",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Frozen towers and trained connectors as one module: packed batches in, loss or answers out.
 
 One row of a batch is `before | memory tokens | visual tokens | turn 0 | turn 1 | ...`, or the visual tokens first
-(`MemorySettings.first`). Every turn attends to the part before the turns and to itself, never to another turn, and its positions begin where that part ends: each question
-is trained exactly as it is asked alone, for the price of one pass.
+(`MemorySettings.first`). Every turn attends to the part before the turns and to itself, never to another turn, and its
+positions begin where that part ends: each question is trained exactly as it is asked alone, for the price of one pass.
 """
 
 from __future__ import annotations
