@@ -41,7 +41,7 @@ def test_a_checkpoint_holds_config_weights_bank_and_metrics(checkpoints: dict[st
             names - {"tensorboard"}
             == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "samples", "curves.png"} | bank
         )
-        assert [point["step"] for point in metrics(folder)] == [0, 2, 4]
+        assert [point["step"] for point in metrics(folder)] == [0, 2, 4, *([5] if kind == "tokens" else [])]
 
 
 def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: Path) -> None:
@@ -49,8 +49,19 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
     assert points[-1]["held_out_loss"] < points[0]["held_out_loss"] - 0.1
 
 
+def test_after_all_else_the_copy_term_trains_alone(world: Path, towers: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 8, "copy_words": True, "eval_every": 8}
+    without = load_file(train_tiny(world, towers, tmp_path / "a", episodes=0.0, **options) / "model.safetensors")
+    with_it = load_file(train_tiny(world, towers, tmp_path / "b", **options) / "model.safetensors")
+    changed = {name for name in without if not torch.equal(without[name], with_it[name])}
+    assert changed
+    assert all(name.startswith("copy_head.") for name in changed)
+    assert [point["step"] for point in metrics(tmp_path / "b")] == [0, 8, 10]
+
+
+@pytest.mark.parametrize("at", [(0, 5), (0, 6), (6, 1)], ids=["training", "its last step", "copying"])
 def test_an_interrupted_run_resumes_to_the_same_weights(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, at: tuple[int, int]
 ) -> None:
     from tinyalign_edge.train import connector, run, watcher
     from tinyalign_edge.train.options import TrainOptions
@@ -61,7 +72,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         on_step_end(self, args, state, control, **rest)
-        if state.global_step == 5:
+        if (self.before, state.global_step) == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(watcher.Watcher, "on_step_end", interrupt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,6 @@ class Rows(Dataset[Example]):
         features: of a row's pictures, (V, C), given its number.
         neighbours, similarity: of every row, (R, K); -1 where there is none.
         epochs: which rows an epoch has, by its number; None: all of them once.
-        episodes: replaces names in some rows; which depends on seed, epoch and row only, too.
         dropout, memory_dropout: the shares of rows that see fewer neighbours, and none; which depends on seed, epoch
             and row only.
     """
@@ -84,13 +84,20 @@ class Rows(Dataset[Example]):
         memory_dropout: float = 0.0,
         seed: int = 0,
         epochs: Callable[[int], npt.NDArray[np.int64]] | None = None,
-        episodes: Episodes | None = None,
     ) -> None:
         self.rows, self.prompt, self.features = rows, prompt, features
         self.neighbours, self.similarity = neighbours, similarity
         self.dropout, self.memory_dropout, self.seed = dropout, memory_dropout, seed
-        self.epochs, self.episodes = epochs, episodes
+        self.epochs = epochs
+        self.episodes: Episodes | None = None
         self.set_epoch(0)
+
+    def playing(self, episodes: Episodes) -> Rows:
+        """The same rows, of which some are episodes; which depends on seed, epoch and row only, too."""
+        rows = copy.copy(self)
+        rows.episodes = episodes
+        rows.set_epoch(0)
+        return rows
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""

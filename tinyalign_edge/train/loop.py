@@ -38,12 +38,20 @@ def fit(
     resume: bool,
     label: str,
     processes: Processes,
+    before: int = 0,
 ) -> None:
     """Train what is not frozen; keeps resumable state in `state` and appends evaluations to `metrics`.
+
+    Args:
+        before: steps that came before these, in a loop of their own.
 
     Raises:
         TinyAlignError: the loss is no longer finite, or there is not memory enough; the state can be resumed.
     """
+    last = last_whole(state) if resume else None
+    if last is not None and _step(last) >= settings.steps:  # the Trainer would make one step more
+        load_trained(model, last)
+        return
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=settings.steps,
@@ -72,7 +80,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(_out_of_memory(settings))
         advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
-        watcher = Watcher(collate, held_out, settings, metrics, advance)
+        watcher = Watcher(collate, held_out, settings, metrics, advance, before)
         trainer = AlignTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
         )
@@ -82,7 +90,7 @@ def fit(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         warnings.filterwarnings("ignore", message="mtime may not be reliable")  # states are ordered by their steps then
-        trainer.train(resume_from_checkpoint=last_whole(state) if resume else None)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 class AlignTrainer(Trainer):
@@ -155,22 +163,32 @@ class AlignTrainer(Trainer):
         super()._rotate_checkpoints(*args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / STATE_WEIGHTS)
-        own = self._own()
-        if other := state.keys() ^ own.trained_state().keys():
-            raise TinyAlignError(f"{resume_from_checkpoint}: weight {min(other)!r} is not of this run; train again")
-        own.load_state_dict(state, strict=False)
+        load_trained(self._own(), Path(resume_from_checkpoint))
 
     def _own(self) -> AlignModel:
         model: AlignModel = self.accelerator.unwrap_model(self.model)
         return model
 
 
-def last_whole(state: Path) -> str | None:
+def load_trained(model: AlignModel, folder: Path) -> None:
+    """Take the weights of a state.
+
+    Raises:
+        TinyAlignError: they are of another model.
+    """
+    state = load_file(folder / STATE_WEIGHTS)
+    if other := state.keys() ^ model.trained_state().keys():
+        raise TinyAlignError(f"{folder}: weight {min(other)!r} is not of this run; train again")
+    model.load_state_dict(state, strict=False)
+
+
+def last_whole(state: Path) -> Path | None:
     """The newest state that was written to its end; None where there is none."""
-    whole = [path.parent for path in state.glob(f"checkpoint-*/{WHOLE}")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
+    return max((path.parent for path in state.glob(f"checkpoint-*/{WHOLE}")), key=_step, default=None)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 @contextmanager

@@ -74,6 +74,11 @@ class AlignModel(nn.Module):
             self.language.eval()
         return self
 
+    def freeze_all_but_copying(self) -> None:
+        """From now on the copy term alone trains."""
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name.startswith("copy_head."))
+
     def own_state(self) -> dict[str, Tensor]:
         """The state of everything but the language model: what a checkpoint keeps."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("language.")}

@@ -27,6 +27,7 @@ DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
 EPISODES = 0.5
+COPYING = 0.25  # of the steps: as many more, by which the copy term alone learns from episodes
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class TrainOptions:
         copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memory "tokens", which
             alone has any.
         memory_first: the memory stands before the picture; None: but for the memory "paper".
-        episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too; None:
-            half where words can be copied.
+        episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too, when
+            the copy term is trained alone, after all else; None: half; 0: that is left out.
         memory_dropout: the share of the rows that see no neighbours.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
@@ -112,8 +113,8 @@ def check_options(options: TrainOptions) -> None:
             raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
     if options.copy_words and options.memory != "tokens":
         raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens, not {options.memory}")
-    if options.episodes and options.memory in ("none", "paper"):
-        raise InputError(f"--episodes {options.episodes}: not with --memory {options.memory}, which reads no texts")
+    if options.episodes and (options.copy_words is False or options.memory != "tokens"):
+        raise InputError(f"--episodes {options.episodes}: nothing is copied here; use --memory tokens with --copy")
     for share in ("warmup", "weight_decay", "episodes", "memory_dropout"):
         if not 0 <= (getattr(options, share) or 0) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
@@ -162,13 +163,11 @@ def episodes_share(options: TrainOptions, memory: MemorySettings) -> float:
     """The share of the rows that are episodes, of those that can be.
 
     Raises:
-        InputError: the memory, in stage "instruct" the checkpoint's, reads no texts.
+        InputError: the memory, in stage "instruct" the checkpoint's, has no copy term.
     """
-    if options.episodes is None:
-        return EPISODES if memory.copy_dim else 0.0
-    if options.episodes and memory.kind in ("none", "paper"):
-        raise InputError(f"--episodes {options.episodes}: not with --memory {memory.kind}, which reads no texts")
-    return options.episodes
+    if options.episodes and not memory.copy_dim:
+        raise InputError(f"--episodes {options.episodes}: nothing is copied here; use --memory tokens with --copy")
+    return (EPISODES if options.episodes is None else options.episodes) if memory.copy_dim else 0.0
 
 
 def find_device(wanted: str) -> Device:

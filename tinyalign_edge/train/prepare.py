@@ -19,7 +19,6 @@ from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
-from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.feature_cache import FeatureCache
 from tinyalign_edge.train.features import Features, find_features, record_type
 from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
@@ -177,14 +176,8 @@ def examples(
     memory: MemorySettings,
     *,
     seed: int,
-    share: float,
-    fits: Callable[[Row], bool],
 ) -> tuple[Rows, list[Example], float]:
     """Training rows, held-out examples and the similarity floor of the memory.
-
-    Args:
-        share: of the rows that are episodes, see `Episodes`.
-        fits: whether the context has room for a row of an episode.
 
     A fused key is searched for with a question, so every question is then an example of its own.
     """
@@ -206,14 +199,10 @@ def examples(
         others = of_others(found.training, seed, own)
         found = replace(found, training=others, held_out=of_others(found.held_out, seed))
     near = _spread(found.training, numbers, len(asked))
-    episodes = None
-    if share:
-        answers = (turn.answer for row in asked for turn in row.turns)
-        episodes = Episodes(share, bank.rows, prompt, answers, value_tokens=memory.value_tokens, fits=fits)
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
         dropout=memory.dropout, memory_dropout=memory.memory_dropout, seed=seed,
-        epochs=lambda number: asked.epoch(number, seed), episodes=episodes,
+        epochs=lambda number: asked.epoch(number, seed),
     )  # fmt: skip
     held_out = Rows(
         held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.batches import Collate
 from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.corpus import data_refs, of_one_picture, open_corpus, parse_source, split
+from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
+    COPYING,
     TrainOptions,
     check_options,
     episodes_share,
@@ -41,7 +44,9 @@ from tinyalign_edge.train.vlm_prompt import read_template
 
 MAX_HELD_OUT = 256
 LEAST_PICTURES = 2  # keys are what tells pictures apart
-KNOWN_LATER = ("memory.floor", "memory.fingerprint", "training.steps")  # once the pictures are seen
+# once the pictures are seen
+KNOWN_LATER = ("memory.floor", "memory.fingerprint", "training.steps", "training.copying_steps")
+COPYING_STATE = "copying"  # below the run's state
 FEATURES = "features"  # below the run's state: where several processes meet
 
 
@@ -124,21 +129,27 @@ def train(
         state.fit_key(model, lambda: region_sample(seen))
         model.key.load_state_dict(processes.of_first(model.key.state_dict()))
     bank = make_bank(seen, model, begun.prompt)
-    rows, held_out_examples, floor = examples(
-        seen, bank, model, begun.prompt, memory, seed=options.seed, share=share,
-        fits=lambda row: fits_context(row, begun),
-    )  # fmt: skip
+    rows, held_out_examples, floor = examples(seen, bank, model, begun.prompt, memory, seed=options.seed)
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
         values = replace(values, latents=encode_values(model, values))
-    settings = replace(settings, steps=steps_of(options, len(rows)))
+    steps = steps_of(options, len(rows))
+    settings = replace(settings, steps=steps, copying_steps=max(1, round(COPYING * steps)) if share else 0)
     config = replace(config, memory=memory, training=settings)
     if processes.first:
         state.begin(config, model)
     processes.wait()
-    fit(model, rows, Collate(memory, values), held_out_examples, settings, state=state.folder, metrics=out / METRICS,
-        resume=resume, label=label, processes=processes)  # fmt: skip
+    fit_all = partial(fit, model, collate=Collate(memory, values), held_out=held_out_examples, metrics=out / METRICS,
+                      resume=resume, processes=processes)  # fmt: skip
+    fit_all(rows=rows, settings=settings, state=state.folder, label=label)
+    if share:
+        answers = (turn.answer for row in rows.rows for turn in row.turns)
+        episodes = Episodes(share, bank.rows, begun.prompt, answers, value_tokens=memory.value_tokens,
+                            fits=lambda row: fits_context(row, begun))  # fmt: skip
+        model.freeze_all_but_copying()
+        fit_all(rows=rows.playing(episodes), settings=replace(settings, steps=settings.copying_steps),
+                state=state.folder / COPYING_STATE, label="Training to copy", before=settings.steps)  # fmt: skip
     begun.merge()
     if processes.first:
         config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,

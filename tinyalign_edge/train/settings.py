@@ -127,7 +127,8 @@ class TrainSettings:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 50
-    episodes: float = 0.0  # share of the rows whose names are replaced
+    copying_steps: int = 0  # after `steps`, of the copy term alone
+    episodes: float = 0.0  # share of the rows then whose names are replaced
 
 
 @dataclass(frozen=True)

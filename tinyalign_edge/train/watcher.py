@@ -23,13 +23,23 @@ class Watcher(TrainerCallback):
     """Evaluates on the held-out examples, writes `metrics.jsonl`, moves the bar; in the first process only.
 
     TensorBoard's files are written beside `metrics`, where that package is installed.
+
+    Args:
+        before: steps that came before the loop's first one; the loss of rows with made-up names, which are trained
+            after others, is not that of training and not noted in `metrics`.
     """
 
     def __init__(
-        self, collate: Collate, held_out: Sequence[Example], settings: TrainSettings, metrics: Path, advance: Any
+        self,
+        collate: Collate,
+        held_out: Sequence[Example],
+        settings: TrainSettings,
+        metrics: Path,
+        advance: Any,
+        before: int,
     ) -> None:
         self.collate, self.held_out, self.settings = collate, held_out, settings
-        self.metrics, self.advance = metrics, advance
+        self.metrics, self.advance, self.before = metrics, advance, before
         self.loss, self.note = float("nan"), ""
         self.seen_tokens: Callable[[], int] = lambda: 0
         self.since = time.monotonic()
@@ -40,16 +50,20 @@ class Watcher(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.advance(state.global_step)
-        kept = _points(self.metrics, state.global_step) if state.global_step else []
+        step = self.before + state.global_step
+        kept = _points(self.metrics, step) if step else []
         self.metrics.write_text("".join(line + "\n" for line in kept), "utf-8")
-        self.board = _board(self.metrics.parent / BOARD, state.global_step)
+        self.board = _board(self.metrics.parent / BOARD, step)
         self.since = time.monotonic()
-        if state.global_step == 0:
+        if step == 0:
             self._evaluate(0, model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
-        self.advance(1, f"loss {self.loss:.3f}{self.note}")
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Move the bar. Evaluate at the last step, whatever the interval, before its state is written."""
+        self.advance(1, f"loss {self.loss:.3f}{self.note}" if math.isfinite(self.loss) else "")
+        last = state.global_step >= state.max_steps
+        if last and state.is_world_process_zero and state.global_step % self.settings.eval_every:
+            self._evaluate(state.global_step, model)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
         """Note the training loss and the speed; evaluate when it is time."""
@@ -64,10 +78,8 @@ class Watcher(TrainerCallback):
             self._evaluate(state.global_step, model)
         self.since = time.monotonic()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        """Evaluate at the last step, whatever the interval."""
-        if state.is_world_process_zero and state.global_step % self.settings.eval_every:
-            self._evaluate(state.global_step, model)
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close what is open."""
         if self.board:
             self.board.close()
 
@@ -76,10 +88,11 @@ class Watcher(TrainerCallback):
         if self.held_out:
             loss = round(held_out_loss(model, self.collate, self.held_out, self.settings), 6)
             self._show(step, held_out_loss=loss)
+        known = math.isfinite(self.loss) and not self.before
         point = {
-            "step": step,
+            "step": self.before + step,
             "held_out_loss": loss,
-            "train_loss": round(self.loss, 6) if math.isfinite(self.loss) else None,
+            "train_loss": round(self.loss, 6) if known else None,
         }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
@@ -87,7 +100,7 @@ class Watcher(TrainerCallback):
     def _show(self, step: int, **figures: float) -> None:
         if self.board:
             for name, value in figures.items():
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(name, value, self.before + step)
 
 
 def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example], settings: TrainSettings) -> float:
