@@ -116,7 +116,7 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert list(done) == [part.name for part in parts]
     assert done[SCORES.name] == first[SCORES.name]
     assert trained == ["tiny.memory.100.0", "tiny.shuffled.100.0"]
-    assert [point["step"] for point in first[SCORES.name]["curve"]] == [0, 1, 2]
+    assert [point["step"] for point in first[SCORES.name]["curve"]] == [0, 1, 2, 3]  # the last one of the copy term
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
