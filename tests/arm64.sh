@@ -30,7 +30,7 @@ if [ ! -e "$work/root" ]; then
         dpkg-deb --fsys-tarfile "$package" | tar -xf - -C "$work/root.part" --keep-directory-symlink
     done
     rm -rf "$work/root.part/debootstrap" "$work/root.part/proc" "$work/root.part/var/cache/apt/archives"
-    mkdir -p "$work/root.part"/{proc,src,opt/site,sys/devices/system/cpu}
+    mkdir -p "$work/root.part"/{proc,opt/site,sys/devices/system/cpu}
     for list in possible present online; do echo 0 >"$work/root.part/sys/devices/system/cpu/$list"; done
     mv "$work/root.part" "$work/root"
 fi
@@ -53,7 +53,7 @@ fi
 
 # The kernel shows the real machine's processor: a file in its place names what is emulated. It has one core, since
 # qemu 7.2 may wait for itself when onnxruntime's threads end; tests with threads of their own run all the same.
-# Temporary files lie at the same path inside and outside, since older proots look outside when asked for permissions.
+# Files lie at the same paths inside and outside, since older proots look outside when asked for permissions.
 cpuinfo() { # FEATURES PART
     printf 'processor\t: 0\nFeatures\t: %s\nCPU implementer\t: 0x41\n' "$1"
     printf 'CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: %s\nCPU revision\t: 1\n\n' "$2"
@@ -66,10 +66,10 @@ emulated() { # PROCESSOR COMMAND ...
     local processor=$1
     shift
     timeout --kill-after=10 "$LIMIT" env -i QEMU_CPU="$processor" PATH=/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 \
-        PYTHONPATH=/src:/opt/site PYTHONDONTWRITEBYTECODE=1 TINYALIGN_CACHE="$work/tmp/cache" TMPDIR="$work/tmp" \
+        PYTHONPATH="$PWD:/opt/site" PYTHONDONTWRITEBYTECODE=1 TINYALIGN_CACHE="$work/tmp/cache" TMPDIR="$work/tmp" \
         COLUMNS=120 \
         proot -q qemu-aarch64-static -r "$work/root" -b /dev -b /proc -b "$work/$processor:/proc/cpuinfo" \
-        -b "$PWD:/src" -b "$site:/opt/site" -b "$work/tmp" -w /src "$@"
+        -b "$PWD" -b "$site:/opt/site" -b "$work/tmp" -w "$PWD" "$@"
 }
 
 bundle=tests/data/bundle-schema-1 picture=tests/data/picture.png question="What colour is the circle?"
