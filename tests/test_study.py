@@ -128,7 +128,7 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
         ({"k": 3}, r"was trained with memory\.k 2, the study wants 3"),
         ({"copy_words": False}, r"was trained with memory\.copy_dim \d+, the study wants 0"),
         ({"memory_dropout": 0.25}, r"was trained with memory\.memory_dropout 0\.0, the study wants 0\.25"),
-        ({"episodes": 0.1}, r"was trained with episodes 0\.5, the study wants 0\.1"),
+        ({"episodes": 0.1}, r"was trained with episodes 0\.25, the study wants 0\.1"),
     ):
         bench.dataset = lambda name, changes=changes: replace(tiny, options=replace(tiny.options, **changes))
         with pytest.raises(InputError, match=message):

@@ -87,7 +87,7 @@ def train(
         typer.Option("--copy/--no-copy", help="Whether answers may copy the memory's words (default with tokens)."),
     ] = None,
     episodes: Annotated[
-        float | None, typer.Option(help="Share of rows with made-up names, to learn to copy (default 0.5).")
+        float | None, typer.Option(help="Share of rows with made-up names, to learn to copy (default 0.25).")
     ] = None,
     memory_dropout: Annotated[
         float | None, typer.Option(help="Share of rows that see no neighbours, to learn to see alone.")

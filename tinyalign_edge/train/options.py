@@ -26,7 +26,7 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
-EPISODES = 0.5
+EPISODES = 0.25
 COPYING = 0.25  # of the steps: as many more, by which the copy term alone learns from episodes
 
 
@@ -45,7 +45,7 @@ class TrainOptions:
             alone has any.
         memory_first: the memory stands before the picture; None: but for the memory "paper".
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too, when
-            the copy term is trained alone, after all else; None: half; 0: that is left out.
+            the copy term is trained alone, after all else; None: a quarter; 0: that is left out.
         memory_dropout: the share of the rows that see no neighbours.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
