@@ -144,7 +144,7 @@ def test_a_run_may_go_on_with_smaller_passes(world: Path, towers: Path, tmp_path
 @pytest.mark.parametrize("memory", ["paper", "none"])
 def test_episodes_need_a_checkpoint_that_copies(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     first = train_tiny(world, towers, tmp_path / "c", memory=memory, steps=1, eval_every=1)
-    with pytest.raises(InputError, match="--episodes 0.5: nothing is copied here"):
+    with pytest.raises(InputError, match=r"--episodes 0\.5: nothing is copied here"):
         instruct(world, first, tmp_path / "tuned", episodes=0.5)
     assert not (tmp_path / "tuned" / "config.json").exists()
 
