@@ -24,7 +24,7 @@ from tinyalign_edge.train.settings import CheckpointConfig, TowerRef
 from tinyalign_edge.train.towers import LANGUAGE, LanguageTower
 from tinyalign_edge.train.values import encode_values, value_fingerprint
 
-CALIBRATION = 64
+CALIBRATION = 256
 
 
 def write_checkpoint(
