@@ -18,15 +18,13 @@ from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.datasets import find_dataset
+from tinyalign_edge.bench.trained import trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
 from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
 from tinyalign_edge.export.card import CARD
 from tinyalign_edge.export.run import export
 from tinyalign_edge.report import folder_bytes
-from tinyalign_edge.train.checkpoint import is_checkpoint
-from tinyalign_edge.train.run import train
-from tinyalign_edge.train.state import STATE
 
 COMMAND = "python -m tinyalign_edge.bench.caltech"
 LEARNING_RATE = 1e-2
@@ -49,17 +47,15 @@ def main() -> None:
 def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
     """Train, export and evaluate one kind of memory."""
     checkpoint, bundle, data = out / arm, out / f"{arm}-bundle", find_dataset("caltech", out)
-    if not is_checkpoint(checkpoint):
-        train(
-            data=data.train,
-            images=data.train_images,
-            vision=data.vision,
-            lm=data.lm,
-            out=checkpoint,
-            options=replace(data.options, memory=arm, steps=steps, learning_rate=LEARNING_RATE),  # type: ignore[arg-type]
-            resume=(checkpoint / STATE).exists(),
-            label=f"Training {arm}",
-        )
+    trained(
+        checkpoint,
+        data=data.train,
+        images=data.train_images,
+        vision=data.vision,
+        lm=data.lm,
+        options=replace(data.options, memory=arm, steps=steps, learning_rate=LEARNING_RATE),  # type: ignore[arg-type]
+        label=f"Training {arm}",
+    )
     export(checkpoint, bundle)
     manifest = open_bundle(bundle)
     lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()

@@ -28,14 +28,12 @@ from PIL import Image, ImageOps
 import tinyalign_edge as ta
 from tinyalign_edge.bench.drafts import Asked, measure, print_table, teach
 from tinyalign_edge.bench.record import record, shared
+from tinyalign_edge.bench.trained import trained
 from tinyalign_edge.bundle import MANIFEST
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.folders import whole_folder
-from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.options import TrainOptions
-from tinyalign_edge.train.run import train
-from tinyalign_edge.train.state import STATE
 
 COMMAND = "python -m tinyalign_edge.bench.caption_drafts"
 TRAINED_ON = 64  # photographs
@@ -101,17 +99,15 @@ def view_of(photograph: Image.Image, view: int) -> Image.Image:
 def trained_bundle(data: Path, images: Path, folder: Path, steps: int, precision: str, label: str) -> Path:
     """The bundle trained on `data` for so many steps, as it lies in `folder`; what is missing is made."""
     checkpoint, bundle = folder / "checkpoint", folder / precision
-    if not is_checkpoint(checkpoint):
-        train(
-            data=data,
-            images=images,
-            vision=str(shared("models", "mobilenet-v2-imagenet")),
-            lm=str(shared("models", "caption-lm")),
-            out=checkpoint,
-            options=TrainOptions(memory="tokens", steps=steps, device="cpu"),
-            resume=(checkpoint / STATE).exists(),
-            label=label,
-        )
+    trained(
+        checkpoint,
+        data=data,
+        images=images,
+        vision=str(shared("models", "mobilenet-v2-imagenet")),
+        lm=str(shared("models", "caption-lm")),
+        options=TrainOptions(memory="tokens", steps=steps, device="cpu"),
+        label=label,
+    )
     if not (bundle / MANIFEST).is_file():
         export(checkpoint, bundle, ExportOptions(precision=precision, allow_degraded=True))  # type: ignore[arg-type]
     return bundle

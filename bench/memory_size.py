@@ -21,15 +21,14 @@ import numpy as np
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.eye import Eye
+from tinyalign_edge.bench.trained import trained
 from tinyalign_edge.config import read_json, write_json
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.export.card import markdown_table
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.batches import Values
-from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
+from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.options import EPISODES, TrainOptions
-from tinyalign_edge.train.run import train
-from tinyalign_edge.train.state import STATE
 from tinyalign_edge.train.values import encode_values
 
 COMMAND = "python -m tinyalign_edge.bench.memory_size"
@@ -102,18 +101,15 @@ def main() -> None:
 def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:
     """Train one arm, unless its checkpoint is there, and measure it."""
     folder = out / arm.run
-    if not is_checkpoint(folder):
-        train(
-            data=shared("data", "caltech101", "train.json"),
-            images=shared("data", "caltech101"),
-            vision=str(shared("models", "mobilenet-v2-imagenet")),
-            lm=str(shared("models", "caption-lm")),
-            out=folder,
-            options=replace(arm.options, cache_features=out / "features"),
-            resume=(folder / STATE).exists(),
-            label=f"Training {arm.run}",
-        )
-    checkpoint = load_checkpoint(folder)
+    checkpoint = trained(
+        folder,
+        data=shared("data", "caltech101", "train.json"),
+        images=shared("data", "caltech101"),
+        vision=str(shared("models", "mobilenet-v2-imagenet")),
+        lm=str(shared("models", "caption-lm")),
+        options=replace(arm.options, cache_features=out / "features"),
+        label=f"Training {arm.run}",
+    )
     answerer = TorchAnswerer(checkpoint, encode=eye)
     if not arm.rounded:
         answerer.collate.values = _exact_values(checkpoint, eye)

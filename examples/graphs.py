@@ -27,7 +27,7 @@ KNOWN = {  # what this program makes use of, or may leave aside
     "decoder": "file embed_file data_files precision layers width kv_heads head_dim vocab_size max_positions smoothed "
     "kv graph past_key past_value present_key present_value hidden",
     "memory": "kind k floor first metric key_dim key_dtype value_tokens latents latent_dim fingerprint file value_file "
-    "copy_file",
+    "copy_file copy_end copy_similarity",
     "prompt": "chat_template prepend_bos bos_token eos_token eos_token_ids max_context_tokens picture",
 }
 
@@ -142,20 +142,34 @@ def memory_tokens(folder: Path, block: dict, found: list, embed) -> np.ndarray:
 class Copying:
     """The graph by which the next token may be one of the memory's, whose first stands at the position `start`."""
 
-    def __init__(self, path: Path, values: list[np.ndarray], start: int) -> None:
-        self.graph, self.ids = open_graph(path), np.concatenate(values).astype(np.int64)
-        self.before = np.concatenate([[-1, *value[:-1]] for value in values])  # in its entry; -1: nothing
-        self.places = start + np.arange(len(self.ids))
+    def __init__(self, folder: Path, block: dict, found: list, start: int) -> None:
+        self.graph, end = open_graph(folder / block["copy_file"]), block.get("copy_end")
+        self.ids, self.before, self.places = [], [], []  # before: in its entry; -1: nothing
+        self.similarity = [] if block.get("copy_similarity") else None
+        for score, value, _ in found:
+            ids = value.tolist()
+            self.ids += ids
+            self.before += [-1, *ids[:-1]]
+            self.places += [(max(at - 1, 0), at) for at in range(start, start + len(ids))]
+            start += len(ids)
+            if end is not None and 0 < len(ids) < block["value_tokens"]:  # the answer may end where the entry does
+                self.ids.append(end)
+                self.before.append(ids[-1])
+                self.places.append((start - 1, start - 1))
+            if self.similarity is not None:
+                self.similarity += [score] * (len(self.ids) - len(self.similarity))
 
     def mix(self, logits: np.ndarray, states: np.ndarray, token: int) -> np.ndarray:
         """Log probabilities (V,) of what follows `token`, the last one read."""
         inputs = {
             "logits": logits[None],
             "states": states[-1:],
-            "texts": np.stack([states[np.maximum(self.places - 1, 0)], states[self.places]], axis=1),
-            "token_ids": self.ids,
-            "match": (self.before == token).astype(np.float32)[None],
+            "texts": states[np.array(self.places)],
+            "token_ids": np.array(self.ids, np.int64),
+            "match": (np.array(self.before) == token).astype(np.float32)[None],
         }
+        if self.similarity is not None:
+            inputs["similarity"] = np.array([self.similarity], np.float32)
         return self.graph.run(["log_probabilities"], inputs)[0][0]
 
 
@@ -188,7 +202,7 @@ def answer(folder: Path, layout: dict, picture: Path, question: str) -> dict:
         rows.insert(0 if memory.get("first") else 1, memory_tokens(folder, memory, found, language.embed))
         if memory.get("copy_file"):
             start = len(before) + (0 if memory.get("first") else len(seen["visual_tokens"]))
-            copying = Copying(folder / memory["copy_file"], [value for _, value, _ in found], start)
+            copying = Copying(folder, memory, found, start)
 
     language.read(np.concatenate([language.embed(before), *rows]))  # up to the picture's end
     logits, last = language.read(language.embed(after)), after[-1]

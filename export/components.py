@@ -147,4 +147,6 @@ def _memory(source: Source) -> MemoryBlock:
         file=MEMORY_FILE,
         value_file=None if source.memory.value_encoder is None else VALUE_FILE,
         copy_file=None if source.memory.copy_head is None else COPY_FILE,
+        copy_end=settings.copy_end,
+        copy_similarity=source.memory.copy_head is not None,
     )

@@ -21,6 +21,7 @@ from tinyalign_edge.errors import InputError  # noqa: E402
 from tinyalign_edge.evaluate import single_questions  # noqa: E402
 from tinyalign_edge.export.copy_graph import FILE, export_copy_head  # noqa: E402
 from tinyalign_edge.export.run import ExportOptions, export  # noqa: E402
+from tinyalign_edge.runtime.copying import memory_texts as copied_by_the_runtime  # noqa: E402
 from tinyalign_edge.runtime.model import load  # noqa: E402
 from tinyalign_edge.runtime.sessions import open_session  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
@@ -38,7 +39,7 @@ QUESTION = "What colour is the circle?"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, world: Path, towers: Path) -> Path:
     """A few steps with episodes; then its copy term is made to copy about half of what it says."""
     folder = tmp_path_factory.mktemp("copying") / "checkpoint"
-    train_tiny(world, towers, folder, copy_words=True, episodes=0.5, k=2)
+    train_tiny(world, towers, folder, copy_words=True, episodes=0.5, k=2, value_tokens=72)
     weights = load_file(folder / "model.safetensors")
     weights["copy_head.vocabulary.bias"].fill_(2.0)
     save_file(weights, folder / "model.safetensors")
@@ -63,7 +64,9 @@ def test_the_graph_computes_what_torch_computes(tmp_path: Path) -> None:
         logits, states = 20 * torch.randn(asked, VOCABULARY), torch.randn(asked, WIDTH)
         texts, ids = torch.randn(tokens, 2, WIDTH), torch.randint(VOCABULARY, (tokens,))
         read, before = torch.randint(3, (asked,)), torch.randint(3, (tokens,))
-        found = Texts(texts.flatten(1)[None], ids[None], before[None], torch.ones(1, tokens, dtype=torch.bool))
+        similarity = torch.rand(1, tokens)
+        mask = torch.ones(1, tokens, dtype=torch.bool)
+        found = Texts(texts.flatten(1)[None], ids[None], before[None], mask, similarity)
         with torch.inference_mode():
             shares = head.shares(states[None], read[None], found)[0]
             expected = mix(logits, shares, ids.expand(asked, -1))
@@ -73,6 +76,7 @@ def test_the_graph_computes_what_torch_computes(tmp_path: Path) -> None:
             "texts": texts.numpy(),
             "token_ids": ids.numpy(),
             "match": (read[:, None] == before).float().numpy(),
+            "similarity": similarity.numpy(),
         }
         mixed = session.run(None, feed)[0]
         np.testing.assert_allclose(mixed, expected.numpy(), rtol=1e-4, atol=1e-4)
@@ -107,13 +111,54 @@ def test_the_loss_of_labels_is_that_of_the_mixture() -> None:
 def test_memory_tokens_are_found_in_each_row_whatever_its_length() -> None:
     hidden = torch.arange(2 * 5, dtype=torch.float32).reshape(2, 5, 1)
     mask = torch.tensor([[False, True, True, True, False], [False, False, True, False, False]])
-    texts = memory_texts(hidden, mask, torch.tensor([7, 8, 9, 6]), torch.tensor([0, 0, 1, 0]))
+    alike = torch.tensor([0.9, 0.9, 0.5, 0.25])
+    texts = memory_texts(hidden, mask, torch.tensor([7, 8, 9, 6]), torch.tensor([0, 0, 1, 0]), alike)
     assert texts.mask.tolist() == [[True, True, True], [True, False, False]]
     assert texts.token_ids[0].tolist() == [7, 8, 9]
     assert texts.token_ids[1, 0] == 6
     assert texts.before[0].tolist() == [-1, 7, -1]  # the third token begins another entry
     assert texts.states[0].tolist() == [[0, 1], [1, 2], [2, 3]]
     assert texts.states[1, 0].tolist() == [6, 7]
+    torch.testing.assert_close(texts.similarity[texts.mask], alike)
+
+
+def test_after_whole_entries_the_end_of_the_answer_can_be_copied() -> None:
+    hidden = torch.arange(2 * 6, dtype=torch.float32).reshape(2, 6, 1)
+    mask = torch.tensor([[False, True, True, True, True, True], [False, False, True, False, False, False]])
+    token_ids, rank = torch.tensor([7, 8, 9, 4, 5, 6]), torch.tensor([0, 0, 1, 1, 1, 0])
+    alike = torch.tensor([0.9, 0.9, 0.5, 0.5, 0.5, 0.25])
+    texts = memory_texts(hidden, mask, token_ids, rank, alike, end=2, limit=3)  # that of three may have been cut
+    assert texts.mask.tolist() == [[True] * 6, [True] + [False] * 4 + [True]]
+    assert texts.token_ids[0].tolist() == [7, 8, 9, 4, 5, 2]
+    assert texts.before[0].tolist() == [-1, 7, -1, 9, 4, 8]
+    assert texts.states[0, 5].tolist() == [2, 2]
+    assert (texts.token_ids[1, 5], texts.before[1, 5], texts.states[1, 5].tolist()) == (2, 6, [8, 8])
+    torch.testing.assert_close(texts.similarity[0], torch.tensor([0.9, 0.9, 0.5, 0.5, 0.5, 0.9]))
+    assert memory_texts(hidden, mask, token_ids, rank, alike, end=2, limit=1).mask.shape[1] == 5
+
+
+def test_the_runtime_finds_the_same_in_an_entry(checkpoint: Path, copying_bundle: Path, world: Path) -> None:
+    row = read_rows(world / "test.json", world)[0]
+    with load(copying_bundle) as model:
+        image = model.encode(row.path)
+        block = model.manifest.memory
+        values = [entry.value.astype(np.int64) for entry in image.memories]
+        assert block.copy_end is not None
+        assert any(len(value) < block.value_tokens for value in values)
+        found = copied_by_the_runtime([(2, image)], block)
+    size = 2 + len(image.memory_tokens) + len(image.visual_tokens)
+    mask = torch.zeros(1, size, dtype=torch.bool)
+    mask[0, 2 : 2 + len(image.memory_tokens)] = True
+    sizes = [len(value) for value in values]
+    rank = torch.tensor(np.repeat(np.arange(len(values)), sizes))
+    alike = torch.tensor(np.repeat([entry.similarity for entry in image.memories], sizes))
+    texts = memory_texts(torch.arange(size, dtype=torch.float32).reshape(1, size, 1), mask,
+                         torch.tensor(np.concatenate(values)), rank, alike, end=block.copy_end,
+                         limit=block.value_tokens)  # fmt: skip
+    wanted = texts.states.int()[0], texts.token_ids[0], texts.before[0], texts.similarity[0]
+    given = found.states, found.token_ids, found.before, found.similarity
+    one, other = (sorted(zip(*(part.tolist() for part in parts), strict=True)) for parts in (given, wanted))
+    assert one == other
 
 
 def test_without_memories_nothing_is_copied(checkpoint: Path, world: Path) -> None:

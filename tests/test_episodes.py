@@ -114,6 +114,30 @@ def test_what_is_no_name_or_not_in_the_memory_stays(prompt: Prompt) -> None:
         assert found == mine
 
 
+def test_a_row_whose_answers_are_all_common_stays(prompt: Prompt) -> None:
+    common = row((WHAT, "rectangle, blue"))  # more than a twentieth of all answers, its two parts are names
+    made = Episodes(1.0, BANK, prompt, [*ANSWERS, *["rectangle, blue"] * 20], value_tokens=200, fits=lambda row: True)
+    assert played(made, prompt, 0, common, (4,)) == (common, None)
+
+
+def test_where_every_answer_is_common_no_episode_is_possible(prompt: Prompt) -> None:
+    def possible(*answers: str) -> bool:
+        return Episodes(1.0, BANK, prompt, answers, value_tokens=200, fits=lambda row: True).possible
+
+    assert possible(*ANSWERS)
+    assert not possible(*["rectangle, blue"] * 20)
+    assert not possible(*["true"] * 20, *["False."] * 20, "a person rides a very old bicycle along the beach")
+
+
+def test_no_new_name_is_the_word_of_an_answer(prompt: Prompt) -> None:
+    def words(*answers: str) -> set[str]:
+        return set(Episodes(1.0, BANK, prompt, answers, value_tokens=200, fits=lambda row: True).words)
+
+    known = sorted(words())[0]
+    assert words("a crab") == words()
+    assert words(f"a {known} crab", "teal") == words() - {known, "teal"}
+
+
 def test_only_a_share_of_the_rows_and_only_those_that_fit_are_episodes(prompt: Prompt) -> None:
     some = episodes(prompt, share=0.5)
     made = [played(some, prompt, seed)[1] is not None for seed in range(100)]

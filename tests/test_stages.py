@@ -36,10 +36,10 @@ def metrics(checkpoint: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def instruct(world: Path, start: Path, out: Path, **options: Any) -> Path:
+def instruct(world: Path, start: Path, out: Path, *, resume: bool = False, **options: Any) -> Path:
     chosen = {"steps": 6, "batch_size": 8, "eval_every": 2, "device": "cpu", "lm_learning_rate": 1e-3, **options}
     train(
-        data=world / "train.json", images=world, start=start, out=out,
+        data=world / "train.json", images=world, start=start, out=out, resume=resume,
         options=TrainOptions(stage="instruct", **chosen),
     )  # fmt: skip
     return out
@@ -165,9 +165,10 @@ def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
         assert torch.equal(found[name], wanted[name])
 
 
-def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path) -> None:
-    first = train_tiny(world, towers, tmp_path / "c", memory="latents", bf16=True)
-    exact = train_tiny(world, towers, tmp_path / "d", memory="latents")
+@pytest.mark.parametrize("memory", ["latents", "tokens"])
+def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
+    first = train_tiny(world, towers, tmp_path / "c", memory=memory, bf16=True)
+    exact = train_tiny(world, towers, tmp_path / "d", memory=memory)
     assert metrics(first)[-1]["held_out_loss"] == pytest.approx(metrics(exact)[-1]["held_out_loss"], rel=0.02)
     assert metrics(first) != metrics(exact)
     tuned = instruct(world, first, tmp_path / "tuned", bf16=True)
@@ -204,8 +205,42 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path) -> None:
-    one = train_tiny(world, towers, tmp_path / "one", memory="latents")
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_instruct_run_that_was_cut_while_it_learnt_to_copy_goes_on(
+    world: Path, checkpoints: dict[str, Path], tmp_path: Path, rank: int, monkeypatch: Any
+) -> None:
+    if rank:
+        pytest.importorskip("peft")
+    from tinyalign_edge.train.watcher import Watcher
+
+    on_step_end = Watcher.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if self.before and state.global_step == 1:
+            raise KeyboardInterrupt
+
+    whole = instruct(world, checkpoints["tokens"], tmp_path / "whole", lora_rank=rank, steps=8)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Watcher, "on_step_end", interrupt)
+        instruct(world, checkpoints["tokens"], tmp_path / "cut", lora_rank=rank, steps=8)
+    cut = instruct(world, checkpoints["tokens"], tmp_path / "cut", lora_rank=rank, steps=8, resume=True)
+    assert metrics(cut) == metrics(whole)
+    for file in ("model.safetensors", "language/model.safetensors"):
+        expected, found = load_file(whole / file), load_file(cut / file)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_last_step_notes_its_own_training_loss(world: Path, towers: Path, tmp_path: Path) -> None:
+    options = {"memory": "none", "eval_every": 10, "batch_size": 8}
+    long = metrics(train_tiny(world, towers, tmp_path / "long", steps=13, **options))
+    assert [point["step"] for point in long] == [0, 10, 13]
+    assert long[2]["train_loss"] != long[1]["train_loss"]
+
+
+@pytest.mark.parametrize("memory", ["latents", "tokens"])
+def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
+    one = train_tiny(world, towers, tmp_path / "one", memory=memory)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     port = 20000 + os.getpid() % 20000
     subprocess.run(
@@ -215,11 +250,11 @@ def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: 
             "--module", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
             "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--out", str(tmp_path / "two"),
             "--steps", "4", "--batch-size", "8", "--visual-tokens", "4", "--eval-every", "2", "--device", "cpu",
-            "--memory", "latents",
+            "--memory", memory,
         ],
         check=True, capture_output=True, env=environment, timeout=120,
     )  # fmt: skip
-    assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4]
+    assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
     np.testing.assert_allclose(losses(tmp_path / "two", world), losses(one, world), rtol=0.02, atol=0.02)

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("optimum")
 
+from tinyalign_edge.bench import trained
 from tinyalign_edge.bench.study import measure, plan, runner, tables
 from tinyalign_edge.bench.study.datasets import DataSet, with_captions
 from tinyalign_edge.bench.study.goals import Goal, goals
@@ -106,29 +107,30 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
         *(Part(run, kind) for kind in ("emi", "copy", "bank_sizes")),
         Part(replace(run, arm="shuffled"), "scores"),
     ]
-    trained = []
-    train = measure.train
-    monkeypatch.setattr(measure, "train", lambda **given: (trained.append(given["label"]), train(**given)))
+    labels = []
+    train = trained.train
+    monkeypatch.setattr(trained, "train", lambda **given: (labels.append(given["label"]), train(**given)))
     run_missing(bench, parts[:1])
     first = results(bench.out, parts)
     run_missing(bench, parts)
     done = results(bench.out, parts)
     assert list(done) == [part.name for part in parts]
     assert done[SCORES.name] == first[SCORES.name]
-    assert trained == ["tiny.memory.100.0", "tiny.shuffled.100.0"]
+    assert labels == ["tiny.memory.100.0", "tiny.shuffled.100.0"]
     assert [point["step"] for point in first[SCORES.name]["curve"]] == [0, 1, 2, 3]  # the last one of the copy term
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
     tiny = bench.dataset("tiny")
     bench.dataset = lambda name: replace(tiny, options=replace(tiny.options, steps=3))
-    with pytest.raises(InputError, match="was trained with steps 2, the study wants 3"):
+    with pytest.raises(InputError, match="was trained with steps 2, not 3 as wanted"):
         bench.checkpoint(run)
     for changes, message in (
-        ({"k": 3}, r"was trained with memory\.k 2, the study wants 3"),
-        ({"copy_words": False}, r"was trained with memory\.copy_dim \d+, the study wants 0"),
-        ({"memory_dropout": 0.25}, r"was trained with memory\.memory_dropout 0\.0, the study wants 0\.25"),
-        ({"episodes": 0.1}, r"was trained with episodes 0\.25, the study wants 0\.1"),
+        ({"k": 3}, r"was trained with memory\.k 2, not 3 as wanted"),
+        ({"copy_words": False}, r"was trained with memory\.copy_dim \d+, not 0 as wanted"),
+        ({"memory_dropout": 0.25}, r"was trained with memory\.memory_dropout 0\.0, not 0\.25 as wanted"),
+        ({"episodes": 0.2}, r"was trained with episodes 0\.1, not 0\.2 as wanted"),
+        ({"weight_decay": 0.2}, r"was trained with weight_decay 0\.01, not 0\.2 as wanted"),
     ):
         bench.dataset = lambda name, changes=changes: replace(tiny, options=replace(tiny.options, **changes))
         with pytest.raises(InputError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinyalign_edge.data import Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
 from tinyalign_edge.memory import Bank, Record, write_bank  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
-from tinyalign_edge.train.batches import Example  # noqa: E402
+from tinyalign_edge.train.batches import Example, without_memory  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
 from tinyalign_edge.train.keys import Keys  # noqa: E402
@@ -57,6 +58,61 @@ def test_after_all_else_the_copy_term_trains_alone(world: Path, towers: Path, tm
     assert changed
     assert all(name.startswith("copy_head.") for name in changed)
     assert [point["step"] for point in metrics(tmp_path / "b")] == [0, 8, 10]
+
+
+@pytest.mark.parametrize("memory", ["tokens", "latents"])
+@pytest.mark.parametrize("first", [True, False])
+def test_without_its_memory_a_batch_is_one_of_rows_that_have_no_neighbours(
+    world: Path, towers: Path, tmp_path: Path, memory: str, first: bool
+) -> None:
+
+    folder = train_tiny(world, towers, tmp_path / "c", memory=memory, memory_first=first, learning_rate=1e-2)
+    side = TorchAnswerer(load_checkpoint(folder))
+    seen = side.prepare(read_rows(world / "test.json", world)[:6]).examples
+    model, collate = side.checkpoint.model, side.collate
+    assert any(example.neighbours for example in seen)
+    with torch.inference_mode():
+        with_it = model.answer_losses(**collate(seen))
+        found = model.answer_losses(**without_memory(collate(seen)))
+        alone = [replace(example, neighbours=(), similarity=()) for example in seen]
+        expected = model.answer_losses(**collate(alone))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (with_it - expected).abs().max() > 1e-3
+
+
+def test_where_no_answer_is_a_name_the_copy_term_gets_no_steps_of_its_own(
+    world: Path, towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((world / "train.json").read_text("utf-8"))
+    for number, row in enumerate(rows):
+        row.pop("caption", None)
+        row["conversations"] = [
+            {"from": "human", "value": "<image>\nIs it?"},
+            {"from": "gpt", "value": ["yes", "no"][number % 2]},
+        ]
+    data = tmp_path / "closed.json"
+    data.write_text(json.dumps(rows), "utf-8")
+    folder = train_tiny(world, towers, tmp_path / "c", data=data)
+    assert "no answer is a name" in capsys.readouterr().err
+    assert [point["step"] for point in metrics(folder)] == [0, 2, 4]
+    training = load_checkpoint(folder).config.training
+    assert (training.episodes, training.copying_steps) == (0.1, 0)
+
+
+def test_the_memory_is_seen_from_a_share_of_the_steps_on(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyalign_edge.train import loop
+
+    alone = []
+    monkeypatch.setattr(loop, "without_memory", lambda batch: (alone.append(1), without_memory(batch))[1])
+    for share, steps in ((0.0, 0), (0.5, 4), (0.99, 7), (None, 2)):
+        alone.clear()
+        train_tiny(world, towers, tmp_path / str(share), memory_from=share, steps=8, eval_every=8)
+        assert len(alone) == steps
+    for given in ({"memory_from": 1}, {"memory_from": 0.5, "memory": "none"}):
+        with pytest.raises(InputError, match=r"--memory-from"):
+            train_tiny(world, towers, tmp_path / "wrong", **given)
 
 
 @pytest.mark.parametrize("at", [(0, 5), (0, 6), (6, 1)], ids=["training", "its last step", "copying"])

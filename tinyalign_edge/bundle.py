@@ -145,7 +145,9 @@ class MemoryBlock:
     `texts` (M, 2, D) float32, those of the position before each memory token and of the token's own, `token_ids` (M,)
     int64, and `match` (A, M) float32, 1 where the token before a memory token, in the same entry, is the one read at a
     position, else 0 -> `log_probabilities` (A, V) float32, which take the place of the logits. Without memory tokens it
-    is not run.
+    is not run. With `copy_end`, each entry of fewer than `value_tokens` ids is followed there by one place more: the
+    token `copy_end`, twice the state of the entry's last token, which is also the token before it. With
+    `copy_similarity` the graph takes `similarity` (1, M) float32 as well, of the entry that each place is of.
     """
 
     kind: MemoryKind
@@ -162,6 +164,8 @@ class MemoryBlock:
     file: str | None = None
     value_file: str | None = None
     copy_file: str | None = None
+    copy_end: int | None = None
+    copy_similarity: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "memory.k": 0 <= memory.k <= 4096,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
         "memory.value_file": (memory.value_file is not None) == (memory.kind == "latents") == (vision.feature_dim > 0),
+        "memory.copy_end": memory.copy_end is None or 0 <= memory.copy_end < decoder.vocab_size,
         "memory.copy_file": memory.copy_file is None or (memory.kind == "tokens" and decoder.hidden),
     }
     for what, good in within.items():

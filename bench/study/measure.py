@@ -18,6 +18,7 @@ from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part,
 from tinyalign_edge.bench.study.score import ask, summarise
 from tinyalign_edge.bench.study.store import results
 from tinyalign_edge.bench.teach import teach_accuracies
+from tinyalign_edge.bench.trained import trained
 from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
@@ -29,15 +30,10 @@ from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.runtime.answerer import BundleAnswerer
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.checkpoint import METRICS, Checkpoint, is_checkpoint, load_checkpoint
-from tinyalign_edge.train.options import TrainOptions, episodes_share, memory_settings
-from tinyalign_edge.train.run import train
-from tinyalign_edge.train.state import STATE
+from tinyalign_edge.train.checkpoint import METRICS, Checkpoint
+from tinyalign_edge.train.options import TrainOptions
 
 Result = dict[str, Any]
-
-SAME = ("steps", "batch_size", "learning_rate", "fraction", "seed")  # of a checkpoint and what the plan says now
-KNOWN_LATER = ("floor", "fingerprint")  # of a memory: the others of its settings have to be the same, too
 
 
 @dataclass
@@ -64,29 +60,15 @@ class Bench:
             InputError: it was trained with other settings.
         """
         data, arm, folder = self.dataset(run.dataset), run.of(), self.out / "checkpoints" / run.name
-        options = self.options(run)
-        if not is_checkpoint(folder):
-            train(
-                data=data.train if arm.text == "open" else data.turns,
-                images=data.train_images,
-                vision=data.vision,
-                lm=data.lm,
-                out=folder,
-                options=replace(options, cache_features=self.out / "features"),
-                resume=(folder / STATE).exists(),
-                label=run.name,
-            )
-        checkpoint = load_checkpoint(folder)
-        config = checkpoint.config
-        memory = memory_settings(options, config.connector)
-        share = episodes_share(options, memory)
-        wanted = {f"memory.{name}": value for name, value in asdict(memory).items() if name not in KNOWN_LATER}
-        wanted |= {"episodes": share, **{name: getattr(options, name) for name in SAME}}
-        found = {f"memory.{name}": value for name, value in asdict(config.memory).items()} | asdict(config.training)
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise InputError(f"{folder}: was trained with {name} {found[name]}, the study wants {value}; remove it")
-        return checkpoint
+        return trained(
+            folder,
+            data=data.train if arm.text == "open" else data.turns,
+            images=data.train_images,
+            vision=data.vision,
+            lm=data.lm,
+            options=replace(self.options(run), cache_features=self.out / "features"),
+            label=run.name,
+        )
 
     def options(self, run: Run) -> TrainOptions:
         """The run's options; the learning rate is the one that the data set's trials chose.

@@ -55,6 +55,7 @@ ARMS = {
     "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
     "no-copy": Arm("token ids that cannot be copied", {**TOKENS, "copy_words": False, "episodes": 0.0}),
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, "episodes": 0.0}),
+    "from-start": Arm("token ids that are read from the first step", {**TOKENS, "memory_from": 0.0}),
     "after": Arm("token ids that stand after the picture", {**TOKENS, "memory_first": False}),
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
@@ -66,7 +67,11 @@ ARMS = {
 }
 RATES = (1e-3, 3e-3, 1e-2)
 DECAYS = (0.01, 0.3)  # weight decays beside the data sets' own
-MADE_UP = (0.0, 0.1, 0.5)  # shares of rows with made-up names beside the default
+DROPOUT_RATE = 1e-2  # learning rate of the trials of dropout
+DROPOUT = 0.5  # of what the connector reads
+FEW = 40  # per cent of the training pictures, with which dropout is tried as well
+LATER = 0.5  # share of the steps before the memory is read
+MADE_UP = (0.0, 0.25, 0.5)  # shares of rows with made-up names beside the default
 ALONE = 0.25  # share of rows without memory
 TRIALS = {
     **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
@@ -75,15 +80,19 @@ TRIALS = {
     **{f"{arm}-decay-{decay:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, weight decay {decay:g}",
                                          changes={**ARMS[arm].changes, "weight_decay": decay})
        for arm in ("baseline", "memory") for decay in DECAYS},
+    **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
+                                 changes={**ARMS[arm].changes, "dropout": DROPOUT, "learning_rate": DROPOUT_RATE})
+       for arm in ("baseline", "memory")},
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
        for arm in ("baseline", "memory")},
     **{f"memory-episodes-{share:g}": Arm(f"{share:.0%} of the rows with made-up names", {**TOKENS, "episodes": share})
        for share in MADE_UP},
+    "memory-later": Arm(f"memory read after {LATER:.0%} of the steps", {**TOKENS, "memory_from": LATER}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
 }  # fmt: skip
 ABLATIONS = (
-    "no-copy", "no-episodes", "after", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2", "latents-4",
-    "latents-16", "latents-32", "random", "fused", "paper",
+    "no-copy", "no-episodes", "from-start", "after", "turns", "latents", "k-1", "k-2", "k-8", "k-16", "latents-2",
+    "latents-4", "latents-16", "latents-32", "random", "fused", "paper",
 )  # fmt: skip
 
 
@@ -129,6 +138,14 @@ def rate_trials(name: str) -> dict[float, Part]:
     return {rate: Part(Run(name, f"baseline-lr-{rate:g}", seed=TUNING_SEED), "scores") for rate in RATES}
 
 
+def trial_runs(name: str) -> list[Run]:
+    """The trials of a data set: all of them where the design was chosen, elsewhere those of rate and steps."""
+    if name != TAUGHT:
+        return [Run(name, arm, seed=TUNING_SEED) for arm in TRIALS if "-lr-" in arm or arm.endswith("-long")]
+    few = [f"{arm}-{kind}" for arm in ("baseline", "memory") for kind in (f"lr-{DROPOUT_RATE:g}", "dropout")]
+    return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, TRIALS), (FEW, few)) for arm in arms]
+
+
 def _ordered() -> Iterator[Part]:
     for name in MAIN:
         yield from rate_trials(name).values()
@@ -157,7 +174,7 @@ def _ordered() -> Iterator[Part]:
         for share in SHARES:
             yield from _share(name, share, 0)
     for name in MAIN:
-        yield from (Part(Run(name, arm, seed=TUNING_SEED), "scores") for arm in TRIALS)
+        yield from (Part(run, "scores") for run in trial_runs(name))
     for arm in ABLATIONS[:-2]:
         yield from (Part(Run(name, arm), "scores") for name in MAIN)
     yield from (Part(Run(TAUGHT, arm), "teach") for arm in ("no-copy", "no-episodes"))

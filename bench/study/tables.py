@@ -18,11 +18,10 @@ from tinyalign_edge.bench.study.plan import (
     SEEDS,
     SHARES,
     TAUGHT,
-    TRIALS,
-    TUNING_SEED,
     Kind,
     Run,
     plan,
+    trial_runs,
 )
 from tinyalign_edge.bench.study.seeds import Spread
 from tinyalign_edge.bench.study.store import Results
@@ -234,16 +233,14 @@ def tuning(done: Results, summary: Summary) -> str:
     looked at)."""
     rows = []
     for name in DATASETS:
-        for arm, trial in TRIALS.items():
-            points = curve(done, Run(name, arm, seed=TUNING_SEED))
-            if points:
+        for run in trial_runs(name):
+            if points := curve(done, run):
                 marks = dict(points)
                 last = points[-1][0]
                 shown = [marks.get(last * part // 4) for part in (1, 2, 3, 4)]
-                rows.append(
-                    (name, trial.title, f"{last}", *(NONE if loss is None else f"{loss:.4f}" for loss in shown))
-                )
-    head = ("data", "trial", "steps", "held-out loss after a quarter", "half", "three quarters", "all")
+                losses = (NONE if loss is None else f"{loss:.4f}" for loss in shown)
+                rows.append((name, run.of().title, f"{run.share}", f"{last}", *losses))
+    head = ("data", "trial", "share, %", "steps", "held-out loss after a quarter", "half", "three quarters", "all")
     return markdown_table(head, rows)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.runtime.copying import Copying, memory_texts
+from tinyalign_edge.runtime.copying import Copying, MemoryTexts
 from tinyalign_edge.runtime.decoder import Cache, Decoder, Saved
 from tinyalign_edge.runtime.lru import Lru
 from tinyalign_edge.runtime.sight import EncodedImage
@@ -80,7 +80,7 @@ class Context:
 
     def __init__(self, decoder: Decoder, prefixes: Lru[Prefix], copying: Copying | None = None) -> None:
         self._decoder, self._prefixes, self._copying = decoder, prefixes, copying
-        self._texts = memory_texts(())
+        self._texts: MemoryTexts | None = None
         self._cache: Cache | None = None
         self._names: list[Hashable] = []
         self.kept = 0
@@ -103,7 +103,7 @@ class Context:
             (V,) float32: what follows the last position.
         """
         if self._copying is not None:
-            self._texts = memory_texts(_pictures(spans))
+            self._texts = self._copying.texts(_pictures(spans))
         names = [name for span in spans for name in span.names]
         pictures = [i for i, span in enumerate(spans) if span.image is not None]
         head = sum(map(len, spans[: pictures[-1] + 1])) if pictures else 0
@@ -149,7 +149,7 @@ class Context:
 
     def _copied(self, logits: Float) -> Float:
         """What follows the last positions, (A, V), given their `logits`."""
-        if self._copying is None or self._cache is None:
+        if self._copying is None or self._texts is None or self._cache is None:
             return logits
         return self._copying.mix(logits, self._cache.hidden[: len(self)], self._names[-len(logits) :], self._texts)
 

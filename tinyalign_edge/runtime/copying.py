@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bundle import Manifest
+from tinyalign_edge.bundle import Manifest, MemoryBlock
 from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 from tinyalign_edge.runtime.sight import EncodedImage
 
@@ -22,28 +22,44 @@ NOTHING = -1  # in place of the token before an entry's first
 
 @dataclass(frozen=True)
 class MemoryTexts:
-    """The memory tokens of a sequence: where they stand, which tokens they are, and the token before each in its
-    entry, or `NOTHING`; (M,) each."""
+    """What can be copied in a sequence, (M,) each: the memory tokens and, after whole entries, the answer's end.
 
-    positions: Int
+    Attributes:
+        states: the positions whose hidden states make the key, (M, 2).
+        token_ids: which tokens they are.
+        before: the token before each in its entry, or `NOTHING`.
+        similarity: of the entries that they are of.
+    """
+
+    states: Int
     token_ids: Int
     before: Int
+    similarity: Float
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.token_ids)
 
 
-def memory_texts(pictures: Iterable[tuple[int, EncodedImage]]) -> MemoryTexts:
-    """The memory tokens of pictures, each given with the position at which it begins."""
-    positions, ids, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def memory_texts(pictures: Iterable[tuple[int, EncodedImage]], block: MemoryBlock) -> MemoryTexts:
+    """What can be copied of pictures, each given with the position at which it begins."""
+    states, ids, before = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    similarity = [np.zeros(0, np.float32)]
     for start, image in pictures:
-        first = start + (0 if image.memory_first else len(image.visual_tokens))
-        positions.append(np.arange(first, first + len(image.memory_tokens)))
+        position = start + (0 if image.memory_first else len(image.visual_tokens))
         for entry in image.memories if len(image.memory_tokens) else ():
             value = entry.value.astype(np.int64)
+            places = position + np.arange(len(value))
+            position += len(value)
+            states.append(np.stack([np.maximum(places - 1, 0), places], axis=1))
             ids.append(value)
             before.append(np.concatenate([[NOTHING], value[:-1]])[: len(value)])
-    return MemoryTexts(*(np.concatenate(parts) for parts in (positions, ids, before)))
+            ends = block.copy_end is not None and 0 < len(value) < block.value_tokens
+            if ends:
+                states.append(places[-1:, None].repeat(2, axis=1))
+                ids.append(np.array([block.copy_end]))
+                before.append(value[-1:])
+            similarity.append(np.full(len(value) + ends, entry.similarity, np.float32))
+    return MemoryTexts(np.concatenate(states), np.concatenate(ids), np.concatenate(before), np.concatenate(similarity))
 
 
 class Copying:
@@ -54,11 +70,17 @@ class Copying:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._path = folder / str(manifest.memory.copy_file)
+        self._path, self._block = folder / str(manifest.memory.copy_file), manifest.memory
         self._session: Any = open_session(self._path, threads=1)
         vocabulary, width = [manifest.decoder.vocab_size], [manifest.decoder.width]
         shapes = {"logits": vocabulary, "states": width, "texts": [2, *width], "token_ids": [], "match": []}
+        if self._block.copy_similarity:
+            shapes["similarity"] = []
         check_shapes(self._session, shapes | {"log_probabilities": vocabulary}, self._path)
+
+    def texts(self, pictures: Iterable[tuple[int, EncodedImage]]) -> MemoryTexts:
+        """What can be copied of pictures, each given with the position at which it begins."""
+        return memory_texts(pictures, self._block)
 
     def mix(self, logits: Float, hidden: Float, read: Sequence[Hashable], texts: MemoryTexts) -> Float:
         """What follows the last positions of a sequence, (A, V): log probabilities where there are `texts`.
@@ -67,7 +89,7 @@ class Copying:
             logits: (A, V) of the language model.
             hidden: (S, D), last hidden states of the whole sequence.
             read: token ids of its last A positions; what is no number matches no text.
-            texts: the memory tokens among its positions.
+            texts: what can be copied, of the same sequence.
         """
         if not len(texts):
             return logits
@@ -75,10 +97,12 @@ class Copying:
         feed = {
             "logits": logits,
             "states": hidden[len(hidden) - len(logits) :],
-            "texts": np.stack([hidden[np.maximum(texts.positions - 1, 0)], hidden[texts.positions]], axis=1),
+            "texts": hidden[texts.states],
             "token_ids": texts.token_ids,
             "match": (ids[:, None] == texts.before).astype(np.float32),
         }
+        if self._block.copy_similarity:
+            feed["similarity"] = texts.similarity[None]
         with onnxruntime_errors(self._path):
             mixed: Float = self._session.run(["log_probabilities"], feed)[0]
         return mixed

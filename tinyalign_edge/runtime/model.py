@@ -26,7 +26,7 @@ from tinyalign_edge.prompt import Prompt, Said, load_tokenizer
 from tinyalign_edge.runtime.answer import Answer, AnswerStream, AsyncAnswerStream, Pieces
 from tinyalign_edge.runtime.answering import Answering, Asked, answer_nll
 from tinyalign_edge.runtime.conversation import Conversation
-from tinyalign_edge.runtime.copying import Copying, memory_texts
+from tinyalign_edge.runtime.copying import Copying
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
@@ -247,7 +247,7 @@ class Model:
         logits = self._decoder.forward(cache, embeddings, num_logits=len(ids))
         if self._copying is not None:
             asked = self.prompt.question(question)
-            texts = memory_texts([(len(asked.before), image)])
+            texts = self._copying.texts([(len(asked.before), image)])
             logits = self._copying.mix(logits, cache.hidden, [asked.after[-1], *ids[:-1]], texts)
         return logits, ids
 

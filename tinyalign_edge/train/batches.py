@@ -230,6 +230,18 @@ class Collate:
                 "latents": latents}  # fmt: skip
 
 
+def without_memory(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of `Collate` as if nobody had neighbours; the places of the memory tokens are padding."""
+    here: Tensor = batch["memory_mask"]
+    return {
+        **batch,
+        "block": batch["block"].masked_fill(here, PADDING),
+        "position_ids": (batch["position_ids"] - here.cumsum(dim=1)).clamp_min(0),
+        "memory_mask": torch.zeros_like(here),
+        "memory": None,
+    }
+
+
 def pad_texts(texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Token ids of E texts as (E, T) int64, and where they are, (E, T) bool."""
     size = max(1, *(len(text) for text in texts))

@@ -15,10 +15,10 @@ from tinyalign_edge.train.settings import Stage
 
 MADE_IN_ALIGN = (
     "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "gate",
-    "latents", "latent_dim", "copy_words", "memory_first",
+    "latents", "latent_dim", "copy_words", "memory_first", "dropout",
 )  # fmt: skip
 
-OF_THE_VLM = ("connector", "visual_tokens", "image_size")
+OF_THE_VLM = ("connector", "visual_tokens", "image_size", "dropout")
 
 
 @dataclass(frozen=True)

@@ -44,18 +44,23 @@ class Patches(nn.Module):
 
 
 class Connector(nn.Module):
-    """Features (..., input_dim) of `Patches` to visual tokens (..., D): LayerNorm and a two-layer GELU MLP."""
+    """Features (..., input_dim) of `Patches` to visual tokens (..., D): LayerNorm and a two-layer GELU MLP.
 
-    def __init__(self, settings: ConnectorSettings, embedding_rms: float) -> None:
+    Args:
+        dropout: the share of the normed features that a training step does not see.
+    """
+
+    def __init__(self, settings: ConnectorSettings, embedding_rms: float, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(settings.input_dim)
+        self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(settings.input_dim, settings.width)
         self.down = nn.Linear(settings.width, settings.width)
         with torch.no_grad():  # begin at the scale of the language model's own embeddings
             self.down.weight.mul_(embedding_rms / 0.3)
 
     def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.down(nn.functional.gelu(self.up(self.norm(features))))
+        out: Tensor = self.down(nn.functional.gelu(self.up(self.dropout(self.norm(features)))))
         return out
 
 

@@ -3,7 +3,8 @@
 In an episode a name that is an answer of the row, and stands in its neighbours' texts, is another one, the same in all
 of them: what the language model knows of the old name does not help. Other names are replaced as well, in every second
 episode each, so that an unusual word is not always the right one. Turns that a common word answers, such as yes or
-no, are left out: they would ask whether the picture shows what nobody has seen.
+no, are left out: they would ask whether the picture shows what nobody has seen. No new name is the word of an answer:
+what a neighbour says of its own picture is often not true of this one, and a known word should not be copied for it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ Texts = tuple[tuple[int, ...], ...]
 class Episodes:
     """Makes episodes of training rows.
 
+    Attributes:
+        possible: whether an answer is a name; if none is, no row becomes an episode.
+
     Args:
         share: of the rows that can be one.
         rows: the bank's, by the numbers of their entries.
@@ -52,7 +56,9 @@ class Episodes:
         self.share, self.rows, self.prompt, self.value_tokens, self.fits = share, rows, prompt, value_tokens, fits
         counts = Counter(name.lower() for answer in answers if (name := name_in(answer)))
         self.common = {name for name, count in counts.items() if count > COMMON * counts.total()}
-        self.words = sorted(m[1] for token in prompt.tokenizer.get_vocab() if (m := WORD.fullmatch(token)))
+        self.possible = bool(counts.keys() - self.common)
+        vocabulary = {m[1] for token in prompt.tokenizer.get_vocab() if (m := WORD.fullmatch(token))}
+        self.words = sorted(vocabulary - {word for name in counts for word in re.findall(r"\w+", name)})
 
     def play(self, row: Row, neighbours: Sequence[int], random: np.random.Generator) -> tuple[Row, Texts | None]:
         """A row with other names, and the token ids of its neighbours' texts with the same ones.
@@ -63,13 +69,13 @@ class Episodes:
             return row, None
         said = [self.rows[number].memory_turns for number in neighbours]
         theirs = self._names(turn for about in said for turn in about)
-        mine = _told(self._names(row.turns), [turn.answer for about in said for turn in about])
+        asked = [turn for turn in row.turns if name_in(turn.answer).lower() not in self.common]
+        mine = _told(self._names(asked), [turn.answer for about in said for turn in about])
         if not mine:
             return row, None
         others = [name for name in dict.fromkeys([*mine, *theirs]) if not _told(mine[:1], [name])]
         chosen = [mine[0], *(name for name in others if random.random() < 0.5)]
         rename = Renaming({name: self._new_name(random) for name in chosen})
-        asked = [turn for turn in row.turns if name_in(turn.answer).lower() not in self.common]
         episode = replace(row, turns=tuple(rename.turn(turn) for turn in asked))
         if not self.fits(episode):
             return row, None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyalign_edge.train.copying import memory_texts, mix
+from tinyalign_edge.train.copying import mix
 from tinyalign_edge.train.model import AlignModel, body_name
 
 
@@ -35,7 +35,7 @@ def greedy_answers(
                    use_cache=True)  # fmt: skip
         hidden, cache = out.last_hidden_state, out.past_key_values
         if texts is None and memory is not None and model.copy_head is not None:
-            texts = memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"])
+            texts = model.texts(hidden, memory_mask, memory)
         scores = model.vocabulary_logits(hidden[:, -1])
         if texts is not None and model.copy_head is not None:
             shares = model.copy_head.shares(hidden[:, -1:], read[:, -1:], texts)

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
-from tinyalign_edge.train.batches import Collate, Example, Rows
+from tinyalign_edge.train.batches import Collate, Example, Rows, without_memory
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import TrainSettings
@@ -85,6 +85,7 @@ def fit(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
         )
         trainer.lm_learning_rate = settings.lm_learning_rate
+        trainer.memory_from = min(settings.steps - 1, round(settings.memory_from * settings.steps))
         watcher.seen_tokens = trainer.take_tokens
         trainer.remove_callback(PrinterCallback)
         stack.enter_context(warnings.catch_warnings())
@@ -97,6 +98,7 @@ class AlignTrainer(Trainer):
     """Saves and loads what trains only; the frozen language model is not written again and again."""
 
     lm_learning_rate = 0.0
+    memory_from = 0  # the first step whose rows see their neighbours
     tokens = 0
 
     def create_optimizer(self) -> Any:
@@ -124,6 +126,8 @@ class AlignTrainer(Trainer):
         Raises:
             TinyAlignError: it is not finite.
         """
+        if self.state.global_step < self.memory_from:
+            inputs = without_memory(inputs)
         self.tokens = self.tokens + (inputs["block"] >= 0).sum()
         loss = super().compute_loss(model, inputs, *args, **options)
         if not torch.isfinite(loss):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
-from tinyalign_edge.train.copying import CopyHead, label_losses, memory_texts, mix
+from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
@@ -46,13 +46,15 @@ class AlignModel(nn.Module):
         memory: MemorySettings,
         *,
         projector: nn.Module | None = None,  # a whole model's own, in place of a connector that is trained
+        dropout: float = 0.0,  # of what the connector reads
     ) -> None:
         super().__init__()
         embeddings = language.get_input_embeddings().weight.detach()
         self.language = language
         self.memory_settings = memory
         self.pool = Patches(connector)
-        self.connector = projector or Connector(connector, float(embeddings.float().pow(2).mean().sqrt()))
+        rms = float(embeddings.float().pow(2).mean().sqrt())
+        self.connector = projector or Connector(connector, rms, dropout=dropout)
         regions_dim = connector.feature_dim * memory.key_grid**2
         self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim, regions_dim))
         self.fused_key = FusedKey(self.connector) if memory.key == "fused" else None
@@ -68,10 +70,11 @@ class AlignModel(nn.Module):
         self.copy_head = CopyHead(connector.width, memory.copy_dim) if memory.copy_dim else None
 
     def train(self, mode: bool = True) -> AlignModel:
-        """A language model that does not train has no dropout either."""
+        """A language model or connector that does not train has no dropout either."""
         super().train(mode)
-        if not any(weight.requires_grad for weight in self.language.parameters()):
-            self.language.eval()
+        for part in (self.language, self.connector):
+            if not any(weight.requires_grad for weight in part.parameters()):
+                part.eval()
         return self
 
     def freeze_all_but_copying(self) -> None:
@@ -141,9 +144,15 @@ class AlignModel(nn.Module):
         logits = self.vocabulary_logits(hidden[wanted])
         if self.copy_head is None or memory is None:
             return logits, None
-        texts = memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"])
+        texts = self.texts(hidden, memory_mask, memory)
         shares = self.copy_head.shares(hidden, input_ids, texts)[wanted]
         return logits, (shares, texts.token_ids[wanted.nonzero()[:, 0]])
+
+    def texts(self, hidden: Tensor, memory_mask: Tensor, memory: MemoryInputs) -> Texts:
+        """What can be copied, given the hidden states (B, S, D) of whole rows."""
+        settings = self.memory_settings
+        return memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"], memory["similarity"],
+                            end=settings.copy_end, limit=settings.value_tokens)  # fmt: skip
 
     def hidden(self, embeds: Tensor, position_ids: Tensor, block: Tensor) -> Tensor:
         """The language model's last hidden states (B, S, D)."""

@@ -26,8 +26,10 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
-EPISODES = 0.25
+EPISODES = 0.1
+MEMORY_FROM = 0.25  # of the steps, the first ones: no row sees its neighbours, so that the picture is learnt, too
 COPYING = 0.25  # of the steps: as many more, by which the copy term alone learns from episodes
+COPYING_RATE = 0.3  # of the learning rate, in these: at the full one the loss goes up when they begin
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class TrainOptions:
             alone has any.
         memory_first: the memory stands before the picture; None: but for the memory "paper".
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too, when
-            the copy term is trained alone, after all else; None: a quarter; 0: that is left out.
+            the copy term is trained alone, after all else; None: a tenth; 0: that is left out.
         memory_dropout: the share of the rows that see no neighbours.
+        memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: a quarter where
+            a connector is trained from its beginning, and none with the memory "paper".
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
 
@@ -62,6 +66,7 @@ class TrainOptions:
     memory_first: bool | None = None
     episodes: float | None = None
     memory_dropout: float = 0.0
+    memory_from: float | None = None
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -73,6 +78,7 @@ class TrainOptions:
     lora_alpha: int | None = None  # None: twice the rank
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
+    dropout: float = 0.0  # of what a new connector reads
     bf16: bool = False
     connector: ConnectorKind = "pooled"
     visual_tokens: int | None = None  # None: as `connector_settings` says
@@ -106,6 +112,10 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
     if options.gate and options.memory in ("none", "paper"):
         raise InputError(f"--gate: there is none with --memory {options.memory}; leave it out")
+    if options.memory_from and options.memory == "none":
+        raise InputError(
+            f"--memory-from {options.memory_from}: there is nothing to join with --memory none; leave it out"
+        )
     if options.key == "fused" and options.memory == "none":
         raise InputError("--key fused: there is no key with --memory none; leave it out")
     for rate in ("learning_rate", "lm_learning_rate"):
@@ -115,7 +125,7 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens, not {options.memory}")
     if options.episodes and (options.copy_words is False or options.memory != "tokens"):
         raise InputError(f"--episodes {options.episodes}: nothing is copied here; use --memory tokens with --copy")
-    for share in ("warmup", "weight_decay", "episodes", "memory_dropout"):
+    for share in ("warmup", "weight_decay", "dropout", "episodes", "memory_dropout", "memory_from"):
         if not 0 <= (getattr(options, share) or 0) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
@@ -166,8 +176,30 @@ def episodes_share(options: TrainOptions, memory: MemorySettings) -> float:
         InputError: the memory, in stage "instruct" the checkpoint's, has no copy term.
     """
     if options.episodes and not memory.copy_dim:
-        raise InputError(f"--episodes {options.episodes}: nothing is copied here; use --memory tokens with --copy")
+        raise InputError(
+            f"--episodes {options.episodes}: nothing is copied here; "
+            "begin at a checkpoint of --memory tokens with --copy"
+        )
     return (EPISODES if options.episodes is None else options.episodes) if memory.copy_dim else 0.0
+
+
+def memory_from(options: TrainOptions, *, whole: bool) -> float:
+    """The share of the steps before any row sees its neighbours; `whole`: the connector is a whole model's own."""
+    if options.memory_from is not None:
+        return options.memory_from
+    begins = options.stage == "align" and not whole and options.memory in ("tokens", "latents")
+    return MEMORY_FROM if begins else 0.0
+
+
+def copying_steps(steps: int) -> int:
+    """The steps that the copy term trains alone after `steps`."""
+    return max(1, round(COPYING * steps))
+
+
+def copying_settings(settings: TrainSettings) -> TrainSettings:
+    """The run's settings for these steps."""
+    rate = COPYING_RATE * settings.learning_rate
+    return replace(settings, steps=settings.copying_steps, learning_rate=rate, memory_from=0.0)
 
 
 def find_device(wanted: str) -> Device:
@@ -224,7 +256,7 @@ def steps_of(options: TrainOptions, rows: int) -> int:
 
 def train_settings(
     options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Device, *, processes: int,
-    start: Path | None, episodes: float,
+    start: Path | None, episodes: float, whole: bool,
 ) -> TrainSettings:  # fmt: skip
     """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
     tuned = options.stage == "instruct"
@@ -237,6 +269,7 @@ def train_settings(
         learning_rate=options.learning_rate,
         warmup=options.warmup,
         weight_decay=options.weight_decay,
+        dropout=0.0 if tuned or whole else options.dropout,
         bf16=options.bf16,
         stage=options.stage,
         started_from=str(start.resolve()) if start else "",
@@ -248,4 +281,5 @@ def train_settings(
         device=device,
         eval_every=options.eval_every,
         episodes=episodes,
+        memory_from=memory_from(options, whole=whole),
     )

@@ -31,6 +31,9 @@ class FusedKey(nn.Module):
     def __init__(self, connector: nn.Module) -> None:
         super().__init__()
         self.connector = copy.deepcopy(connector).requires_grad_(False)
+        for part in self.connector.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
 
     def forward(self, features: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """`features` (B, N, C), `text` (B, T, D), `text_mask` (B, T) bool -> unit keys (B, D)."""

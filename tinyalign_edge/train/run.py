@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,9 +18,10 @@ from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
-    COPYING,
     TrainOptions,
     check_options,
+    copying_settings,
+    copying_steps,
     episodes_share,
     find_device,
     rows_at_once,
@@ -114,6 +116,7 @@ def train(
         processes=processes.count,
         start=start,
         episodes=share,
+        whole=begun.whole,
     )
     config = CheckpointConfig(
         SCHEMA_VERSION, begun.vision.ref, begun.language.ref, begun.vision.image, begun.prompt.config,
@@ -134,8 +137,18 @@ def train(
     values = bank.values(seen, begun.prompt, memory)
     if values is not None and memory.kind == "paper":
         values = replace(values, latents=encode_values(model, values))
+    episodes = None
+    if share:
+        answers = (turn.answer for row in rows.rows for turn in row.turns)
+        episodes = Episodes(share, bank.rows, begun.prompt, answers, value_tokens=memory.value_tokens,
+                            fits=lambda row: fits_context(row, begun))  # fmt: skip
+        if not episodes.possible:
+            episodes = None
+            if processes.first:
+                print("note: no answer is a name that could be copied; the copy term gets no steps of its own",
+                      file=sys.stderr)  # fmt: skip
     steps = steps_of(options, len(rows))
-    settings = replace(settings, steps=steps, copying_steps=max(1, round(COPYING * steps)) if share else 0)
+    settings = replace(settings, steps=steps, copying_steps=copying_steps(steps) if episodes else 0)
     config = replace(config, memory=memory, training=settings)
     if processes.first:
         state.begin(config, model)
@@ -143,13 +156,10 @@ def train(
     fit_all = partial(fit, model, collate=Collate(memory, values), held_out=held_out_examples, metrics=out / METRICS,
                       resume=resume, processes=processes)  # fmt: skip
     fit_all(rows=rows, settings=settings, state=state.folder, label=label)
-    if share:
-        answers = (turn.answer for row in rows.rows for turn in row.turns)
-        episodes = Episodes(share, bank.rows, begun.prompt, answers, value_tokens=memory.value_tokens,
-                            fits=lambda row: fits_context(row, begun))  # fmt: skip
+    if episodes is not None:
         model.freeze_all_but_copying()
-        fit_all(rows=rows.playing(episodes), settings=replace(settings, steps=settings.copying_steps),
-                state=state.folder / COPYING_STATE, label="Training to copy", before=settings.steps)  # fmt: skip
+        fit_all(rows=rows.playing(episodes), settings=copying_settings(settings), state=state.folder / COPYING_STATE,
+                label="Training to copy", before=settings.steps)  # fmt: skip
     begun.merge()
     if processes.first:
         config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,

@@ -78,6 +78,7 @@ class MemorySettings:
     gate: bool = False
     first: bool = False  # memory tokens stand before the visual tokens, so that these are always as far from a question
     copy_dim: int = 0  # of the keys by which a token of the memory is found and copied; 0: nothing is copied
+    copy_end: int | None = None  # the token that ends an answer, which is copied after an entry's last one
     dropout: float = 0.25
     memory_dropout: float = 0.0
     duplicate_similarity: float = 0.999  # in training, neighbours this similar count as the example itself
@@ -127,6 +128,8 @@ class TrainSettings:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 50
+    dropout: float = 0.0  # of what the connector reads
+    memory_from: float = 0.0  # share of the steps before any row sees its neighbours
     copying_steps: int = 0  # after `steps`, of the copy term alone
     episodes: float = 0.0  # share of the rows then whose names are replaced
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
     eye = load_vision(vision, image=image_settings(vision, options.image_size))
     tongue = load_language(lm)
     connector = connector_settings(options, eye.grid, tongue.model.config.hidden_size)
-    memory = memory_settings(options, connector)
-    model = AlignModel(tongue.model, connector, memory)
+    prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
+    memory = with_end(memory_settings(options, connector), prompt)
+    model = AlignModel(tongue.model, connector, memory, dropout=options.dropout)
     if options.bf16:
         round_weights(tongue.model)
-    prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
     return Start(eye, tongue, prompt, connector, memory, model)
 
 
@@ -78,17 +78,22 @@ def start_whole(folder: Path, options: TrainOptions, *, template: str | None) ->
         raise InputError("--visual-tokens and --image-size: with --vlm they are the model's own; leave them out")
     whole = load_vlm(folder, template=template)
     eye, tongue, connector = whole.vision, whole.language, whole.connector
-    memory = memory_settings(options, connector)
+    prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
+    memory = with_end(memory_settings(options, connector), prompt)
     model = AlignModel(tongue.model, connector, memory, projector=whole.projector)
     if options.bf16:
         round_weights(tongue.model)
-    prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
     if prompt.question("a").before != prompt.question("b").before:
         raise UnsupportedError(
             f"{folder}: its chat template writes the question before the picture, where memories stand; give one that "
             "writes it after with --chat-template FILE"
         )
     return Start(eye, tongue, prompt, connector, memory, model, whole=True)
+
+
+def with_end(memory: MemorySettings, prompt: Prompt) -> MemorySettings:
+    """The settings, with the end of an answer among what a copy term copies."""
+    return replace(memory, copy_end=prompt.answer("?", "a")[-1]) if memory.copy_dim else memory
 
 
 def start_instruct(checkpoint: Path, options: TrainOptions) -> Start:

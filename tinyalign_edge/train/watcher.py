@@ -53,20 +53,18 @@ class Watcher(TrainerCallback):
         step = self.before + state.global_step
         kept = _points(self.metrics, step) if step else []
         self.metrics.write_text("".join(line + "\n" for line in kept), "utf-8")
-        self.board = _board(self.metrics.parent / BOARD, step)
+        self.board = _board(self.metrics.parent / BOARD, step + 1 if step else 0)
         self.since = time.monotonic()
         if step == 0:
             self._evaluate(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-        """Move the bar. Evaluate at the last step, whatever the interval, before its state is written."""
+        """Move the bar. The last step is logged, whatever the interval."""
         self.advance(1, f"loss {self.loss:.3f}{self.note}" if math.isfinite(self.loss) else "")
-        last = state.global_step >= state.max_steps
-        if last and state.is_world_process_zero and state.global_step % self.settings.eval_every:
-            self._evaluate(state.global_step, model)
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
-        """Note the training loss and the speed; evaluate when it is time."""
+        """Note the training loss and the speed; evaluate when it is time, before the step's state is written."""
         if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         self.loss = float(logs["loss"])
@@ -74,7 +72,7 @@ class Watcher(TrainerCallback):
         speed = self.seen_tokens() / max(now - self.since, 1e-9)
         self.note = f", {speed:,.0f} tokens/s"
         self._show(state.global_step, train_loss=self.loss, tokens_per_second=speed, **_figures(logs))
-        if state.global_step % self.settings.eval_every == 0:
+        if state.global_step % self.settings.eval_every == 0 or state.global_step >= state.max_steps:
             self._evaluate(state.global_step, model)
         self.since = time.monotonic()
 
@@ -140,10 +138,10 @@ def _points(metrics: Path, last: int) -> list[str]:
     return kept
 
 
-def _board(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's files, or None where the package is not installed."""
+def _board(folder: Path, purge: int) -> Any:
+    """A writer of TensorBoard's files, which forgets those of steps from `purge` on; None without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=purge)
