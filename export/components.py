@@ -33,6 +33,8 @@ from tinyalign_edge.export.memory_graph import FILE as MEMORY_FILE
 from tinyalign_edge.export.memory_graph import export_memory_connector
 from tinyalign_edge.export.plan import PRECISIONS, Plan, Plans
 from tinyalign_edge.export.quantize import quantize_graph
+from tinyalign_edge.export.question_graph import FILE as QUESTION_FILE
+from tinyalign_edge.export.question_graph import export_question_key
 from tinyalign_edge.export.smooth import Factors
 from tinyalign_edge.export.source import Source
 from tinyalign_edge.export.value_graph import FILE as VALUE_FILE
@@ -62,6 +64,8 @@ def write_bundle(parts: Components, folder: Path, *, plans: Plans, target: Targe
     if source.memory is not None:
         shutil.copytree(source.memory.folder / MEMORY, folder / MEMORY_DIR)
         write_component(parts, folder, "memory", plans.memory)
+        if source.memory.question_key is not None:
+            export_question_key(source.memory.question_key, folder)
         if source.memory.value_encoder is not None:
             export_value_encoder(source.memory.value_encoder, folder, visual_tokens=source.visual_tokens)
     write_component(parts, folder, "vision", plans.vision)
@@ -140,11 +144,13 @@ def _memory(source: Source) -> MemoryBlock:
         floor=settings.floor,
         first=settings.first,
         key_dim=settings.key_dim,
+        question_dim=settings.question_dim,
         value_tokens=settings.value_tokens,
         latents=settings.latents if settings.kind == "latents" else 0,
         latent_dim=settings.latent_dim if settings.kind == "latents" else 0,
         fingerprint=settings.fingerprint,
         file=MEMORY_FILE,
+        question_file=None if source.memory.question_key is None else QUESTION_FILE,
         value_file=None if source.memory.value_encoder is None else VALUE_FILE,
         copy_file=None if source.memory.copy_head is None else COPY_FILE,
         copy_end=settings.copy_end,

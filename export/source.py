@@ -21,6 +21,7 @@ from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
 from tinyalign_edge.train.connector import MemoryConnector, ValueEncoder
 from tinyalign_edge.train.copying import CopyHead
+from tinyalign_edge.train.question_key import QuestionKey
 from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
 from tinyalign_edge.train.settings import MemorySettings, TowerRef
 
@@ -67,6 +68,7 @@ class SourceMemory:
     settings: MemorySettings
     connector: MemoryConnector
     value_encoder: ValueEncoder | None  # of latents
+    question_key: QuestionKey | None  # where a key tells what is asked
     copy_head: CopyHead | None
 
     @property
@@ -84,7 +86,7 @@ class Source:
     language: Any  # a causal language model in torch
     tokenizer_json: str
     visual_tokens: int
-    key_dim: int  # 0: there is no retrieval key
+    key_dim: int  # of the picture's part of a retrieval key; 0: there is none
     towers: dict[str, TowerRef]  # by what they are in the bundle: where they come from, and their licences
     reference: Reference
     rows: Callable[[Path], list[Row]]  # given an empty folder that lasts as long as they do
@@ -109,7 +111,7 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     if config.memory.key == "fused" or config.memory.kind == "paper":
         raise UnsupportedError(
             f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
-            "exported; train with --memory tokens or latents and --key picture"
+            "exported; train with --memory tokens or latents and --key picture or question"
         )
     calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
     if not calibration:
@@ -120,7 +122,7 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
         language=checkpoint.language.model,
         tokenizer_json=(folder / TOKENIZER).read_text("utf-8"),
         visual_tokens=config.connector.visual_tokens,
-        key_dim=config.memory.key_dim,
+        key_dim=config.memory.key_dim - config.memory.question_dim,
         towers=config.towers,
         reference=TorchAnswerer(checkpoint),
         rows=lambda _: sample_questions(read_samples(folder / SAMPLES, HELD_OUT)),
@@ -135,7 +137,10 @@ def _memory(checkpoint: Checkpoint) -> SourceMemory | None:
     if not isinstance(connector, MemoryConnector):
         return None
     encoder = value_encoder if isinstance(value_encoder, ValueEncoder) else None
-    return SourceMemory(checkpoint.folder, checkpoint.config.memory, connector, encoder, checkpoint.model.copy_head)
+    model = checkpoint.model
+    return SourceMemory(
+        checkpoint.folder, checkpoint.config.memory, connector, encoder, model.question_key, model.copy_head
+    )
 
 
 def sample_questions(rows: Sequence[Row]) -> list[Row]:

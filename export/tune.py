@@ -170,7 +170,9 @@ def calibration_samples(fp32: Model, rows: Sequence[Row]) -> list[Sample]:
 
 def _sample(fp32: Model, row: Row) -> Sample:
     turn = row.turns[0]
-    image = replace(fp32.encode(row.path), encoder="", searched=None)  # read by other models, as it is
+    image = replace(
+        fp32.encode(row.path, question=turn.question), encoder="", searched=None
+    )  # read by other models, as it is
     logits, _ = fp32.answer_logits(image, turn.question, turn.answer)
     embeddings, _ = fp32.answer_embeddings(image, turn.question, turn.answer)
     inputs = fp32.memory_inputs(image.memories) if image.memories else {}

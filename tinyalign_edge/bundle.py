@@ -76,8 +76,8 @@ class VisionBlock:
     """Vision encoder, connector and retrieval key in one graph.
 
     Inputs: `pixel_values` (B, 3, height, width) float32. Outputs: `visual_tokens` (B, N, D) float32; unless `key_dim`
-    is 0, `key` (B, key_dim) float32 of unit length; unless `feature_dim` is 0, `features` (B, N, C) float32, which the
-    memory's value encoder reads.
+    is 0, `key` (B, key_dim) float32 of unit length, the picture's part of a retrieval key; unless `feature_dim` is 0,
+    `features` (B, N, C) float32, which the memory's value encoder reads.
     """
 
     file: str
@@ -136,6 +136,10 @@ class MemoryBlock:
     similar first, and `similarity` (M,) float32, and gives `memory_tokens` (M, D) float32. For "tokens" the values
     are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers.
 
+    `question_file`, unless `question_dim` is 0, is the graph by which a retrieval key tells what is asked, too: `text`
+    (T, D) float32, embeddings of a question's ids -> `question` (question_dim,) float32, of length 1 or 0. The key
+    (key_dim,) has it beside the picture's `key`: see `tinyalign_edge.memory.side_by_side`.
+
     `value_file`, for "latents" alone, is the graph by which new entries are made: `features` (1, N, C) float32 of the
     vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
     (1, L, latent_dim) float32.
@@ -157,11 +161,13 @@ class MemoryBlock:
     metric: Literal["cosine"] = "cosine"
     key_dim: int = 0
     key_dtype: Literal["int8"] = "int8"
+    question_dim: int = 0  # of key_dim
     value_tokens: int = 0  # the most ids kept of one entry's text, or read of it
     latents: int = 0  # "latents": L
     latent_dim: int = 0
     fingerprint: str = ""  # of the encoder and key projection, and the value encoder of latents
     file: str | None = None
+    question_file: str | None = None
     value_file: str | None = None
     copy_file: str | None = None
     copy_end: int | None = None
@@ -277,7 +283,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
     vision = manifest.vision
     seen = ("visual_tokens", *("key",) * bool(vision.key_dim), *("features",) * bool(vision.feature_dim))
     sizes = (decoder.width, decoder.kv_heads, decoder.head_dim, decoder.vocab_size, vision.visual_tokens)
-    optional = (vision.key_dim, vision.feature_dim, memory.latents, memory.latent_dim)
+    optional = (vision.key_dim, vision.feature_dim, memory.question_dim, memory.latents, memory.latent_dim)
     templates = (decoder.past_key, decoder.past_value, decoder.present_key, decoder.present_value)
     within = {
         "image size": 0 < image.height <= 8192 and 0 < image.width <= 8192 and 0 <= image.resize_to <= 8192,
@@ -286,7 +292,8 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "prompt.eos_token_ids": 0 < len(prompt.eos_token_ids) <= 64,
         "prompt.picture.marker": prompt.picture is None or bool(prompt.picture.marker),
         "vision.outputs": vision.outputs == seen,
-        "vision.key_dim": memory.kind == "none" or vision.key_dim == memory.key_dim,
+        "vision.key_dim": memory.kind == "none" or vision.key_dim == memory.key_dim - memory.question_dim,
+        "memory.question_file": (memory.question_file is not None) == (memory.question_dim > 0),
         "context size": 0 < prompt.max_context_tokens <= decoder.max_positions <= 1 << 24,
         "generation.max_new_tokens": manifest.generation.max_new_tokens > 0,
         "decoder.layers": 0 < decoder.layers <= 1024,
@@ -308,7 +315,7 @@ def _check_references(manifest: Manifest, where: Path) -> None:
     named = [manifest.vision.file, manifest.decoder.file, manifest.decoder.embed_file, *manifest.decoder.data_files]
     named += [manifest.tokenizer_file, manifest.probe_file]
     memory = manifest.memory
-    named += [name for name in (memory.file, memory.value_file, memory.copy_file) if name]
+    named += [name for name in (memory.file, memory.question_file, memory.value_file, memory.copy_file) if name]
     for name in named:
         if name not in manifest.files:
             raise BundleError(f"{where}: names the file {name!r} but gives no hash of it; export the bundle again")

@@ -77,7 +77,7 @@ def train(
         int | None, typer.Option("-k", "--neighbours", help="Memory entries read (default 4).")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side, if not the encoder's own size.")] = None,
-    key: Annotated[str | None, typer.Option(help="picture, or fused: with the question (default with paper).")] = None,
+    key: Annotated[str | None, typer.Option(help="picture, question: of both, or fused (default with paper).")] = None,
     key_grid: Annotated[int | None, typer.Option(help="Keys see N x N regions of a picture (default 1).")] = None,
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
@@ -111,7 +111,7 @@ def train(
 
     given = {
         "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
-        "key": key and _one_of("--key", key, "picture", "fused"),
+        "key": key and _one_of("--key", key, "picture", "question", "fused"),
         "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
         "copy_words": copy_words, "episodes": episodes, "memory_dropout": memory_dropout,
         "memory_from": memory_from,

@@ -56,6 +56,7 @@ class Talk:
         self._image: EncodedImage | None = None  # that was shown last
         self._new = False  # no question came with it yet
         self._remembered: list[int] = []
+        self._asked = ""  # last
 
     def run(self) -> None:
         """Answer line by line until the end of input or /exit."""
@@ -97,20 +98,22 @@ class Talk:
 
     def _answer(self, question: str) -> None:
         images = [self._image] if self._new and self._image is not None else []
+        self._asked = question
         for piece in self._conversation.stream(question, images):
             print(piece, end="", flush=True)
         print()
         self._new = False
 
     def _remember(self, text: str) -> None:
-        entry = self._memory.add(self._shown, text, source="chat")
+        question = self._asked if self._memory.asks else ""
+        entry = self._memory.add(self._shown, text, question=question, source="chat")
         self._remembered.append(entry.id)
         print(f"remembered as entry {entry.id}")
 
     def _memories(self, _: str) -> None:
         from tinyalign_edge.report import print_entries
 
-        print_entries(self._memory.search(self._shown))
+        print_entries(self._memory.search(self._shown, question=self._asked))
 
     def _forget(self, given: str) -> None:
         if not given and not self._remembered:

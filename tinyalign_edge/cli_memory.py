@@ -32,6 +32,7 @@ def add(
     bundle: Bundle,
     image: Picture,
     text: Annotated[str, typer.Argument(help="What is to be known about the picture.")],
+    question: Annotated[str, typer.Option(help="What the text answers, where that is searched by.")] = "",
     source: Annotated[str | None, typer.Option(help="Where it comes from (default: the picture's path).")] = None,
     thumbnail: Annotated[bool, typer.Option("--thumbnail", help="Keep a small picture, for people.")] = False,
     memory_dir: MemoryDir = None,
@@ -41,7 +42,8 @@ def add(
     from tinyalign_edge.report import entry_json
 
     with _memory_of(bundle, memory_dir) as memory:
-        entry = memory.add(image, text, source=str(image) if source is None else source, thumbnail=thumbnail)
+        source = str(image) if source is None else source
+        entry = memory.add(image, text, question=question, source=source, thumbnail=thumbnail)
     shown = {name: value for name, value in entry_json(entry).items() if name != "similarity"}
     _show(as_json, shown, f"remembered as entry {entry.id}")
 
@@ -51,6 +53,7 @@ def search(
     bundle: Bundle,
     image: Picture,
     neighbours: Neighbours = None,
+    question: Annotated[str, typer.Option(help="What is asked, where that is searched by.")] = "",
     sheet: Annotated[Path | None, typer.Option(help="A PNG to write: thumbnails and texts of what was found.")] = None,
     memory_dir: MemoryDir = None,
     as_json: Json = False,
@@ -59,7 +62,7 @@ def search(
     from tinyalign_edge.report import entry_json, print_entries
 
     with _memory_of(bundle, memory_dir) as memory:
-        found = memory.search(image, neighbours)
+        found = memory.search(image, neighbours, question=question)
     if sheet is not None:
         from tinyalign_edge.sheet import write_sheet
 

@@ -40,6 +40,7 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 LATER_PICTURE = "\ufffc"  # stands for a picture of a later turn while a template is rendered
+ASKED = 64  # token ids of a question that a key is made of
 ANY_QUESTION = "aB\ue000"  # stands for a question; its letters show whether a template changes case
 
 
@@ -144,6 +145,10 @@ class Prompt:
             if token in self.config.eos_token_ids:
                 return ids[: position + 1]
         return (*ids, self.config.eos_token_ids[0])
+
+    def asked_ids(self, question: str) -> tuple[int, ...]:
+        """At most `ASKED` token ids of a question, as a key is made of them."""
+        return self.memory_ids([Turn("", question)], ASKED)
 
     def memory_ids(self, turns: Sequence[Turn], limit: int) -> tuple[int, ...]:
         """At most `limit` token ids of a memory entry: questions, where there are any, with their answers.

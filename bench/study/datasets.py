@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyalign_edge.bench.record import shared
 from tinyalign_edge.config import read_json, write_json
-from tinyalign_edge.data import Row, read_rows
+from tinyalign_edge.data import IMAGE, Row, read_rows
 from tinyalign_edge.train.options import TrainOptions
 
 CLOSED = ("yes", "no", "true", "false")  # answers of questions that are reported apart from the open ones
@@ -21,7 +21,7 @@ SCENES_SEED = 0
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
 SETTINGS = {
     "caltech": replace(COMMON, steps=800, eval_every=50),
-    "easy_vqa": replace(COMMON, steps=400, batch_size=16),  # a row has some ten questions
+    "easy_vqa": replace(COMMON, steps=400, eval_every=50, key="question"),
     "scenes": replace(COMMON, steps=300, visual_tokens=4, k=1, key_grid=3),  # as the demo
     "nlvr": replace(COMMON, steps=200),
 }
@@ -32,7 +32,7 @@ class DataSet:
     """Rows to train on and to test on, and the towers between which the connectors train.
 
     Attributes:
-        train: rows whose entry in the bank is what they say openly (see `with_captions`).
+        train: rows whose entry in the bank is what they answer (see `with_captions` and `apart`).
         turns: the same rows, whose entries are their questions with their answers.
         options: of every arm, before what the arm changes.
     """
@@ -71,19 +71,35 @@ def with_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each question, as a key that tells what is asked takes them; an entry keeps the answer alone."""
+    made = []
+    for row in rows:
+        turns = list(zip(row["conversations"][::2], row["conversations"][1::2], strict=True))
+        for number, (asked, answer) in enumerate(turns):
+            question = {**asked, "value": f"{IMAGE}\n{asked['value'].replace(IMAGE, '').strip()}"}
+            one = {**row, "id": f"{row['id']}-{number}", "conversations": [question, answer]}
+            made.append({**one, "caption": answer["value"]})
+    return made
+
+
 def is_closed(answer: str) -> bool:
     """Whether an answer is one of a yes/no question."""
     return answer in CLOSED
 
 
-def _shared(folder: str, train: str, tests: tuple[str, ...]) -> Callable[[str, Path], DataSet]:
+def _shared(
+    folder: str, train: str, tests: tuple[str, ...], prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+) -> Callable[[str, Path], DataSet]:
     def make(name: str, prepared: Path) -> DataSet:
         source = shared("data", folder)
-        captioned = prepared / "train.json"
-        if not captioned.is_file():
-            _write_rows(captioned, with_captions(read_json(source / train)))
+        captioned, turns = prepared / "train.json", prepared / "turns.json"
+        if not turns.is_file():
+            rows = prepare(read_json(source / train))
+            _write_rows(captioned, rows)
+            _write_rows(turns, without_captions(rows))
         return DataSet(
-            name, captioned, source / train, source, tuple(source / test for test in tests), source,
+            name, captioned, turns, source, tuple(source / test for test in tests), source,
             vision=str(shared("models", "mobilenet-v2-imagenet")), lm=str(shared("models", "caption-lm")),
             options=SETTINGS[name],
         )  # fmt: skip
@@ -105,13 +121,17 @@ def _scenes(name: str, prepared: Path) -> DataSet:
         write_dataset(prepared, *scenes, seed=SCENES_SEED)
         pretrain_vision(prepared / "vision", seed=SCENES_SEED)
         pretrain_language(prepared / "language", seed=SCENES_SEED)
-        rows = read_json(prepared / "train.json")
-        _write_rows(prepared / "turns.json", [{k: v for k, v in row.items() if k != "caption"} for row in rows])
+        _write_rows(prepared / "turns.json", without_captions(read_json(prepared / "train.json")))
         whole.touch()
     return DataSet(
         name, prepared / "train.json", prepared / "turns.json", prepared, (prepared / "test.json",), prepared,
         vision=str(prepared / "vision"), lm=str(prepared / "language"), options=SETTINGS[name],
     )  # fmt: skip
+
+
+def without_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, whose entries are then their questions with their answers."""
+    return [{name: value for name, value in row.items() if name != "caption"} for row in rows]
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -121,9 +141,9 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 _MAKERS = {
-    "caltech": _shared("caltech101", "train.json", ("test.json", "test_yesno.json")),
-    "easy_vqa": _shared("easy_vqa", "train.json", ("test.json",)),
+    "caltech": _shared("caltech101", "train.json", ("test.json", "test_yesno.json"), with_captions),
+    "easy_vqa": _shared("easy_vqa", "train.json", ("test.json",), apart),
     "scenes": _scenes,
-    "nlvr": _shared("nlvr", "dev.json", ("test.json",)),
+    "nlvr": _shared("nlvr", "dev.json", ("test.json",), with_captions),
 }
 find_dataset = cache(find_dataset)

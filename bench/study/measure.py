@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from tinyalign_edge.train.options import TrainOptions
 
 Result = dict[str, Any]
 
+AT_ONCE = 256  # queries for which all entries are ranked
+ONE_BY_ONE = 2400  # questions for a bundle
+
 
 @dataclass
 class Bench:
@@ -62,7 +65,7 @@ class Bench:
         data, arm, folder = self.dataset(run.dataset), run.of(), self.out / "checkpoints" / run.name
         return trained(
             folder,
-            data=data.train if arm.text == "open" else data.turns,
+            data=data.train if arm.text == "answers" else data.turns,
             images=data.train_images,
             vision=data.vision,
             lm=data.lm,
@@ -94,7 +97,7 @@ class Bench:
         checkpoint = self.checkpoint(run)
         if bank_of is not None:
             other = self.checkpoint(bank_of)
-            checkpoint.model.key.load_state_dict(other.model.key.state_dict())
+            checkpoint.model.load_state_dict(other.model.key_state(), strict=False)
             memory = replace(checkpoint.config.memory, floor=other.config.memory.floor)
             checkpoint = replace(checkpoint, bank=other.bank, config=replace(checkpoint.config, memory=memory))
         return TorchAnswerer(checkpoint, encode=self.eyes.setdefault(run.dataset, Eye()))
@@ -158,12 +161,22 @@ class _Part:
 
     def nearest(self, queries: npt.NDArray[np.float32], k: int, *, floor: float = -1.0) -> Neighbours:
         """The nearest of the entries that are kept."""
-        found = self.whole.nearest(queries, len(self.whole), floor=floor)
+        parts = [self._nearest(found, k) for found in ranked(self.whole, queries, floor=floor)]
+        rows, similarity = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "similarity"))
+        return Neighbours(rows, similarity)
+
+    def _nearest(self, found: Neighbours, k: int) -> Neighbours:
         keep = np.isin(found.rows, list(self.kept))
         order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
         kept = np.take_along_axis(keep, order, axis=1)
         rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
         return Neighbours(rows, np.take_along_axis(found.similarity, order, axis=1))
+
+
+def ranked(bank: Bank, queries: npt.NDArray[np.float32], *, floor: float = -1.0) -> Iterator[Neighbours]:
+    """All entries in the order of their similarity, for `AT_ONCE` queries at a time."""
+    for start in range(0, len(queries), AT_ONCE):
+        yield bank.nearest(queries[start : start + AT_ONCE], len(bank), floor=floor)
 
 
 def copy(bench: Bench, run: Run) -> Result:
@@ -175,7 +188,7 @@ def copy(bench: Bench, run: Run) -> Result:
         row.id: {turn.question: turn.answer for turn in row.turns} for row in read_rows(data.turns, data.train_images)
     }
     entries = [known[bank.entry(number).source] for number in bank.ids]
-    found = bank.nearest(answerer.prepare(rows).keys, len(entries)).rows
+    found = (near for part in ranked(bank, answerer.prepare(rows).keys) for near in part.rows)
     asked = []
     for row, near in zip(rows, found, strict=True):
         turn = row.turns[0]
@@ -193,15 +206,17 @@ def teach(bench: Bench, run: Run) -> Result:
 
 
 def int8(bench: Bench, run: Run) -> Result:
-    """The same questions, asked of the int8 bundle of the run's checkpoint one by one, what its picture and memory tell
-    and, where there are classes that no training saw, what it learns from examples of them."""
+    """The same questions, or about `ONE_BY_ONE` of more, asked of the int8 bundle of the run's checkpoint one by one,
+    what its picture and memory tell and, where there are classes that no training saw, what it learns of them."""
+    rows = bench.rows(run)
+    rows = rows[:: max(1, len(rows) // ONE_BY_ONE)]
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
     shutil.rmtree(bundle, ignore_errors=True)
     manifest = export(checkpoint.folder, bundle)
-    torch_asked = ask(bench.answerer(run), bench.rows(run))
+    torch_asked = ask(bench.answerer(run), rows)
     with load(bundle) as model:
-        asked = list(BundleAnswerer(model).ask_all(bench.rows(run)))
-        told = measure(BundleAnswerer(model), bench.rows(run))
+        asked = list(BundleAnswerer(model).ask_all(rows))
+        told = measure(BundleAnswerer(model), rows)
     same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
     taught = {"teach": teach_accuracies(bundle)} if (run.dataset, run.arm) == (TAUGHT, "memory") else {}
     shutil.rmtree(bundle)

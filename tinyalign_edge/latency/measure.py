@@ -72,7 +72,7 @@ def check(setting: Setting, work: Work) -> Facts:
                 f"saw ({probe}, must be {MIN_COSINE}); nothing was timed: see 'tinyalign-edge verify'"
             )
         asking = _Asking(model, work)
-        image = reshaped(model.encode(asking.data), work.visual_tokens)
+        image = reshaped(model.encode(asking.data, question=asking.question), work.visual_tokens)
         tokens = len(image.tokens) + asking.prompt_tokens
         room = model.manifest.prompt.max_context_tokens
         if tokens + work.new_tokens > room:
@@ -179,8 +179,8 @@ class _Asking:
     def __init__(self, model: Model, work: Work) -> None:
         self._model, self._work = model, work
         self.data = picture()
-        self._question = question_of(model.prompt, work.prompt_tokens)
-        self.prompt_tokens = prompt_length(model.prompt, self._question)
+        self.question = question_of(model.prompt, work.prompt_tokens)
+        self.prompt_tokens = prompt_length(model.prompt, self.question)
         self._endless = never_ending(model.manifest.prompt.eos_token_ids)
         self.ids: tuple[int, ...] = ()
 
@@ -192,7 +192,7 @@ class _Asking:
         """
         self._model.clear_cache()
         started = time.perf_counter()
-        image = self._model.encode(self.data)
+        image = self._model.encode(self.data, question=self.question)
         encoded = (time.perf_counter() - started) * 1000
         image = reshaped(image, self._work.visual_tokens)
         answer = self.ask(image, self._work.new_tokens)
@@ -204,7 +204,7 @@ class _Asking:
     def ask(self, image: EncodedImage, new_tokens: int) -> Answer:
         """An answer of exactly so many tokens, one a pass."""
         return self._model.ask(
-            image, self._question, max_new_tokens=new_tokens, drafts=False, processors=[self._watched]
+            image, self.question, max_new_tokens=new_tokens, drafts=False, processors=[self._watched]
         )
 
     def _watched(self, ids: Sequence[int], logits: Float) -> Float:
@@ -238,10 +238,10 @@ def _add(model: Model, image: EncodedImage, count: int, scratch: Path) -> list[f
     """Milliseconds of adding a text about an encoded picture, so many times, to a copy of the memory."""
     os.environ["TINYALIGN_CACHE"] = str(scratch)  # this process's alone: the user's keeps no record of the copy
     bank = open_bank(model.folder, model.manifest, scratch / "memory")
-    memory = Memory(bank, model.manifest.memory, model.values, lambda _: image)
+    memory = Memory(bank, model.manifest.memory, model.values, model.keys, lambda _: image)
     samples = []
     for number in range(count):
         started = time.perf_counter()
-        memory.add(image, f"what picture {number} shows", source="bench")
+        memory.add(image, f"what picture {number} shows", question="What is it?", source="bench")
         samples.append((time.perf_counter() - started) * 1000)
     return samples

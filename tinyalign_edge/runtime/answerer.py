@@ -54,16 +54,18 @@ class BundleAnswerer:
         if memory == "shuffled" and self.model.memory is None:
             raise InputError("--shuffle-memory: this model has no memory")
         others = partners([row.image for row in rows]) if memory == "shuffled" else []
-        last: tuple[str, EncodedImage] | None = None
+        last: tuple[tuple[str, Row | None], EncodedImage] | None = None
         for i, row in enumerate(rows):
-            if last is None or last[0] != row.image:
-                last = row.image, self._encode(row, memory, rows[others[i]] if others else None)
+            other = rows[others[i]] if others else None
+            if last is None or last[0] != (row.image, other):
+                last = (row.image, other), self._encode(row, memory, other)
             yield row, last[1]
 
     def _encode(self, row: Row, memory: MemoryMode, other: Row | None) -> EncodedImage:
         try:
             if other is not None:
-                return self.model.encode(row.path, memories=self.model.encode(other.path).memories)
+                theirs = self.model.encode(other.path, question=other.turns[0].question).memories
+                return self.model.encode(row.path, memories=theirs)
             return self.model.encode(row.path, memories=() if memory == "none" else None)
         except InputError as error:
             raise InputError(f"{row.where}: {error}") from None

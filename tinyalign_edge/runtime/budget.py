@@ -100,10 +100,11 @@ def held_out_losses(model: Model, banks: Sequence[Bank], rows: Iterable[Row]) ->
             except InputError as error:
                 raise InputError(f"{row.where}: {error}") from None
             assert image.key is not None
-            found = [bank.search(image.key, settings.k, floor=settings.floor) for bank in banks]
-            seen = [replace(image, memories=entries, memory_tokens=model.memory_tokens(entries)) for entries in found]
             for single in single_questions([row]):
                 (turn,) = single.turns
+                key = model.keys.key(image.key, turn.question)
+                found = [bank.search(key, settings.k, floor=settings.floor) for bank in banks]
+                seen = [replace(image, memories=said, memory_tokens=model.memory_tokens(said)) for said in found]
                 losses = [model.answer_nll(one, turn.question, turn.answer) for one in seen]
                 sums += [float(loss.sum()) for loss in losses]
                 tokens += len(losses[0])

@@ -238,7 +238,7 @@ def _make_shards(bundle: Path, shards: Shards, file: RowFile, images: Path, part
                         elif is_held_back(row, job.held_back):
                             held_back += 1
                         else:
-                            entries.append(maker.entry(row))
+                            entries.extend(maker.entries(row))
                     except InputError:
                         if not job.skip_bad:
                             raise

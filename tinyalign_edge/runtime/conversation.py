@@ -133,7 +133,10 @@ class Conversation:
         return exchanges
 
     def _renewed(self, exchanges: Sequence[Exchange]) -> tuple[Exchange, ...]:
-        return tuple(replace(one, images=tuple(map(self._model.renewed, one.images))) for one in exchanges)
+        return tuple(
+            replace(one, images=tuple(self._model.renewed(image, one.question) for image in one.images))
+            for one in exchanges
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tinyalign_edge.bundle import Manifest
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.evaluate import single_questions
 from tinyalign_edge.image import open_image
 from tinyalign_edge.memory import Record, make_thumbnail
 from tinyalign_edge.memory.search import UNIT
@@ -37,8 +38,17 @@ class EntryMaker:
         self._model, self._value_tokens, self._thumbnails = model, value_tokens, thumbnails
         self._last: tuple[Path, EncodedImage] | None = None
 
+    def entries(self, row: Row) -> list[NewEntry]:
+        """What the bank keeps of `row`: an entry, or one of each question where they are found by it.
+
+        Raises:
+            InputError: as `entry`.
+        """
+        rows = single_questions([row]) if self._model.keys.asks else [row]
+        return [self.entry(one) for one in rows]
+
     def entry(self, row: Row) -> NewEntry:
-        """What the bank keeps of `row`.
+        """What the bank keeps of `row`, under what its first question asks.
 
         Raises:
             InputError: its picture cannot be read; the message names the row.
@@ -50,10 +60,11 @@ class EntryMaker:
         value = self._value(image, row)
         if not np.all(np.isfinite(value)):
             raise InputError(f"{row.where}: a value of {row.path} is not finite; look for a damaged value encoder")
-        first = row.memory_turns[0]
+        first, asked = row.memory_turns[0], row.turns[0].question
         thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
-        record = Record(first.answer, first.question, row.id, thumbnail=thumbnail)
-        return NewEntry(image.key, record, value)
+        question = asked if self._model.keys.asks else first.question
+        record = Record(first.answer, question, row.id, thumbnail=thumbnail)
+        return NewEntry(self._model.keys.key(image.key, asked), record, value)
 
     def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
         """What the model will read of the entry."""

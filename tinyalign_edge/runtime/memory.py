@@ -17,6 +17,7 @@ from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.files import inside
 from tinyalign_edge.image import ImageLike, open_image
 from tinyalign_edge.memory import Bank, BankStats, Entry, Record, copy_bank, make_thumbnail
+from tinyalign_edge.runtime.keys import KeyMaker
 from tinyalign_edge.runtime.values import ValueMaker
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ class Memory:
         bank: Bank,
         settings: MemoryBlock,
         values: ValueMaker,
+        keys: KeyMaker,
         encode: Callable[[ImageLike | EncodedImage], EncodedImage],
     ) -> None:
         self.bank = bank
-        self._settings, self._values, self._encode = settings, values, encode
+        self._settings, self._values, self._keys, self._encode = settings, values, keys, encode
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -91,22 +93,36 @@ class Memory:
         """The bank's folder and its generation: what was found stays right as long as both do."""
         return str(self.bank.folder.resolve()), self.generation
 
+    @property
+    def asks(self) -> bool:
+        """Whether entries are found by what is asked, too."""
+        return self._keys.asks
+
     def search(
-        self, image: ImageLike | EncodedImage, k: int | None = None, *, floor: float | None = None
+        self,
+        image: ImageLike | EncodedImage,
+        k: int | None = None,
+        *,
+        question: str = "",
+        floor: float | None = None,
     ) -> tuple[Entry, ...]:
         """The entries most similar to a picture, most similar first.
 
         Args:
             image: as `Model.encode` takes it, or encoded.
             k: how many; None: as many as the model reads.
-            floor: the least cosine similarity; None: the bundle's, under which the model reads nothing.
+            question: what is asked, where entries are found by that, too; "": by the picture alone.
+            floor: the least cosine similarity; None: the bundle's, under which the model reads nothing. By a picture
+                alone, where entries are found by the question, too, there is none.
 
         Raises:
             InputError: not a picture, or `k` below 1.
         """
         if k is not None and k < 1:
             raise InputError(f"k {k}: must be at least 1")
-        return self.nearest(_key(self._encode(image)), k, floor=floor)
+        if floor is None and self.asks and not question.strip():
+            floor = -1.0
+        return self.nearest(self._keys.key(_key(self._encode(image)), question), k, floor=floor)
 
     def nearest(self, key: Float, k: int | None = None, *, floor: float | None = None) -> tuple[Entry, ...]:
         """`search` by a key (key_dim,)."""
@@ -126,6 +142,7 @@ class Memory:
         image: ImageLike | EncodedImage,
         text: str,
         *,
+        question: str = "",
         source: str = "",
         time: str | None = None,
         thumbnail: bool = False,
@@ -135,22 +152,27 @@ class Memory:
         Args:
             image: as `Model.encode` takes it, or encoded.
             text: what is to be known about the picture; its first `value_tokens` tokens count.
+            question: what the text answers; needed where entries are found by that, too.
             source: where it comes from, by which it can be forgotten.
             time: ISO 8601; None: now, in UTC.
             thumbnail: keep a small JPEG of the picture, which must not be encoded then.
 
         Raises:
-            InputError: not a picture, or the text is empty or too long.
+            InputError: not a picture, the text is empty or too long, or the question is missing.
             TinyAlignError: the folder cannot be written; the memory is as it was.
         """
         text = text.strip()
         if not text:
             raise InputError("text: it is empty; say what is to be remembered")
+        question = question.strip()
+        if self.asks and not question:
+            raise InputError("question: it is empty, and this memory is searched by it; say what the text answers")
         encoded = self._encode(image)
         value = self._values.make(encoded.features, [Turn("", text)])
         small = _thumbnail(image) if thumbnail else b""
-        record = Record(text, source=source, time=_now() if time is None else time, thumbnail=small)
-        return self.bank.entry(self.bank.add(_key(encoded), record, value=value))
+        record = Record(text, question, source, _now() if time is None else time, small)
+        key = self._keys.key(_key(encoded), question)
+        return self.bank.entry(self.bank.add(key, record, value=value))
 
     def forget(self, *, id: int | None = None, source: str | None = None, text: str | None = None) -> tuple[int, ...]:
         """Forget the entry of an id, or all of a source or of a text, as `Bank.forget` says; returns their ids."""

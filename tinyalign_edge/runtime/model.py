@@ -28,6 +28,7 @@ from tinyalign_edge.runtime.answering import Answering, Asked, answer_nll
 from tinyalign_edge.runtime.conversation import Conversation
 from tinyalign_edge.runtime.copying import Copying
 from tinyalign_edge.runtime.decoder import Decoder
+from tinyalign_edge.runtime.keys import KeyMaker
 from tinyalign_edge.runtime.memory import Memory, open_bank
 from tinyalign_edge.runtime.options import Generation, with_changes
 from tinyalign_edge.runtime.packed import packed_graphs
@@ -117,6 +118,7 @@ class Model:
         self._sight: Any = Sight(folder, manifest, threads=threads, cache_bytes=seen_bytes, packed=vision)
         self._decoder: Any = Decoder(folder, manifest.decoder, threads=threads, packed=decoder)
         self.values: Any = ValueMaker(folder, manifest, self.prompt, self._decoder.embed)
+        self.keys: Any = KeyMaker(folder, manifest, self.prompt, self._decoder.embed)
         kept = cache_bytes - seen_bytes
         self._copying: Any = Copying(folder, manifest) if manifest.memory.copy_file else None
         self._answering: Any = Answering(self.prompt, self._decoder, manifest, cache_bytes=kept, copying=self._copying)
@@ -130,7 +132,7 @@ class Model:
         self.memory: Memory | None = None
         if memory and (manifest.memory.kind != "none" or memory_dir is not None):
             bank = open_bank(folder, manifest, memory_dir)
-            self.memory = Memory(bank, manifest.memory, self.values, self._encoded)
+            self.memory = Memory(bank, manifest.memory, self.values, self.keys, self._encoded)
             bank.on_loss = self._forget_read
             self._recall = Recall(folder, manifest, self._decoder)
 
@@ -144,7 +146,7 @@ class Model:
         """Free weights and maps; using the model afterwards is an InputError."""
         self.closed = True
         self._sight = self._decoder = self._answering = self.values = self._recall = self.memory = None
-        self._copying = None
+        self._copying = self.keys = None
         self._forget_read()
 
     def clear_cache(self) -> None:
@@ -164,12 +166,15 @@ class Model:
         decoder: Decoder = self._decoder
         return decoder
 
-    def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None) -> EncodedImage:
+    def encode(self, image: ImageLike, *, memories: Sequence[Entry] | None = None, question: str = "") -> EncodedImage:
         """Encode a picture and retrieve its memories. A picture seen lately, by its content, is not encoded again.
+
+        Where memories are found by what is asked, too, they are retrieved as soon as a question is known.
 
         Args:
             image: a path, bytes of an image file, a PIL picture, or an array (height, width, 3) uint8.
             memories: entries to read instead of searching the bank; `()` for none.
+            question: what will be asked, if it is known.
 
         Raises:
             InputError: not a picture, damaged or too large.
@@ -181,7 +186,7 @@ class Model:
         started = time.perf_counter()
         searched, found = None, tuple(memories or ())
         if memories is None and seen.key is not None and memory is not None:
-            searched, found = memory.version, memory.nearest(seen.key)
+            searched, found = self._search(memory, seen.key, question)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
@@ -241,7 +246,7 @@ class Model:
         Returns:
             logits (A, V) float32 and the answer's token ids (A,), the end-of-answer token included.
         """
-        image = self.renewed(image)
+        image = self.renewed(image, question)
         embeddings, ids = self.answer_embeddings(image, question, answer)
         cache = self._decoder.new_cache(len(embeddings))
         logits = self._decoder.forward(cache, embeddings, num_logits=len(ids))
@@ -257,7 +262,7 @@ class Model:
         ids = np.array(self.prompt.answer(question, answer), np.int64)
         asked = self.prompt.question(question)
         before, after = np.split(self._decoder.embed([*asked.before, *asked.after, *ids[:-1]]), [len(asked.before)])
-        embeddings = np.concatenate([before, self.renewed(image).tokens, after])
+        embeddings = np.concatenate([before, self.renewed(image, question).tokens, after])
         if len(embeddings) > self.manifest.prompt.max_context_tokens:
             raise InputError(
                 f"picture, memories, question and answer take {len(embeddings)} tokens, the context has "
@@ -285,20 +290,22 @@ class Model:
         inputs: dict[str, npt.NDArray[Any]] = self._recall.inputs(entries)
         return inputs
 
-    def renewed(self, image: EncodedImage) -> EncodedImage:
-        """`image` with its memories retrieved again, if the memory has changed since, or is another one.
+    def renewed(self, image: EncodedImage, question: str) -> EncodedImage:
+        """`image` with its memories retrieved again, if the memory has changed since, or is another one, or if they are
+        found by the question, and that is another one.
 
         Raises:
             InputError: another model has encoded it.
         """
-        if image.encoder not in ("", self._encoder):
-            raise InputError("image: it was encoded by another model; encode it with this one")
+        self._check_encoder(image)
         memory = self.memory
-        if memory is None or image.key is None or image.searched in (None, memory.version):
+        if memory is None or image.key is None or image.searched in (None, self._searched(memory, question)):
             return image
-        searched = memory.version
-        found = memory.nearest(image.key)
-        return replace(image, memories=found, memory_tokens=self.memory_tokens(found), searched=searched)
+        started = time.perf_counter()
+        searched, found = self._search(memory, image.key, question)
+        tokens = self.memory_tokens(found)
+        timings = {**image.timings_ms, "retrieve": (time.perf_counter() - started) * 1000}
+        return replace(image, memories=found, memory_tokens=tokens, searched=searched, timings_ms=timings)
 
     @contextmanager
     def reading(self) -> Iterator[Answering]:
@@ -326,7 +333,8 @@ class Model:
         started = time.perf_counter()
         self.prompt.question(question)  # refuse an empty question before the work on the picture
         with self.reading() as answering:
-            encoded = self.renewed(image) if isinstance(image, EncodedImage) else self.encode(image)
+            encoded = image if isinstance(image, EncodedImage) else self.encode(image, question=question)
+            encoded = self.renewed(encoded, question)
             asked = Asked([Said(question)], [encoded], started, encoded.timings_ms)
             return (yield from answering.pieces(asked, options, answering.context(), cancelled))
 
@@ -338,7 +346,23 @@ class Model:
 
     def _encoded(self, image: ImageLike | EncodedImage) -> EncodedImage:
         self._check_open()
-        return self.renewed(image) if isinstance(image, EncodedImage) else self.encode(image, memories=())
+        if isinstance(image, EncodedImage):
+            self._check_encoder(image)
+            return image
+        return self.encode(image, memories=())
+
+    def _check_encoder(self, image: EncodedImage) -> None:
+        if image.encoder not in ("", self._encoder):
+            raise InputError("image: it was encoded by another model; encode it with this one")
+
+    def _searched(self, memory: Memory, question: str) -> tuple[str, int, str]:
+        """What memories stay right for: the memory as it is and, if they are found by it, the question."""
+        return *memory.version, question if self.keys.asks else ""
+
+    def _search(self, memory: Memory, key: Float, question: str) -> tuple[tuple[str, int, str], tuple[Entry, ...]]:
+        searched = self._searched(memory, question)
+        waits = self.keys.asks and not question
+        return searched, () if waits else memory.nearest(self.keys.key(key, question))
 
     def _forget_read(self) -> None:
         """Let go of what was read: the memories in it may be forgotten now, or the model is closed."""

@@ -29,11 +29,11 @@ class EncodedImage:
     """
 
     visual_tokens: Float  # (N, D)
-    key: Float | None  # (key_dim,), unit length; None where the bundle has no retrieval key
+    key: Float | None  # (P,), unit length, what a retrieval key tells of the picture; None without such keys
     memories: tuple[Entry, ...]
     memory_tokens: Float  # (M, D)
     timings_ms: dict[str, float] = field(default_factory=dict)
-    searched: tuple[str, int] | None = None  # the memory's `version` at that time; None where it was not searched
+    searched: tuple[str, int, str] | None = None  # see `Model.renewed`; None: the memories are given, and stay
     features: Float | None = None  # (N, C), which the memory's value encoder reads; None where there is none
     memory_first: bool = False  # as `MemoryBlock.first`
     encoder: str = ""  # SHA-256 of the vision graph, since no other model reads it; "": made by hand
@@ -61,7 +61,7 @@ class Seen:
     """What the vision graph makes of a picture."""
 
     visual_tokens: Float  # (N, D)
-    key: Float | None  # (key_dim,)
+    key: Float | None  # (P,)
     features: Float | None  # (N, C)
 
     @property

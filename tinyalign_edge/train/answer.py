@@ -19,7 +19,7 @@ from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.encode import Encode, encode_rows
 from tinyalign_edge.train.greedy import greedy_answers
-from tinyalign_edge.train.keys import make_keys, query_texts
+from tinyalign_edge.train.keys import make_keys, query_text
 from tinyalign_edge.train.references import read_references
 from tinyalign_edge.train.values import encode_values
 
@@ -48,8 +48,7 @@ class TorchAnswerer:
             raise InputError("--shuffle-memory: this model has no memory")
         ck = self.checkpoint
         seen = self.encode(ck.vision.model, ck.config.image, ck.model, rows, device="cpu")
-        asked = query_texts(rows, ck.prompt, ck.config.memory.value_tokens)
-        keys = make_keys(ck.model, seen, asked)
+        keys = make_keys(ck.model, seen, [query_text(row, ck.prompt, ck.config.memory) for row in rows])
         near = self._neighbours(rows, keys, memory)
         examples = []
         for i, row in enumerate(rows):

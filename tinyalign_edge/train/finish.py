@@ -20,7 +20,7 @@ from tinyalign_edge.train.curves import draw_curves
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.pretrained import load_pretrained, tower_ref
 from tinyalign_edge.train.samples import write_samples
-from tinyalign_edge.train.settings import CheckpointConfig, TowerRef
+from tinyalign_edge.train.settings import CheckpointConfig, MemorySettings, TowerRef
 from tinyalign_edge.train.towers import LANGUAGE, LanguageTower
 from tinyalign_edge.train.values import encode_values, value_fingerprint
 
@@ -52,7 +52,7 @@ def write_checkpoint(
         write_bank(
             out / MEMORY,
             keys,
-            [Record(first.answer, first.question, row.id) for row in rows for first in row.memory_turns[:1]],
+            [_record(row, config.memory) for row in rows],
             fingerprint=config.memory.fingerprint,
             vocab_size=language.model.config.vocab_size,
             token_ids=None if latents is not None else values.token_ids,
@@ -62,6 +62,11 @@ def write_checkpoint(
     write_samples(out / SAMPLES, held_out, rows[:CALIBRATION])
     save_checkpoint(out, config, model, language.tokenizer_json)
     return config
+
+
+def _record(row: Row, memory: MemorySettings) -> Record:
+    first = row.memory_turns[0]
+    return Record(first.answer, row.turns[0].question if memory.key == "question" else first.question, row.id)
 
 
 def save_language(folder: Path, language: LanguageTower) -> TowerRef:

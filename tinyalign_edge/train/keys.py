@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 
 from tinyalign_edge.data import Row, Turn
+from tinyalign_edge.memory.side_by_side import joined
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import pad_texts
 from tinyalign_edge.train.encode import Encoded
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.settings import MemorySettings
 
 BATCH = 256
 
@@ -40,19 +42,24 @@ class Keys:
     pictures: Float | None = None
 
 
-def query_texts(rows: Sequence[Row], prompt: Prompt, limit: int) -> list[tuple[int, ...]]:
-    """Token ids of the first question of each row: what a fused key is searched with."""
-    return [query_text(row, prompt, limit) for row in rows]
+def query_text(row: Row, prompt: Prompt, memory: MemorySettings) -> tuple[int, ...]:
+    """Token ids of the first question of a row, with which a key that tells what is asked is searched for."""
+    question, fused = row.turns[0].question, memory.key == "fused"
+    return prompt.memory_ids([Turn("", question)], memory.value_tokens) if fused else prompt.asked_ids(question)
 
 
-def query_text(row: Row, prompt: Prompt, limit: int) -> tuple[int, ...]:
-    """Token ids of the first question of a row."""
-    return prompt.memory_ids([Turn("", row.turns[0].question)], limit)
+def entry_text(row: Row, prompt: Prompt, memory: MemorySettings) -> tuple[int, ...]:
+    """Token ids that the key of a row's entry is made of: all its text in a fused key, else its first question."""
+    fused = memory.key == "fused"
+    return prompt.memory_ids(row.memory_turns, memory.value_tokens) if fused else query_text(row, prompt, memory)
 
 
 def make_keys(model: AlignModel, seen: Encoded, texts: Sequence[tuple[int, ...]]) -> Float:
-    """Keys (E, key_dim) of pictures and, for the fused kind, the token ids that go with each."""
-    return picture_keys(model, seen.regions) if model.fused_key is None else fused_keys(model, seen.pooled, texts)
+    """Keys (E, key_dim) of pictures and, unless the key is the picture's alone, the token ids that go with each."""
+    if model.fused_key is not None:
+        return fused_keys(model, seen.pooled, texts)
+    pictures = picture_keys(model, seen.regions)
+    return pictures if model.question_key is None else joined(pictures, question_keys(model, texts))
 
 
 def picture_keys(model: AlignModel, regions: Float) -> Float:
@@ -72,3 +79,24 @@ def fused_keys(model: AlignModel, pooled: npt.NDArray[np.floating[Any]], texts: 
             features = torch.from_numpy(np.asarray(pooled[start : start + BATCH], np.float32))
             made.append(model.fused_key(features, embeddings(ids).float(), mask).numpy())
     return np.concatenate(made)
+
+
+def question_keys(model: AlignModel, texts: Sequence[tuple[int, ...]]) -> Float:
+    """The part of the keys, (E, Q), that the token ids of questions make."""
+    assert model.question_key is not None
+    with torch.inference_mode():
+        made: Float = model.question_key(question_words(model, texts)).numpy()
+    return made
+
+
+def question_words(model: AlignModel, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """What `QuestionKey` makes keys of, (E, D)."""
+    assert model.question_key is not None
+    embeddings, different = model.language.get_input_embeddings(), list(dict.fromkeys(texts))
+    made = []
+    with torch.inference_mode():
+        for start in range(0, len(different), BATCH):
+            ids, mask = pad_texts(different[start : start + BATCH])
+            made.append(model.question_key.words(embeddings(ids).float(), mask))
+    number = {text: i for i, text in enumerate(different)}
+    return torch.cat(made)[[number[text] for text in texts]]

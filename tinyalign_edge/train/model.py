@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
 from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
+from tinyalign_edge.train.question_key import QuestionKey
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
 PADDING = -1
 IGNORED = -100
+KEYS = ("key.", "question_key.", "fused_key.")  # names of weights that keys are made with begin so
 SLIDING = "sliding_attention"  # transformers' name of layers with a window
 
 
@@ -56,7 +58,8 @@ class AlignModel(nn.Module):
         rms = float(embeddings.float().pow(2).mean().sqrt())
         self.connector = projector or Connector(connector, rms, dropout=dropout)
         regions_dim = connector.feature_dim * memory.key_grid**2
-        self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim, regions_dim))
+        self.key = KeyProjection(connector, memory.key_grid, min(memory.key_dim - memory.question_dim, regions_dim))
+        self.question_key = QuestionKey(connector.width, memory.question_dim) if memory.question_dim else None
         self.fused_key = FusedKey(self.connector) if memory.key == "fused" else None
         self.memory_connector: MemoryConnector | SideBySideConnector | None = None
         self.value_encoder: ValueEncoder | RandomPerceiver | None = None
@@ -88,7 +91,7 @@ class AlignModel(nn.Module):
 
     def key_state(self) -> dict[str, Tensor]:
         """The part of `own_state` that keys are made with; it is not trained."""
-        return {name: value for name, value in self.own_state().items() if name.startswith(("key.", "fused_key."))}
+        return {name: value for name, value in self.own_state().items() if name.startswith(KEYS)}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Undo `own_state`; raises RuntimeError where names or shapes differ."""

@@ -10,6 +10,7 @@ import torch
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
+from tinyalign_edge.train.question_key import QUESTION_DIM
 from tinyalign_edge.train.settings import (
     ConnectorKind,
     ConnectorSettings,
@@ -40,7 +41,7 @@ class TrainOptions:
         stage: "instruct": the language model trains too, beginning at an aligned checkpoint.
         memory: what the entries carry; "paper": as TinyAlign's released code has it, key included.
         key: None: "fused" with the memory "paper", else "picture".
-        key_dim: of a picture's key; None: 128. A fused key has the language model's width.
+        key_dim: of a picture's key, or part of it; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
         gate: memory tokens can be closed, by what is learnt.
         copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memory "tokens", which
@@ -116,8 +117,10 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(
             f"--memory-from {options.memory_from}: there is nothing to join with --memory none; leave it out"
         )
-    if options.key == "fused" and options.memory == "none":
-        raise InputError("--key fused: there is no key with --memory none; leave it out")
+    if options.key in ("question", "fused") and options.memory == "none":
+        raise InputError(f"--key {options.key}: there is no key with --memory none; leave it out")
+    if options.key == "question" and options.memory == "paper":
+        raise InputError("--key question: the paper's memory has a fused key, or the picture's; choose one of these")
     for rate in ("learning_rate", "lm_learning_rate"):
         if not 0 < getattr(options, rate) < 10:
             raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
@@ -160,10 +163,12 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         raise InputError(
             f"--key-dim {options.key_dim}: a fused key has the width {connector.width}, as the LM; leave it out"
         )
-    widest = connector.feature_dim * options.key_grid**2
+    picture_dim = min(options.key_dim or settings.key_dim, connector.feature_dim * options.key_grid**2)
+    question_dim = min(QUESTION_DIM, connector.width) if settings.key == "question" else 0
     return replace(
         settings,
-        key_dim=connector.width if settings.key == "fused" else min(options.key_dim or settings.key_dim, widest),
+        key_dim=connector.width if settings.key == "fused" else picture_dim + question_dim,
+        question_dim=question_dim,
         latents=options.latents or (LATENTS if paper else settings.latents),
         latent_dim=options.latent_dim or (LATENT_DIM if paper else settings.latent_dim),
     )

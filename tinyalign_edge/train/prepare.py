@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row
 from tinyalign_edge.memory import Neighbours
+from tinyalign_edge.memory.side_by_side import joined
 from tinyalign_edge.progress import progress
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
@@ -21,7 +23,7 @@ from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
 from tinyalign_edge.train.feature_cache import FeatureCache
 from tinyalign_edge.train.features import Features, find_features, record_type
-from tinyalign_edge.train.keys import Float, Keys, fused_keys, query_text
+from tinyalign_edge.train.keys import Float, Keys, entry_text, fused_keys, query_text, question_keys, question_words
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import of_others, retrieve
@@ -118,9 +120,20 @@ def region_sample(seen: Seen) -> npt.NDArray[np.float32]:
     return seen.features.regions(pictures)
 
 
+def fit_keys(seen: Seen, model: AlignModel, prompt: Prompt) -> None:
+    """Take the projections that keys are made with from the training rows."""
+    model.key.fit(torch.from_numpy(region_sample(seen)))
+    if model.question_key is not None:
+        asked = [prompt.asked_ids(turn.question) for row in seen.training for turn in row.turns]
+        model.question_key.fit(question_words(model, asked))
+
+
 @dataclass(frozen=True)
 class Bank:
-    """The entries of the bank to be: rows with a picture, their numbers among the training rows, and their keys."""
+    """The entries of the bank to be: rows with a picture, their numbers among the training rows, and their keys.
+
+    With a "question" key, every question counts as a row of its own.
+    """
 
     rows: Corpus
     numbers: npt.NDArray[np.int64]  # (E,)
@@ -141,20 +154,24 @@ class Bank:
 
 def make_bank(seen: Seen, model: AlignModel, prompt: Prompt) -> Bank:
     """The training rows that have a picture; the first is what an entry is found by."""
-    numbers = np.array([i for i, pictures in enumerate(seen.training.pictures) if pictures], np.int64)
-    rows = seen.training.select(numbers)
-    limit = model.memory_settings.value_tokens
-    keys = make_keys(seen, model, rows, lambda row: prompt.memory_ids(row.memory_turns, limit))
-    return Bank(rows, numbers, keys)
+    memory = model.memory_settings
+    told = seen.training.questions()[0] if memory.key == "question" else seen.training
+    numbers = np.array([i for i, pictures in enumerate(told.pictures) if pictures], np.int64)
+    rows = told.select(numbers)
+    return Bank(rows, numbers, make_keys(seen, model, rows, lambda row: entry_text(row, prompt, memory)))
 
 
 def make_keys(seen: Seen, model: AlignModel, rows: Corpus, text: Callable[[Row], tuple[int, ...]]) -> Float:
-    """Keys (R, key_dim) of the first pictures of rows that have one; with a fused key, of the text of each, too."""
-    if model.fused_key is None:
+    """Keys (R, key_dim) of the first pictures of rows that have one; unless the key is the picture's alone, of the text
+    of each, too."""
+    if model.memory_settings.key == "picture":
         return picture_keys(seen, model, rows)
 
     def keys(part: range, pictures: list[int]) -> Float:
-        return fused_keys(model, seen.features.pooled(pictures), [text(rows[i]) for i in part])
+        texts = [text(rows[i]) for i in part]
+        if model.fused_key is not None:
+            return fused_keys(model, seen.features.pooled(pictures), texts)
+        return joined(keys_of_regions(model, seen.features.regions(pictures)), question_keys(model, texts))
 
     return _in_parts(rows, model.memory_settings.key_dim, keys)
 
@@ -179,21 +196,24 @@ def examples(
 ) -> tuple[Rows, list[Example], float]:
     """Training rows, held-out examples and the similarity floor of the memory.
 
-    A fused key is searched for with a question, so every question is then an example of its own.
+    Where a key tells what is asked, every question is an example of its own.
     """
+
+    def query(row: Row) -> tuple[int, ...]:
+        return query_text(row, prompt, memory)
+
     asked, held_out_asked, numbers = seen.training, seen.held_out, bank.numbers
     own = np.arange(len(bank.keys))
     queries, pictures = bank.keys, None
-    if memory.key == "fused":
+    if memory.key != "picture":
         held_out_asked, _ = seen.held_out.questions()
         asked, of = seen.training.questions()
-        numbers = np.flatnonzero(np.isin(of, bank.numbers))
-        own = np.searchsorted(bank.numbers, of[numbers])
-        queries = make_keys(
-            seen, model, asked.select(numbers), lambda row: query_text(row, prompt, memory.value_tokens)
-        )
         pictures = picture_keys(seen, model, bank.rows)
-    held_out_keys = make_keys(seen, model, held_out_asked, lambda row: query_text(row, prompt, memory.value_tokens))
+        if memory.key == "fused":  # an entry is found by all its questions
+            numbers = np.flatnonzero(np.isin(of, bank.numbers))
+            own = np.searchsorted(bank.numbers, of[numbers])
+            queries = make_keys(seen, model, asked.select(numbers), query)
+    held_out_keys = make_keys(seen, model, held_out_asked, query)
     found = retrieve(bank.rows.pictures, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
     if memory.shuffled:
         others = of_others(found.training, seed, own)
@@ -211,14 +231,15 @@ def examples(
 
 
 def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel) -> str:
-    """What the keys depend on: the encoder's weights, the preprocessing, the projection; of fused ones the texts'
-    embeddings, too."""
+    """What the keys depend on: the encoder's weights, the preprocessing, the projection; where they tell what is asked,
+    the texts' embeddings, too."""
     digest = hashlib.sha256(bytes.fromhex(vision.ref.sha256))
     digest.update(json.dumps(to_json(vision.image), sort_keys=True).encode())
     digest.update(model.key.mean.numpy().tobytes() + model.key.axes.numpy().tobytes())
-    if model.fused_key is not None:
-        digest.update(bytes.fromhex(language.ref.sha256))
-        digest.update(b"".join(weight.numpy().tobytes() for weight in model.fused_key.state_dict().values()))
+    for part in (model.question_key, model.fused_key):
+        if part is not None:
+            digest.update(bytes.fromhex(language.ref.sha256))
+            digest.update(b"".join(weight.numpy().tobytes() for weight in part.state_dict().values()))
     return digest.hexdigest()
 
 

@@ -31,9 +31,9 @@ from tinyalign_edge.train.options import (
 from tinyalign_edge.train.prepare import (
     examples,
     fingerprint,
+    fit_keys,
     fits_context,
     make_bank,
-    region_sample,
     see,
     without_long,
 )
@@ -129,8 +129,8 @@ def train(
             f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed"
         )
     if not begun.fitted:
-        state.fit_key(model, lambda: region_sample(seen))
-        model.key.load_state_dict(processes.of_first(model.key.state_dict()))
+        state.fit_keys(model, lambda: fit_keys(seen, model, begun.prompt))
+        model.load_state_dict(processes.of_first(model.key_state()), strict=False)
     bank = make_bank(seen, model, begun.prompt)
     rows, held_out_examples, floor = examples(seen, bank, model, begun.prompt, memory, seed=options.seed)
     memory = replace(memory, floor=floor, fingerprint=fingerprint(begun.vision, begun.language, model))

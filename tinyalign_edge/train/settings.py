@@ -10,7 +10,7 @@ from tinyalign_edge.bundle import ImageConfig, PromptConfig
 from tinyalign_edge.config import MemoryKind
 
 TrainedMemory = Literal["none", "tokens", "latents", "paper"]
-KeyKind = Literal["picture", "fused"]
+KeyKind = Literal["picture", "question", "fused"]
 Stage = Literal["align", "instruct"]
 ConnectorKind = Literal["pooled", "pixel_shuffle", "mlp"]
 
@@ -62,6 +62,7 @@ class MemorySettings:
     that the model learns to see by itself, and `dropout` the share of the others that see fewer, or none; with `gate`
     each memory token can be closed, from what it says and how similar its entry is.
 
+    A "question" key tells what is seen and what is asked, side by side: every question of a row is an entry of its own.
     Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
     where the "fused" key is, too.
     """
@@ -70,6 +71,7 @@ class MemorySettings:
     key: KeyKind = "picture"
     k: int = 4
     key_dim: int = 128
+    question_dim: int = 0  # of these dimensions, those of the question: the last ones of a "question" key
     key_grid: int = 1  # the key sees key_grid x key_grid regions of the picture; 1 is the mean of all features
     floor: float = -1.0
     value_tokens: int = 24

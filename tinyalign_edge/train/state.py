@@ -7,9 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from safetensors.torch import load_file, save_file
 
 from tinyalign_edge.config import read_json, to_json, write_json
@@ -42,15 +39,15 @@ class RunState:
         if run.is_file() and not resume:
             raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
 
-    def fit_key(self, model: AlignModel, regions: Callable[[], npt.NDArray[np.float32]]) -> None:
-        """Take the key projection from the pictures, or from the interrupted run: another machine's or thread
-        count's arithmetic differs in the last digits, and the keys must not."""
+    def fit_keys(self, model: AlignModel, fit: Callable[[], None]) -> None:
+        """Fit what keys are made with, or take it from the interrupted run: another machine's or thread count's
+        arithmetic differs in the last digits, and the keys must not."""
         kept = self.folder / KEY
         state = load_file(kept) if self.resume and kept.is_file() else {}
         if {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in model.key_state().items()}:
             model.load_own_state({**model.own_state(), **state})
         else:  # a new run, or one with other settings, which `begin` refuses
-            model.key.fit(torch.from_numpy(regions()))
+            fit()
 
     @property
     def resumed(self) -> bool:
