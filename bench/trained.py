@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.files import file_sha256
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from tinyalign_edge.train.options import TrainOptions, copying_steps, episodes_share, memory_from, memory_settings
 from tinyalign_edge.train.run import train
@@ -31,11 +32,12 @@ def trained(
     memory = memory_settings(options, config.connector)
     share = episodes_share(options, memory)
     wanted = {f"memory.{name}": value for name, value in asdict(memory).items() if name not in KNOWN_LATER}
-    wanted |= {name: getattr(options, name) for name in SAME}
+    wanted |= {name: getattr(options, name) for name in SAME} | {"data": (file_sha256(data),)}
     wanted |= {"episodes": share, "memory_from": memory_from(options, whole=config.whole)}
     if config.training.copying_steps:
         wanted["copying_steps"] = copying_steps(config.training.steps)
     found = {f"memory.{name}": value for name, value in asdict(config.memory).items()} | asdict(config.training)
+    found["data"] = tuple(source.sha256 for source in config.training.data)
     for name, value in wanted.items():
         if found[name] != value:
             raise InputError(f"{folder}: was trained with {name} {found[name]}, not {value} as wanted here; remove it")

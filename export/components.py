@@ -145,6 +145,7 @@ def _memory(source: Source) -> MemoryBlock:
         first=settings.first,
         key_dim=settings.key_dim,
         question_dim=settings.question_dim,
+        question_weight=settings.question_weight if settings.question_dim else 0.0,
         value_tokens=settings.value_tokens,
         latents=settings.latents if settings.kind == "latents" else 0,
         latent_dim=settings.latent_dim if settings.kind == "latents" else 0,

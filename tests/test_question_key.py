@@ -18,7 +18,7 @@ from tinyalign_edge.data import Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError  # noqa: E402
 from tinyalign_edge.export.question_graph import FILE, export_question_key  # noqa: E402
 from tinyalign_edge.export.run import ExportOptions, export  # noqa: E402
-from tinyalign_edge.memory.side_by_side import QUESTION_WEIGHT, joined  # noqa: E402
+from tinyalign_edge.memory.side_by_side import joined  # noqa: E402
 from tinyalign_edge.runtime.answerer import BundleAnswerer  # noqa: E402
 from tinyalign_edge.runtime.build import BuildOptions, build  # noqa: E402
 from tinyalign_edge.runtime.memory import open_bank  # noqa: E402
@@ -63,10 +63,10 @@ def test_cosines_of_keys_are_weighted_means_of_those_of_their_parts() -> None:
         (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
         for x in (random.normal(size=(5, 8)), random.normal(size=(5, 4)))
     )
-    keys = joined(pictures, questions)
-    wanted = (1 - QUESTION_WEIGHT) * pictures @ pictures.T + QUESTION_WEIGHT * questions @ questions.T
+    keys = joined(pictures, questions, 0.7)
+    wanted = 0.3 * pictures @ pictures.T + 0.7 * questions @ questions.T
     assert np.allclose(keys @ keys.T, wanted, atol=1e-6)
-    nothing = joined(pictures, np.zeros((5, 4), np.float32))
+    nothing = joined(pictures, np.zeros((5, 4), np.float32), 0.7)
     assert np.array_equal(nothing[:, :8], pictures)
     assert not nothing[:, 8:].any()
 

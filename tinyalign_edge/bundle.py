@@ -137,8 +137,8 @@ class MemoryBlock:
     are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers.
 
     `question_file`, unless `question_dim` is 0, is the graph by which a retrieval key tells what is asked, too: `text`
-    (T, D) float32, embeddings of a question's ids -> `question` (question_dim,) float32, of length 1 or 0. The key
-    (key_dim,) has it beside the picture's `key`: see `tinyalign_edge.memory.side_by_side`.
+    (T, D) float32, embeddings of a question's ids -> `question` (question_dim,) float32, of length 1 or 0. A retrieval
+    key (key_dim,) has it beside the picture's `key`, with `question_weight`: see `tinyalign_edge.memory.side_by_side`.
 
     `value_file`, for "latents" alone, is the graph by which new entries are made: `features` (1, N, C) float32 of the
     vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
@@ -162,6 +162,7 @@ class MemoryBlock:
     key_dim: int = 0
     key_dtype: Literal["int8"] = "int8"
     question_dim: int = 0  # of key_dim
+    question_weight: float = 0.0
     value_tokens: int = 0  # the most ids kept of one entry's text, or read of it
     latents: int = 0  # "latents": L
     latent_dim: int = 0
@@ -300,6 +301,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "sizes of tensors": min(sizes) > 0 and min(optional) >= 0 and max(sizes + optional) <= 1 << 24,
         "decoder name templates": all(t.count("%") == 1 and "%d" in t for t in templates),
         "memory.k": 0 <= memory.k <= 4096,
+        "memory.question_weight": 0 <= memory.question_weight <= 1,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
         "memory.value_file": (memory.value_file is not None) == (memory.kind == "latents") == (vision.feature_dim > 0),
         "memory.copy_end": memory.copy_end is None or 0 <= memory.copy_end < decoder.vocab_size,

@@ -33,7 +33,8 @@ class KeyMaker:
     def __init__(
         self, folder: Path, manifest: Manifest, prompt: Prompt, embed: Callable[[npt.NDArray[np.int64]], Float]
     ) -> None:
-        file, self._dim = manifest.memory.question_file, manifest.memory.question_dim
+        memory = manifest.memory
+        file, self._dim, self._weight = memory.question_file, memory.question_dim, memory.question_weight
         self._prompt, self._embed, self.asks = prompt, embed, file is not None
         if file is not None:
             self._path = folder / file
@@ -45,7 +46,7 @@ class KeyMaker:
         are of pictures alone."""
         if not self.asks:
             return picture
-        return joined(picture, self._question(question))
+        return joined(picture, self._question(question), self._weight)
 
     def _question(self, question: str) -> Float:
         ids = np.array(self._prompt.asked_ids(question), np.int64)

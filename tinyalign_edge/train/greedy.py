@@ -35,7 +35,8 @@ def greedy_answers(
                    use_cache=True)  # fmt: skip
         hidden, cache = out.last_hidden_state, out.past_key_values
         if texts is None and memory is not None and model.copy_head is not None:
-            texts = model.texts(hidden, memory_mask, memory)
+            first = hidden[torch.arange(len(hidden)), (~mask).sum(dim=1)]  # in place of what stands before it: padding
+            texts = model.texts(torch.where(mask[..., None], hidden, first[:, None]), memory_mask, memory)
         scores = model.vocabulary_logits(hidden[:, -1])
         if texts is not None and model.copy_head is not None:
             shares = model.copy_head.shares(hidden[:, -1:], read[:, -1:], texts)

@@ -59,7 +59,11 @@ def make_keys(model: AlignModel, seen: Encoded, texts: Sequence[tuple[int, ...]]
     if model.fused_key is not None:
         return fused_keys(model, seen.pooled, texts)
     pictures = picture_keys(model, seen.regions)
-    return pictures if model.question_key is None else joined(pictures, question_keys(model, texts))
+    return (
+        pictures
+        if model.question_key is None
+        else joined(pictures, question_keys(model, texts), model.memory_settings.question_weight)
+    )
 
 
 def picture_keys(model: AlignModel, regions: Float) -> Float:

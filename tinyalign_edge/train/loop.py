@@ -205,9 +205,10 @@ def _out_of_memory(settings: TrainSettings) -> Iterator[None]:
             raise
         smaller = max(1, settings.micro_batch // 2)
         other = "" if settings.bf16 else ", --bf16"
+        same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
         raise TinyAlignError(
-            f"out of memory with {settings.micro_batch} rows at once; --resume --micro-batch {smaller} gives the same "
-            f"results in less (in a new run: fewer --visual-tokens or --neighbours{other})"
+            f"out of memory with {settings.micro_batch} rows at once; --resume --micro-batch {smaller} "
+            f"{same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
         ) from None
 
 

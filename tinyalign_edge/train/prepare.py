@@ -171,7 +171,8 @@ def make_keys(seen: Seen, model: AlignModel, rows: Corpus, text: Callable[[Row],
         texts = [text(rows[i]) for i in part]
         if model.fused_key is not None:
             return fused_keys(model, seen.features.pooled(pictures), texts)
-        return joined(keys_of_regions(model, seen.features.regions(pictures)), question_keys(model, texts))
+        seen_keys = keys_of_regions(model, seen.features.regions(pictures))
+        return joined(seen_keys, question_keys(model, texts), model.memory_settings.question_weight)
 
     return _in_parts(rows, model.memory_settings.key_dim, keys)
 

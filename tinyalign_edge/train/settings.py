@@ -72,6 +72,7 @@ class MemorySettings:
     k: int = 4
     key_dim: int = 128
     question_dim: int = 0  # of these dimensions, those of the question: the last ones of a "question" key
+    question_weight: float = 0.8  # of it: the same question comes first, and among those the picture that looks alike
     key_grid: int = 1  # the key sees key_grid x key_grid regions of the picture; 1 is the mean of all features
     floor: float = -1.0
     value_tokens: int = 24
