@@ -41,8 +41,8 @@ class BuildOptions:
     Attributes:
         shard_rows: rows of a shard, the unit that is not repeated after an interruption.
         skip_bad: count rows that cannot be used, instead of ending with the first.
-        value_tokens: token ids kept of an entry, at most the bundle's; None: as many as the bundle's. Where fewer cut an
-            entry short, the copy term takes what is left for the whole.
+        value_tokens: token ids kept of an entry, at most the bundle's; None: as many as the bundle's. Where fewer cut
+            an entry short, the copy term takes what is left for the whole.
         thumbnails: keep a small JPEG of every entry's picture.
         part: what this process does; None: what `torchrun` or `accelerate launch` say, or all.
         budget_bytes: what the bank's files may take, its graph apart; None: all entries are kept.

@@ -98,6 +98,14 @@ class Memory:
         """Whether entries are found by what is asked, too."""
         return self._keys.asks
 
+    def searched(self, question: str) -> tuple[str, int, str]:
+        """What the memories of a picture stay right for: `version` and, if they are found by it, the question."""
+        return *self.version, question if self.asks else ""
+
+    def recall(self, picture: Float, question: str) -> tuple[Entry, ...]:
+        """What the model reads of a picture's key (P,) and a question; nothing while that is needed and not known."""
+        return () if self.asks and not question else self.nearest(self._keys.key(picture, question))
+
     def search(
         self,
         image: ImageLike | EncodedImage,

@@ -186,7 +186,7 @@ class Model:
         started = time.perf_counter()
         searched, found = None, tuple(memories or ())
         if memories is None and seen.key is not None and memory is not None:
-            searched, found = self._search(memory, seen.key, question)
+            searched, found = memory.searched(question), memory.recall(seen.key, question)
         if len(found) > self.manifest.memory.k:
             raise InputError(f"{len(found)} memories: the model reads at most {self.manifest.memory.k}")
         tokens = self.memory_tokens(found)
@@ -299,10 +299,10 @@ class Model:
         """
         self._check_encoder(image)
         memory = self.memory
-        if memory is None or image.key is None or image.searched in (None, self._searched(memory, question)):
+        if memory is None or image.key is None or image.searched in (None, memory.searched(question)):
             return image
         started = time.perf_counter()
-        searched, found = self._search(memory, image.key, question)
+        searched, found = memory.searched(question), memory.recall(image.key, question)
         tokens = self.memory_tokens(found)
         timings = {**image.timings_ms, "retrieve": (time.perf_counter() - started) * 1000}
         return replace(image, memories=found, memory_tokens=tokens, searched=searched, timings_ms=timings)
@@ -354,15 +354,6 @@ class Model:
     def _check_encoder(self, image: EncodedImage) -> None:
         if image.encoder not in ("", self._encoder):
             raise InputError("image: it was encoded by another model; encode it with this one")
-
-    def _searched(self, memory: Memory, question: str) -> tuple[str, int, str]:
-        """What memories stay right for: the memory as it is and, if they are found by it, the question."""
-        return *memory.version, question if self.keys.asks else ""
-
-    def _search(self, memory: Memory, key: Float, question: str) -> tuple[tuple[str, int, str], tuple[Entry, ...]]:
-        searched = self._searched(memory, question)
-        waits = self.keys.asks and not question
-        return searched, () if waits else memory.nearest(self.keys.key(key, question))
 
     def _forget_read(self) -> None:
         """Let go of what was read: the memories in it may be forgotten now, or the model is closed."""
