@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from tinyalign_edge.train.watcher import Watcher
 STATE_WEIGHTS = "trained.safetensors"
 WHOLE = "whole"  # a file that says that all others beside it are written
 LANGUAGE_PREFIX = "language."
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def fit(
@@ -52,6 +54,26 @@ def fit(
     if last is not None and _step(last) >= settings.steps:  # the Trainer would make one step more
         load_trained(model, last)
         return
+    with ExitStack() as stack:
+        stack.enter_context(_out_of_memory(settings))
+        stack.enter_context(_own_precision())
+        arguments = _arguments(settings, state, processes)
+        advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
+        watcher = Watcher(collate, held_out, settings, metrics, advance, before)
+        trainer = AlignTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
+        )
+        trainer.lm_learning_rate = settings.lm_learning_rate
+        trainer.memory_from = min(settings.steps - 1, round(settings.memory_from * settings.steps))
+        watcher.seen_tokens = trainer.take_tokens
+        trainer.remove_callback(PrinterCallback)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")  # states are ordered by their steps then
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def _arguments(settings: TrainSettings, state: Path, processes: Processes) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=settings.steps,
@@ -77,21 +99,7 @@ def fit(
         dataloader_pin_memory=settings.device != "cpu",
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would split a batch's memory at the wrong rows
-    with ExitStack() as stack:
-        stack.enter_context(_out_of_memory(settings))
-        advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
-        watcher = Watcher(collate, held_out, settings, metrics, advance, before)
-        trainer = AlignTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
-        )
-        trainer.lm_learning_rate = settings.lm_learning_rate
-        trainer.memory_from = min(settings.steps - 1, round(settings.memory_from * settings.steps))
-        watcher.seen_tokens = trainer.take_tokens
-        trainer.remove_callback(PrinterCallback)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        warnings.filterwarnings("ignore", message="mtime may not be reliable")  # states are ordered by their steps then
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return arguments
 
 
 class AlignTrainer(Trainer):
@@ -193,6 +201,19 @@ def last_whole(state: Path) -> Path | None:
 
 def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """transformers leaves a run's precision in the environment and takes it from there where a run has none of its own:
+    every run that follows one in bf16 would be in bf16, too."""
+    before = os.environ.pop(PRECISION, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRECISION, None)
+        if before is not None:
+            os.environ[PRECISION] = before
 
 
 @contextmanager
