@@ -71,6 +71,28 @@ def test_cosines_of_keys_are_weighted_means_of_those_of_their_parts() -> None:
     assert not nothing[:, 8:].any()
 
 
+def test_of_many_held_out_questions_evenly_spaced_ones_are_evaluated(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import prepare
+    from tinyalign_edge.train.watcher import Watcher
+
+    seen = []
+    begin = Watcher.on_train_begin
+
+    def look(self: Any, *args: Any, **given: Any) -> None:
+        seen.append(self.held_out)
+        begin(self, *args, **given)
+
+    monkeypatch.setattr(Watcher, "on_train_begin", look)
+    for most in (prepare.HELD_OUT_ASKED, 5):
+        monkeypatch.setattr(prepare, "HELD_OUT_ASKED", most)
+        train_tiny(world, towers, tmp_path / str(most), key="question", steps=1, episodes=0.0)
+    every, some = ([example.turns for example in examples] for examples in seen)
+    assert len(some) <= 5 < len(every)
+    assert some == every[:: -(-len(every) // 5)]
+
+
 def test_the_graph_computes_what_torch_computes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     key, texts = QuestionKey(12, 6), [torch.randn(n, 12) for n in (1, 4, 9)]

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("optimum")
 
 from tinyalign_edge.bench import trained
-from tinyalign_edge.bench.study import measure, plan, runner, tables
+from tinyalign_edge.bench.study import datasets, measure, plan, runner, tables
 from tinyalign_edge.bench.study.datasets import DataSet, with_captions
 from tinyalign_edge.bench.study.goals import Goal, goals
 from tinyalign_edge.bench.study.measure import Bench
@@ -22,7 +22,7 @@ from tinyalign_edge.bench.study.plan import Part, Run
 from tinyalign_edge.bench.study.report import Places, filled, write_report
 from tinyalign_edge.bench.study.runner import run_missing
 from tinyalign_edge.bench.study.score import ask
-from tinyalign_edge.bench.study.store import keep, results
+from tinyalign_edge.bench.study.store import keep, results, take_up
 from tinyalign_edge.bench.study.summary import steps_ratio, summarise
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import InputError
@@ -49,10 +49,10 @@ def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> No
     parts = plan.plan()
     assert len({part.name for part in parts}) == len(parts)
     mine = [part.name for part in parts if part.run.seed != plan.TUNING_SEED]
-    assert mine[:4] == [
-        "caltech.baseline.100.0.scores", "caltech.memory.100.0.scores",
-        "easy_vqa.baseline.100.0.scores", "easy_vqa.memory.100.0.scores",
-    ]  # fmt: skip
+    assert mine[:2] == ["caltech.baseline.100.0.scores", "caltech.memory.100.0.scores"]
+    assert mine.index(f"caltech.{plan.ABLATIONS[0]}.100.0.scores") > max(
+        mine.index(f"{name}.memory.40.2.scores") for name in plan.MAIN
+    )
     for name in plan.MAIN:
         for arm in ("baseline", "memory"):
             done = {
@@ -136,6 +136,24 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
         with pytest.raises(InputError, match=message):
             bench.checkpoint(run)
     assert "0 of 5" in runner.time_left(bench.out, parts)
+
+
+def test_what_the_repository_records_is_done_and_a_result_of_ones_own_counts_more(tmp_path: Path) -> None:
+    parts = [SCORES, *(Part(SCORES.run, kind) for kind in ("emi", "copy")), Part(Run("other", "memory"), "scores")]
+    recorded = {SCORES.name: {"loss": 1.0}, parts[1].name: {"image": 2.0}, "tiny.not-planned.100.0.scores": {}}
+    (tmp_path / "tiny.json").write_text(json.dumps({"parts": recorded}), "utf-8")
+    keep(tmp_path / "out", SCORES, {"loss": 3.0})
+    take_up(tmp_path / "out", tmp_path, parts)
+    assert results(tmp_path / "out", parts) == {SCORES.name: {"loss": 3.0}, parts[1].name: {"image": 2.0}}
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2
+
+
+def test_of_many_test_questions_evenly_spaced_ones_are_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = bench.dataset("tiny")
+    rows = tiny.test_rows()
+    for most, step in ((len(rows), 1), (len(rows) - 1, 2), (3, -(-len(rows) // 3))):
+        monkeypatch.setattr(datasets, "MOST_ASKED", most)
+        assert tiny.test_rows() == rows[::step]
 
 
 @pytest.mark.slow

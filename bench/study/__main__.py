@@ -2,9 +2,10 @@
 
     python -m tinyalign_edge.bench.study [--out runs/study] [--parts PATTERN ...] [--list | --report]
 
-Needs `TINYALIGN_SHARED`. Every part is a file below `--out`; parts that are there are not repeated, and a training that
-was killed goes on. Afterwards, or with `--report` alone, the results are gathered in `bench/results/study/` and the
-figures and tables of `docs/study.md` are made anew, from whatever parts there are.
+Needs `TINYALIGN_SHARED`. Every part is a file below `--out`, which begins with what `bench/results/study/` holds
+(`--afresh`: with nothing); parts that are there are not repeated, and a training that was killed goes on. Afterwards,
+or with `--report` alone, the results are gathered in `bench/results/study/` and the figures and tables of
+`docs/study.md` are made anew, from whatever parts there are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 from tinyalign_edge.bench.study.datasets import find_dataset
 from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import plan
-from tinyalign_edge.bench.study.report import write_report
+from tinyalign_edge.bench.study.report import Places, write_report
 from tinyalign_edge.bench.study.runner import chosen, run_missing, time_left
-from tinyalign_edge.bench.study.store import results
+from tinyalign_edge.bench.study.store import results, take_up
 
 
 def main() -> None:
@@ -28,7 +29,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["*"], metavar="PATTERN", help="only those of these names")
     parser.add_argument("--list", action="store_true", help="show the parts, those that are done with an x")
     parser.add_argument("--report", action="store_true", help="train and measure nothing")
+    parser.add_argument("--afresh", action="store_true", help="measure again what is recorded in the repository")
     given = parser.parse_args()
+    if not given.afresh:
+        take_up(given.out, Places().results, plan())
     parts = chosen(plan(), given.parts)
     if given.list:
         done = results(given.out, parts)

@@ -114,7 +114,7 @@ def scores(bench: Bench, run: Run) -> Result:
     lines = (answerer.checkpoint.folder / METRICS).read_text("utf-8").splitlines()
     own: MemoryMode = "shuffled" if config.memory.shuffled else "own"
     result = summarise(ask(answerer, rows, memory=own))
-    if answerer.has_memory:
+    if answerer.has_memory and run.share == 100:
         result["empty_bank"] = summarise(ask(answerer, rows, memory="none"))
     training = to_json(config.training)
     for path in ("data", "images"):  # where they lie is a matter of the machine

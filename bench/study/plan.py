@@ -59,6 +59,7 @@ ARMS = {
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, "episodes": 0.0}),
     "from-start": Arm("token ids that are read from the first step", {**TOKENS, "memory_from": 0.0}),
     "after": Arm("token ids that stand after the picture", {**TOKENS, "memory_first": False}),
+    "gate": Arm("token ids that can be copied, with a gate", {**TOKENS, "gate": True}),
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
@@ -70,33 +71,19 @@ ARMS = {
     "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper", "key": "fused"}),
 }
 RATES = (1e-3, 3e-3, 1e-2)
-DECAYS = (0.01, 0.3)  # weight decays beside the data sets' own
-DROPOUT_RATE = 1e-2  # learning rate of the trials of dropout
-DROPOUT = 0.5  # of what the connector reads
-FEW = 40  # per cent of the training pictures, with which dropout is tried as well
-LATER = 0.5  # share of the steps before the memory is read
-MADE_UP = (0.0, 0.25, 0.5)  # shares of rows with made-up names beside the default
-ALONE = 0.25  # share of rows without memory
+JOINS = (0.0625, 0.125, 0.25)  # shares of the steps before the memory is read
 TRIALS = {
-    **{f"{arm}-lr-{rate:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, learning rate {rate:g}",
-                                     changes={**ARMS[arm].changes, "learning_rate": rate})
-       for arm in ("baseline", "memory") for rate in RATES},
-    **{f"{arm}-decay-{decay:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, weight decay {decay:g}",
-                                         changes={**ARMS[arm].changes, "weight_decay": decay})
-       for arm in ("baseline", "memory") for decay in DECAYS},
-    **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
-                                 changes={**ARMS[arm].changes, "dropout": DROPOUT, "learning_rate": DROPOUT_RATE})
-       for arm in ("baseline", "memory")},
-    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
-       for arm in ("baseline", "memory")},
-    **{f"memory-episodes-{share:g}": Arm(f"{share:.0%} of the rows with made-up names", {**TOKENS, "episodes": share})
-       for share in MADE_UP},
-    "memory-later": Arm(f"memory read after {LATER:.0%} of the steps", {**TOKENS, "memory_from": LATER}),
-    "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
+    **{f"baseline-lr-{rate:g}": replace(ARMS["baseline"], title=f"no memory, learning rate {rate:g}",
+                                        changes={**BASELINE, "learning_rate": rate})
+       for rate in RATES},
+    "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
+    **{f"memory-from-{share:g}": replace(ARMS["memory"], title=f"memory read after {share:.0%} of the steps",
+                                         changes={**TOKENS, "memory_from": share})
+       for share in JOINS},
 }  # fmt: skip
 ABLATIONS = (
-    "no-copy", "no-episodes", "from-start", "picture", "question", "after", "turns", "latents", "k-1", "k-2", "k-8",
-    "k-16", "latents-2", "latents-4", "latents-16", "latents-32", "random", "fused", "paper",
+    "no-copy", "picture", "question", "fused", "latents", "random", "k-1", "k-16", "latents-2", "latents-32", "gate",
+    "half", "k-2", "k-8", "latents-4", "latents-16", "paper", "from-start", "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN_KEY = {"caltech": "picture", "easy_vqa": "question"}  # of the arm "memory", which is no ablation
 
@@ -145,50 +132,34 @@ def rate_trials(name: str) -> dict[float, Part]:
 
 def trial_runs(name: str) -> list[Run]:
     """The trials of a data set: all of them where the design was chosen, elsewhere those of rate and steps."""
-    if name != TAUGHT:
-        return [Run(name, arm, seed=TUNING_SEED) for arm in TRIALS if "-lr-" in arm or arm.endswith("-long")]
-    few = [f"{arm}-{kind}" for arm in ("baseline", "memory") for kind in (f"lr-{DROPOUT_RATE:g}", "dropout")]
-    return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, TRIALS), (FEW, few)) for arm in arms]
+    return [Run(name, arm, seed=TUNING_SEED) for arm in TRIALS if name == TAUGHT or arm.startswith("baseline-")]
 
 
 def _ordered() -> Iterator[Part]:
+    """What is measured of a run follows its training: where checkpoints are lost, few have to be trained again."""
     for name in MAIN:
         yield from rate_trials(name).values()
-        for arm in ("baseline", "memory"):
-            yield Part(Run(name, arm), "scores")
-    for name in MAIN:
-        yield Part(Run(name, "memory"), "copy")
-        yield Part(Run(name, "memory"), "emi")
-        yield Part(Run(name, "baseline-long", seed=TUNING_SEED), "scores")
-    yield Part(Run(TAUGHT, "memory"), "teach")
-    yield from _shares(0)
-    yield from _controls(0)
-    for seed in SEEDS[1:]:
+    for seed in SEEDS:
         for name in MAIN:
-            for arm in ("baseline", "memory"):
-                yield Part(Run(name, arm, seed=seed), "scores")
-    for seed in SEEDS[1:]:
-        yield from _shares(seed)
-        yield from _controls(seed)
+            yield from _share(name, 100, seed)
+            yield from _measures(name, seed)
+            yield from _share(name, 40, seed)
     for name in DATASETS:
         yield from rate_trials(name).values()
-        for arm in ("baseline", "memory"):
-            yield Part(Run(name, arm), "scores")
-    for name in DATASETS:
+        yield from _share(name, 100, 0)
         yield from _measures(name, 0)
         for share in SHARES:
             yield from _share(name, share, 0)
-    for name in MAIN:
-        yield from (Part(run, "scores") for run in trial_runs(name))
     for arm in ABLATIONS:
         yield from (Part(Run(name, arm), "scores") for name in MAIN if arm != OWN_KEY[name])
-    yield from (Part(Run(TAUGHT, arm), "teach") for arm in ("no-copy", "no-episodes"))
-
-
-def _shares(seed: int) -> Iterator[Part]:
+        if arm in ("no-copy", "no-episodes"):
+            yield Part(Run(TAUGHT, arm), "teach")
     for share in SHARES:
-        for name in MAIN:
-            yield from _share(name, share, seed)
+        for seed in SEEDS:
+            for name in MAIN:
+                yield from _share(name, share, seed)
+    for name in DATASETS:
+        yield from (Part(run, "scores") for run in trial_runs(name))
 
 
 def _share(name: str, share: int, seed: int) -> Iterator[Part]:
@@ -198,20 +169,17 @@ def _share(name: str, share: int, seed: int) -> Iterator[Part]:
         yield Part(Run(name, "memory", share, seed), "full_bank")
 
 
-def _controls(seed: int) -> Iterator[Part]:
-    for name in MAIN:
-        yield from _measures(name, seed)
-        yield Part(Run(name, "half", seed=seed), "scores")
-
-
 def _measures(name: str, seed: int) -> Iterator[Part]:
-    yield Part(Run(name, "shuffled", seed=seed), "scores")
-    yield Part(Run(name, "memory", seed=seed), "copy")
-    if name == TAUGHT:
-        yield Part(Run(name, "memory", seed=seed), "teach")
-    for arm in ("memory", "baseline", "shuffled"):
-        yield Part(Run(name, arm, seed=seed), "emi")
-    yield Part(Run(name, "memory", seed=seed), "int8")
-    yield Part(Run(name, "baseline", seed=seed), "int8")
-    if seed == 0:
-        yield Part(Run(name, "memory", seed=seed), "bank_sizes")
+    memory, baseline, shuffled = (Run(name, arm, seed=seed) for arm in ("memory", "baseline", "shuffled"))
+    kinds: list[Kind] = [
+        "copy",
+        "emi",
+        "int8",
+        *(["teach"] if name == TAUGHT else []),
+        *(["bank_sizes"] if seed == 0 else []),
+    ]
+    yield from (Part(memory, kind) for kind in kinds)
+    yield Part(shuffled, "scores")
+    yield Part(shuffled, "emi")
+    yield Part(baseline, "emi")
+    yield Part(baseline, "int8")

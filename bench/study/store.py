@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,17 @@ Results = dict[str, dict[str, Any]]  # by the names of the parts
 def results(out: Path, parts: Iterable[Part]) -> Results:
     """What is there."""
     return {part.name: read_json(_file(out, part)) for part in parts if is_done(out, part)}
+
+
+def take_up(out: Path, recorded: Path, parts: Collection[Part]) -> None:
+    """Count what the repository holds as done: write every result of the files in `recorded` that `out` lacks."""
+    known: Results = {}
+    for dataset in dict.fromkeys(part.run.dataset for part in parts):
+        if (file := recorded / f"{dataset}.json").is_file():
+            known |= read_json(file)["parts"]
+    for part in parts:
+        if part.name in known and not is_done(out, part):
+            keep(out, part, known[part.name])
 
 
 def is_done(out: Path, part: Part) -> bool:
