@@ -64,7 +64,7 @@ def _of(name: str, part: dict[str, Any]) -> Iterator[Goal]:
     yield Goal(name, "score with shuffled memory, minus the baseline's",
                compared(sub, "score.shuffled_memory", "score.baseline.100"), 0.0, True)  # fmt: skip
     int8 = {
-        f"{kind} questions, arm {arm}": (f"{score}.int8.{arm}", f"{score}.{arm}.100")
+        f"{kind} questions, arm {arm}": (f"{score}.int8.{arm}", f"{score}.int8_in_torch.{arm}")
         for arm in ("baseline", "memory")
         for kind, score in (("open", "score"), ("yes/no", "score_yes_no"))
     }

@@ -91,23 +91,30 @@ def figures(done: Results, name: str) -> dict[str, Any]:
             "empty_bank": value("memory", "scores", "empty_bank", "loss"),
             "half_the_steps": value("half", "scores", "loss"),
             "int8": {arm: value(arm, "int8", "loss") for arm in COMPARED},
+            "int8_in_torch": {arm: value(arm, "int8", "fp32", "loss") for arm in COMPARED},
         },
         "steps_to_baseline_loss_ratio": Figure.of(lambda seed: steps_ratio(done, name, seed)),
         "score": _scores(done, name, "open"),
         "score_yes_no": _scores(done, name, "yes_no"),
-        "emi": {
-            "image": value("memory", "emi", "image"),
-            "memory": value("memory", "emi", "memory"),
-            "shuffled": value("shuffled", "emi", "shuffled_memory"),
-            "image_of_baseline": value("baseline", "emi", "image"),
-            "int8": {
-                "image": value("memory", "int8", "emi", "image"),
-                "memory": value("memory", "int8", "emi", "memory"),
-                "image_of_baseline": value("baseline", "int8", "emi", "image"),
-            },
-        },
+        "emi": _told(value),
         **(_taught(value) if name == TAUGHT else {}),
     }
+
+
+def _told(value: Callable[..., Figure]) -> dict[str, Any]:
+    int8 = {
+        "image": value("memory", "int8", "emi", "image"),
+        "memory": value("memory", "int8", "emi", "memory"),
+        "image_of_baseline": value("baseline", "int8", "emi", "image"),
+    }
+    float32 = {
+        "image": value("memory", "emi", "image"),
+        "memory": value("memory", "emi", "memory"),
+        "image_of_baseline": value("baseline", "emi", "image"),
+    }
+    same_seeds = {key: figure.for_seeds_of(int8[key]) for key, figure in float32.items()}
+    shuffled = value("shuffled", "emi", "shuffled_memory")
+    return {**float32, "shuffled": shuffled, "int8": int8, "int8_in_torch": same_seeds}
 
 
 def _taught(value: Callable[..., Figure]) -> dict[str, Any]:
@@ -132,4 +139,5 @@ def _scores(done: Results, name: str, questions: str) -> dict[str, Any]:
         "copy_neighbour": one("memory", "copy"),
         "empty_bank": one("memory", "scores", "empty_bank"),
         "int8": {arm: one(arm, "int8") for arm in COMPARED},
+        "int8_in_torch": {arm: one(arm, "int8", "fp32") for arm in COMPARED},  # the questions that int8 was asked
     }

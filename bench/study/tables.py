@@ -214,14 +214,16 @@ def bundles(done: Results, summary: Summary) -> str:
         kinds = dict(_kinds(done, name))
         for arm in COMPARED:
             if loss["int8"][arm]["seeds"]:
-                cells = [_spread(figures, "{:.4f}") for figures in (loss[arm], loss["int8"][arm])]
+                cells = [_spread(figures, "{:.4f}") for figures in (loss["int8_in_torch"][arm], loss["int8"][arm])]
                 for title, _, key in KINDS:
                     part = summary[name][key] if title in kinds else None
-                    cells += [NONE, NONE] if part is None else [_share(part[arm]["100"]), _share(part["int8"][arm])]
+                    cells += (
+                        [NONE, NONE] if part is None else [_share(part[way][arm]) for way in ("int8_in_torch", "int8")]
+                    )
                 rows.append((name, arm, *cells))
         if emi["int8"]["image"]["seeds"]:
             for title, key in INFORMATION.items():
-                told.append((name, title, *(_spread(figures[key], "{:+.4f}") for figures in (emi, emi["int8"]))))
+                told.append((name, title, *(_spread(emi[way][key], "{:+.4f}") for way in ("int8_in_torch", "int8"))))
     head = ("data", "arm", "test loss", "int8", "open, %", "int8", "yes/no, %", "int8")
     return (
         f"{markdown_table(head, rows)}\n\n{markdown_table(('data', 'nats an answer token', 'float32', 'int8'), told)}"
