@@ -206,9 +206,9 @@ def teach(bench: Bench, run: Run) -> Result:
 
 
 def int8(bench: Bench, run: Run) -> Result:
-    """The same questions, or about `ONE_BY_ONE` of more, asked of the int8 bundle of the run's checkpoint, one by one, and
-    of torch; where there are classes that no training saw, what the bundle learns of them; with the first seed also what
-    picture and memory tell."""
+    """The same questions, or about `ONE_BY_ONE` of more, asked of the int8 bundle of the run's checkpoint, one by one,
+    and of torch; where there are classes that no training saw, what the bundle learns of them; with the first seed also
+    what picture and memory tell."""
     rows = bench.rows(run)
     rows = rows[:: max(1, len(rows) // ONE_BY_ONE)]
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
