@@ -97,7 +97,7 @@ def train(
     ] = None,
     memory_from: Annotated[
         float | None,
-        typer.Option(help="Share of the steps before the memory is read (new connectors: 0.125)."),
+        typer.Option(help="Share of the steps before the memory is read (new connectors: 0.25)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,

@@ -40,7 +40,7 @@ class Arm:
         steps = round((of.steps or 0) * self.steps)
         options = replace(of, **{"fraction": share / 100, "seed": seed, "steps": steps, **self.changes})
         if options.memory == "none":
-            options = replace(options, key=None)
+            options = replace(options, key=None, memory_from=None)
         if options.key in ("question", "fused"):  # as many questions a step
             options = replace(options, batch_size=of.batch_size * QUESTIONS_A_ROW.get(dataset, 1))
         return options
@@ -68,10 +68,11 @@ ARMS = {
     "question": Arm("token ids, key of picture and question", {**TOKENS, "key": "question"}),
     "random": Arm("32 random latents, key of the picture alone", {"memory": "paper", "key": "picture"}),
     "fused": Arm("token ids, fused key", {**TOKENS, "key": "fused"}),
-    "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper", "key": "fused"}),
+    "paper": Arm("the paper's: fused key, 32 random latents", {"memory": "paper", "key": "fused", "memory_from": 0.0}),
 }
 RATES = (1e-3, 3e-3, 1e-2)
-JOINS = (0.0625, 0.125, 0.25)  # shares of the steps before the memory is read
+JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of the steps before memory is read
+ALONE = 0.25  # share of the rows without memory
 TRIALS = {
     **{f"baseline-lr-{rate:g}": replace(ARMS["baseline"], title=f"no memory, learning rate {rate:g}",
                                         changes={**BASELINE, "learning_rate": rate})
@@ -79,7 +80,8 @@ TRIALS = {
     "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
     **{f"memory-from-{share:g}": replace(ARMS["memory"], title=f"memory read after {share:.0%} of the steps",
                                          changes={**TOKENS, "memory_from": share})
-       for share in JOINS},
+       for share in sorted({share for shares in JOINS.values() for share in shares})},
+    "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
 }  # fmt: skip
 ABLATIONS = (
     "no-copy", "picture", "question", "fused", "latents", "random", "k-1", "k-16", "latents-2", "latents-32", "gate",
@@ -131,8 +133,11 @@ def rate_trials(name: str) -> dict[float, Part]:
 
 
 def trial_runs(name: str) -> list[Run]:
-    """The trials of a data set: all of them where the design was chosen, elsewhere those of rate and steps."""
-    return [Run(name, arm, seed=TUNING_SEED) for arm in TRIALS if name == TAUGHT or arm.startswith("baseline-")]
+    """The trials of a data set: of the learning rate and the steps, and where its memory was chosen, of that."""
+    joins = [f"memory-from-{share:g}" for share in JOINS.get(name, ())]
+    alone = ["memory-alone"] if joins else []
+    arms = [*(arm for arm in TRIALS if arm.startswith("baseline-")), *joins, *alone]
+    return [Run(name, arm, seed=TUNING_SEED) for arm in arms]
 
 
 def _ordered() -> Iterator[Part]:

@@ -28,7 +28,7 @@ DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
 EPISODES = 0.1
-MEMORY_FROM = 0.125  # of the steps, the first ones: no row sees its neighbours, so that the picture is learnt, too
+MEMORY_FROM = 0.25  # of the steps, the first ones: no row sees its neighbours, so that the picture is learnt, too
 COPYING = 0.25  # of the steps: as many more, by which the copy term alone learns from episodes
 COPYING_RATE = 0.3  # of the learning rate, in these: at the full one the loss goes up when they begin
 
@@ -50,7 +50,7 @@ class TrainOptions:
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too, when
             the copy term is trained alone, after all else; None: a tenth; 0: that is left out.
         memory_dropout: the share of the rows that see no neighbours.
-        memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: an eighth where
+        memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: a quarter where
             a connector is trained from its beginning, and none with the memory "paper".
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
     """
