@@ -73,6 +73,8 @@ ARMS = {
 RATES = (1e-3, 3e-3, 1e-2)
 JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of the steps before memory is read
 ALONE = 0.25  # share of the rows without memory
+DROPOUT = 0.5  # of what the connector reads
+FEW = 40  # per cent of the training pictures, with which dropout is tried
 TRIALS = {
     **{f"baseline-lr-{rate:g}": replace(ARMS["baseline"], title=f"no memory, learning rate {rate:g}",
                                         changes={**BASELINE, "learning_rate": rate})
@@ -81,6 +83,9 @@ TRIALS = {
     **{f"memory-from-{share:g}": replace(ARMS["memory"], title=f"memory read after {share:.0%} of the steps",
                                          changes={**TOKENS, "memory_from": share})
        for share in sorted({share for shares in JOINS.values() for share in shares})},
+    **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
+                                 changes={**ARMS[arm].changes, "dropout": DROPOUT})
+       for arm in ("baseline", "memory")},
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
 }  # fmt: skip
 ABLATIONS = (
@@ -134,10 +139,13 @@ def rate_trials(name: str) -> dict[float, Part]:
 
 def trial_runs(name: str) -> list[Run]:
     """The trials of a data set: of the learning rate and the steps, and where its memory was chosen, of that."""
-    joins = [f"memory-from-{share:g}" for share in JOINS.get(name, ())]
-    alone = ["memory-alone"] if joins else []
-    arms = [*(arm for arm in TRIALS if arm.startswith("baseline-")), *joins, *alone]
-    return [Run(name, arm, seed=TUNING_SEED) for arm in arms]
+    whole = [*(f"baseline-lr-{rate:g}" for rate in RATES), "baseline-long"]
+    few = []
+    if name in JOINS:
+        whole += [*(f"memory-from-{share:g}" for share in JOINS[name]), "memory-alone"]
+    if name == TAUGHT:
+        few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
+    return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
 
 def _ordered() -> Iterator[Part]:
