@@ -104,7 +104,7 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     Raises:
         InputError: not a checkpoint, a tower cannot be loaded, or there are no calibration samples.
         BundleError: as `load_checkpoint`.
-        UnsupportedError: a memory of the paper's kind.
+        UnsupportedError: a memory of the paper's kind, or hybrid.
     """
     checkpoint = load_checkpoint(folder)
     config = checkpoint.config
@@ -113,6 +113,8 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
             f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
             "exported; train with --memory tokens or latents and --key picture or question"
         )
+    if config.memory.kind == "hybrid":
+        raise UnsupportedError(f"{folder}: a hybrid memory cannot be exported; train with --memory tokens or latents")
     calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
     if not calibration:
         raise InputError("no calibration samples in the checkpoint; give --calibration FILE --images DIR")
