@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,18 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
+import tinyalign_edge as ta  # noqa: E402
+from tests.test_examples import PICTURE, QUESTION, graphs, write_layout  # noqa: E402
 from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.bundle import open_bundle  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.evaluate import evaluate, single_questions  # noqa: E402
-from tinyalign_edge.memory import Bank, Hybrid  # noqa: E402
+from tinyalign_edge.export.run import ExportOptions, export  # noqa: E402
+from tinyalign_edge.export.value_graph import FILE, export_value_encoder  # noqa: E402
+from tinyalign_edge.memory import Bank, Hybrid, token_ids_of  # noqa: E402
+from tinyalign_edge.runtime.build import BuildOptions, build  # noqa: E402
+from tinyalign_edge.runtime.copying import memory_texts  # noqa: E402
+from tinyalign_edge.runtime.sessions import open_session  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.batches import Collate, Example, TokenTurn, Values  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
@@ -32,6 +43,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, world: Path, towers: Pa
     """Enough steps for the value encoder to open."""
     folder = tmp_path_factory.mktemp("hybrid") / "checkpoint"
     return train_tiny(world, towers, folder, memory="hybrid", k=2, episodes=0.5, steps=12, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def hybrid_bundle(checkpoint: Path) -> Path:
+    folder = checkpoint.with_name("bundle")
+    export(checkpoint, folder, ExportOptions(precision="fp32"))
+    return folder
 
 
 def test_before_training_an_entry_is_its_text_after_places_that_say_what_the_mean_token_says() -> None:
@@ -130,3 +148,113 @@ def test_a_checkpoint_answers_with_and_without_its_memory(checkpoint: Path, worl
     )
     assert own.n == none.n == 24
     assert own.nll_per_token != none.nll_per_token
+
+
+def test_the_value_encoders_graph_computes_what_torch_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = PictureEncoder(SETTINGS, CHANNELS).eval()
+    for weight in encoder.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    export_value_encoder(encoder, tmp_path, visual_tokens=5)
+    session, features = open_session(tmp_path / FILE, threads=1), torch.randn(1, 5, CHANNELS)
+    with torch.inference_mode():
+        expected = encoder(features).numpy()
+    found = session.run(["latents"], {"features": features.numpy()})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bundle_reads_and_copies_as_torch_does(checkpoint: Path, hybrid_bundle: Path, world: Path) -> None:
+    manifest = open_bundle(hybrid_bundle)
+    assert (manifest.memory.kind, manifest.memory.latents, manifest.memory.copy_file) == ("hybrid", 2, "copy.onnx")
+    assert manifest.gate is not None
+    assert manifest.gate.value_cosine_mean == pytest.approx(1, abs=1e-5)
+    assert "as texts with 2 latents of its picture each" in (hybrid_bundle / "README.md").read_text("utf-8")
+    side = TorchAnswerer(load_checkpoint(checkpoint))
+    model = side.checkpoint.model
+    rows = single_questions(read_rows(world / "test.json", world))[:8]
+    examples = side.prepare(rows).examples
+    with ta.load(hybrid_bundle) as device:
+        for row, example, said in zip(rows, examples, side.answers(examples), strict=True):
+            turn, image = row.turns[0], device.encode(row.path)
+            batch = side.collate([example])
+            inputs, size = batch["memory"], batch["memory_mask"].shape[1]
+            with torch.inference_mode():
+                tokens = model.memory_connector(model.values(inputs), inputs["rank"], inputs["similarity"]).numpy()
+            np.testing.assert_allclose(image.memory_tokens, tokens, atol=1e-4)
+            places = torch.arange(float(size)).reshape(1, size, 1)
+            texts = model.texts(places, batch["memory_mask"], inputs)
+            found = memory_texts([(len(example.before), image)], manifest.memory)
+            wanted = (texts.states.int()[0], texts.token_ids[0], texts.before[0])
+            given = (found.states, found.token_ids, found.before)
+            one, other = (sorted(zip(*(part.tolist() for part in parts), strict=True)) for parts in (given, wanted))
+            assert one == other
+            logits, _ = device.answer_logits(image, turn.question, turn.answer)
+            np.testing.assert_allclose(logits, side.logits(example), atol=1e-3)
+            assert device.ask(image, turn.question).text == said
+
+
+def test_the_graphs_alone_read_and_copy_it_too(hybrid_bundle: Path, tmp_path: Path) -> None:
+    layout = write_layout(hybrid_bundle, tmp_path)
+    with ta.load(hybrid_bundle) as model:
+        answer = model.ask(PICTURE, QUESTION)
+        assert answer.memories
+    done = graphs(hybrid_bundle, layout, PICTURE, QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"answer": answer.text, "memories": [entry.text for entry in answer.memories]}
+
+
+def test_an_added_entry_is_read_with_the_latents_of_its_picture_and_forgotten(
+    checkpoint: Path, hybrid_bundle: Path, world: Path, tmp_path: Path
+) -> None:
+    row = read_rows(world / "test.json", world)[0]
+    side = TorchAnswerer(load_checkpoint(checkpoint))
+    with ta.load(hybrid_bundle, memory_dir=tmp_path / "bank") as model:
+        assert model.memory is not None
+        before = model.encode(row.path)
+        added = model.memory.add(row.path, "zygo")
+        assert isinstance(added.value, Hybrid)
+        assert model.prompt.text(added.value.token_ids.tolist()) == "zygo"
+        made = side.latents(side.prepare([row]).examples[0], "")
+        assert made is not None
+        np.testing.assert_allclose(added.value.latents, made, atol=1.02 * np.abs(made).max() / 127)
+        image = model.encode(row.path)
+        assert image.memories[0].id == added.id
+        assert len(image.memory_tokens) == sum(len(entry.value) for entry in image.memories)
+        assert model.memory.forget(text="zygo") == (added.id,)
+        assert [entry.id for entry in model.encode(row.path).memories] == [entry.id for entry in before.memories]
+
+
+def test_an_entry_of_no_text_is_its_latents(hybrid_bundle: Path, world: Path) -> None:
+    row = read_rows(world / "test.json", world)[0]
+    with ta.load(hybrid_bundle) as model:
+        entry = model.encode(row.path).memories[0]
+        assert isinstance(entry.value, Hybrid)
+        bare = replace(entry, value=Hybrid(np.zeros(0, np.int32), entry.value.latents))
+        image = model.encode(row.path, memories=[bare])
+        np.testing.assert_allclose(image.memory_tokens, model.memory_tokens([entry])[:2], atol=1e-5)
+        assert model.answer_logits(image, "What is it?", "a circle")[0].shape[1] == model.manifest.decoder.vocab_size
+
+
+def test_a_bank_built_of_the_training_rows_is_the_one_that_training_wrote(
+    hybrid_bundle: Path, world: Path, tmp_path: Path
+) -> None:
+    build(hybrid_bundle, data=world / "train.json", images=world, out=tmp_path / "bank", options=BuildOptions())
+    banks = Bank(tmp_path / "bank"), Bank(hybrid_bundle / "memory")
+    built, trained = ({bank.entry(i).source: bank.entry(i).value for i in bank.ids} for bank in banks)
+    for source, value in trained.items():
+        assert isinstance(value, Hybrid)
+        other = built[source]
+        assert isinstance(other, Hybrid)
+        assert token_ids_of(other).tolist() == token_ids_of(value).tolist()
+        np.testing.assert_allclose(other.latents, value.latents, atol=1.02 * np.abs(value.latents).max() / 127)
+
+
+def test_an_int8_export_passes_its_gate_and_evaluates_as_the_checkpoint(
+    checkpoint: Path, world: Path, tmp_path: Path
+) -> None:
+    manifest = export(checkpoint, tmp_path / "int8")
+    assert manifest.gate is not None
+    assert manifest.gate.passed
+    given: dict[str, Any] = {"data": world / "test.json", "images": world, "limit": 24}
+    torch_side, device_side = (evaluate(folder, **given) for folder in (checkpoint, tmp_path / "int8"))
+    assert abs(torch_side.nll_per_token / device_side.nll_per_token - 1) < 0.02

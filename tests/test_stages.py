@@ -199,7 +199,7 @@ def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
         assert torch.equal(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("memory", ["latents", "tokens"])
+@pytest.mark.parametrize("memory", ["latents", "tokens", "hybrid"])
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     first = train_tiny(world, towers, tmp_path / "c", memory=memory, bf16=True)
     exact = train_tiny(world, towers, tmp_path / "d", memory=memory)
