@@ -25,7 +25,7 @@ from tinyalign_edge.bundle import MANIFEST
 from tinyalign_edge.data import Row, Turn, read_rows
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import normalize
-from tinyalign_edge.memory import Bank, Record, copy_bank
+from tinyalign_edge.memory import Bank, Record, copy_bank, value_of
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.runtime.sight import EncodedImage
@@ -111,9 +111,9 @@ class TorchPupil:
         prompt, limit = self._checkpoint.prompt, self._checkpoint.config.memory.value_tokens
         for row, example, key in zip(rows, *self._prepared(rows), strict=True):
             answer = row.turns[0].answer
-            value: Any = self._side.latents(example, answer)
             ids = np.array(prompt.memory_ids([Turn("", answer)], limit), np.int32)
-            self._bank.add(key, Record(answer, source=row.id), value=ids if value is None else value)
+            value = value_of(self._bank.manifest.spec.kind, ids, self._side.latents(example, answer))
+            self._bank.add(key, Record(answer, source=row.id), value=value)
         self._renew()
 
     def say(self, rows: Sequence[Row]) -> list[str]:

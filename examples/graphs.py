@@ -129,14 +129,25 @@ def retrieve(folder: Path, block: dict, key: np.ndarray) -> list[tuple[float, np
 
 def memory_tokens(folder: Path, block: dict, found: list, embed) -> np.ndarray:
     """What the language model reads of retrieved entries, (M, D) float32."""
-    values = np.concatenate([value for _, value, _ in found])
-    sizes = [len(value) for _, value, _ in found]
+    parts = [token_ids_and_latents(block, value) for _, value, _ in found]
+    sizes = [len(ids) + len(latents) for ids, latents in parts]
+    ids, latents = [token for ids, _ in parts for token in ids], np.concatenate([latents for _, latents in parts])
     inputs = {
-        "values": embed(values.tolist()) if block["kind"] == "tokens" else values.astype(np.float32),
+        "values": latents if block["kind"] == "latents" else embed(ids),
         "rank": np.repeat(np.arange(len(found), dtype=np.int64), sizes),
         "similarity": np.repeat(np.array([score for score, _, _ in found], np.float32), sizes),
     }
+    if block["kind"] == "hybrid":
+        owners = [np.repeat(range(len(parts)), [len(part[i]) for part in parts]) for i in (1, 0)]
+        inputs |= {"latents": latents, "order": np.argsort(np.concatenate(owners), kind="stable")}
     return open_graph(folder / block["file"]).run(["memory_tokens"], inputs)[0]
+
+
+def token_ids_and_latents(block: dict, value: np.ndarray | tuple) -> tuple[list[int], np.ndarray]:
+    """Both parts of an entry's value, one of them empty unless it is hybrid."""
+    none = np.zeros((0, block["latent_dim"]), np.float32)
+    ids, latents = {"tokens": (value, none), "latents": ([], value), "hybrid": value}[block["kind"]]
+    return np.array(ids).tolist(), latents.astype(np.float32)
 
 
 class Copying:
@@ -147,7 +158,8 @@ class Copying:
         self.ids, self.before, self.places = [], [], []  # before: in its entry; -1: nothing
         self.similarity = [] if block.get("copy_similarity") else None
         for score, value, _ in found:
-            ids = value.tolist()
+            ids, latents = token_ids_and_latents(block, value)
+            start += len(latents)  # they stand before the text and cannot be copied
             self.ids += ids
             self.before += [-1, *ids[:-1]]
             self.places += [(max(at - 1, 0), at) for at in range(start, start + len(ids))]

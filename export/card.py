@@ -47,6 +47,8 @@ def _summary(manifest: Manifest) -> str:
         "none": "It has no memory.",
         "tokens": f"For each picture it reads {memory.k} entries of a memory bank, as texts.",
         "latents": f"For each picture it reads {memory.k} entries of a memory bank, as {memory.latents} latents each.",
+        "hybrid": f"For each picture it reads {memory.k} entries of a memory bank, as texts with {memory.latents} "
+        "latents of its picture each.",
     }[memory.kind]
     copies = " Words of these texts can be copied into the answer." if memory.copy_file else ""
     return (

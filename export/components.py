@@ -24,7 +24,7 @@ from tinyalign_edge.bundle import (
     VisionBlock,
     file_entries,
 )
-from tinyalign_edge.config import write_json
+from tinyalign_edge.config import WITH_LATENTS, write_json
 from tinyalign_edge.export.copy_graph import FILE as COPY_FILE
 from tinyalign_edge.export.copy_graph import export_copy_head
 from tinyalign_edge.export.language import export_language
@@ -147,8 +147,8 @@ def _memory(source: Source) -> MemoryBlock:
         question_dim=settings.question_dim,
         question_weight=settings.question_weight if settings.question_dim else 0.0,
         value_tokens=settings.value_tokens,
-        latents=settings.latents if settings.kind == "latents" else 0,
-        latent_dim=settings.latent_dim if settings.kind == "latents" else 0,
+        latents=settings.latents if settings.kind in WITH_LATENTS else 0,
+        latent_dim=settings.latent_dim if settings.kind in WITH_LATENTS else 0,
         fingerprint=settings.fingerprint,
         file=MEMORY_FILE,
         question_file=None if source.memory.question_key is None else QUESTION_FILE,

@@ -27,7 +27,7 @@ class Expected:
     answer: str
     memories: tuple[Entry, ...]
     file: Path  # of torch's arrays
-    makes_latents: bool  # of new entries: the memory's values are latents
+    makes_latents: bool  # of new entries
 
     def logits(self) -> Floats:
         """Logits (A, V) that predict the A tokens of the row's own answer."""
@@ -38,7 +38,7 @@ class Expected:
         return _read(self.file, "visual_tokens")
 
     def latents(self) -> Floats:
-        """The value (L, latent_dim) of an entry for the picture with the row's own answer, of a memory of latents."""
+        """The latents (L, latent_dim) of an entry for the picture with the row's own answer."""
         return _read(self.file, "latents")
 
     def keep_exact(self, image: EncodedImage) -> None:

@@ -18,6 +18,7 @@ from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
 from tinyalign_edge.export.distances import Floats, divergences, log_softmax, row_cosines
 from tinyalign_edge.export.expected import Expected
+from tinyalign_edge.memory import latents_of
 from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.model import Model
 
@@ -85,7 +86,7 @@ class Gate:
         tally.visual_cosine += row_cosines(sample.visual_tokens(), image.visual_tokens).tolist()
         tally.memory_cosine += row_cosines(exact.memory_tokens, image.memory_tokens).tolist()
         if sample.makes_latents:
-            made = np.asarray(exported.values.make(image.features, [Turn("", answer)]), np.float32)
+            made = latents_of(exported.values.make(image.features, [Turn("", answer)]))
             tally.value_cosine += row_cosines(sample.latents().reshape(1, -1), made.reshape(1, -1)).tolist()
 
 

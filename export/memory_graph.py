@@ -19,12 +19,16 @@ def export_memory_connector(connector: MemoryConnector, folder: Path, *, plan: P
     """Write the graph into `folder`."""
     width = connector.rank.shape[1]
     graph = Graph("memory_connector")
-    values = graph.input("values", np.float32, ("M", connector.expand.in_features if connector.expand else width))
+    hybrid = connector.expand is not None and not connector.alone
+    latent_dim = connector.expand.in_features if connector.expand else 0
+    values = graph.input("values", np.float32, ("T", width) if hybrid else ("M", latent_dim or width))
+    latents = graph.input("latents", np.float32, ("P", latent_dim)) if hybrid else values
     rank = graph.input("rank", np.int64, ("M",))
     similarity = graph.input("similarity", np.float32, ("M",))
     if connector.expand is not None:
         weight, bias = _array(connector.expand.weight), _array(connector.expand.bias)
-        values = product(graph, values, weight, bias, name="expand", plan=plan, level=True)
+        expanded = product(graph, latents, weight, bias, name="expand", plan=plan, level=True)
+        values = _in_order(graph, expanded, values) if hybrid else expanded
     ranked = graph.op("Gather", graph.constant("rank_vectors", _array(connector.rank)), rank)  # (M, D)
     column = graph.op("Unsqueeze", similarity, graph.constant("last", np.array([1])))  # (M, 1)
     told = graph.op("Mul", column, graph.constant("similarity_vector", _array(connector.similarity)))
@@ -42,6 +46,12 @@ def export_memory_connector(connector: MemoryConnector, folder: Path, *, plan: P
         _gate(graph, connector, normed, graph.op("Add", values, residual))
     graph.output("memory_tokens", np.float32, ("M", width))
     graph.save(folder / FILE)
+
+
+def _in_order(graph: Graph, latents: str, text: str) -> str:
+    """Rows (P, D) and (T, D) in the order in which they are read."""
+    order = graph.input("order", np.int64, ("M",))
+    return graph.op("Gather", graph.op("Concat", latents, text, axis=0), order)
 
 
 def _gate(graph: Graph, connector: MemoryConnector, normed: str, tokens: str) -> None:

@@ -19,7 +19,7 @@ from tinyalign_edge.export.vlm_graph import remembering_graph
 from tinyalign_edge.memory import Entry
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import SAMPLES, TOKENIZER, Checkpoint, load_checkpoint
-from tinyalign_edge.train.connector import MemoryConnector, ValueEncoder
+from tinyalign_edge.train.connector import MemoryConnector, PictureEncoder, ValueEncoder
 from tinyalign_edge.train.copying import CopyHead
 from tinyalign_edge.train.question_key import QuestionKey
 from tinyalign_edge.train.samples import CALIBRATION, HELD_OUT, read_samples
@@ -67,7 +67,7 @@ class SourceMemory:
     folder: Path
     settings: MemorySettings
     connector: MemoryConnector
-    value_encoder: ValueEncoder | None  # of latents
+    value_encoder: ValueEncoder | PictureEncoder | None  # where there are latents
     question_key: QuestionKey | None  # where a key tells what is asked
     copy_head: CopyHead | None
 
@@ -111,7 +111,7 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     if config.memory.key == "fused" or config.memory.kind == "paper":
         raise UnsupportedError(
             f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
-            "exported; train with --memory tokens or latents and --key picture or question"
+            "exported; train with --memory tokens, latents or hybrid and --key picture or question"
         )
     calibration = read_samples(folder / SAMPLES, CALIBRATION) if calibration is None else calibration
     if not calibration:
@@ -136,7 +136,7 @@ def _memory(checkpoint: Checkpoint) -> SourceMemory | None:
     connector, value_encoder = checkpoint.model.memory_connector, checkpoint.model.value_encoder
     if not isinstance(connector, MemoryConnector):
         return None
-    encoder = value_encoder if isinstance(value_encoder, ValueEncoder) else None
+    encoder = value_encoder if isinstance(value_encoder, ValueEncoder | PictureEncoder) else None
     model = checkpoint.model
     return SourceMemory(
         checkpoint.folder, checkpoint.config.memory, connector, encoder, model.question_key, model.copy_head

@@ -12,36 +12,49 @@ from torch import Tensor, nn
 
 from tinyalign_edge.export.graph import Graph
 from tinyalign_edge.export.product import Floats
-from tinyalign_edge.train.connector import ValueEncoder
+from tinyalign_edge.train.connector import PictureEncoder, ValueEncoder
 
 FILE = "value_encoder.onnx"
 
 
-def export_value_encoder(encoder: ValueEncoder, folder: Path, *, visual_tokens: int) -> None:
+def export_value_encoder(encoder: ValueEncoder | PictureEncoder, folder: Path, *, visual_tokens: int) -> None:
     """Write the graph into `folder`."""
-    width, (latents, dim) = encoder.mean.shape[0], encoder.query.shape
+    latents, dim = encoder.query.shape
     graph = Graph("value_encoder")
-    norm, linear = _parts(encoder)
-    features = graph.input("features", np.float32, (1, visual_tokens, norm.normalized_shape[0]))
-    text = graph.input("text", np.float32, (1, "T", width))
-    words = graph.op("Sub", text, graph.constant("mean", _array(encoder.mean)))
-    words = graph.op("MatMul", words, graph.constant("compress", _array(encoder.compress).T))  # (1, T, dim)
-    filled = graph.op("Concat", words, graph.constant("no_words", np.zeros((1, latents, dim), np.float32)), axis=1)
-    bounds = (graph.constant(name, np.array([at])) for name, at in (("first", 0), ("end", latents), ("rows", 1)))
-    start = graph.op("Slice", filled, *bounds)  # (1, L, dim)
-    scale, shift = (graph.constant(f"norm.{name}", _array(getattr(norm, name))) for name in ("weight", "bias"))
-    normed = graph.op("LayerNormalization", features, scale, shift, epsilon=norm.eps)
-    seen = _linear(graph, normed, linear.weight, linear.bias, "see")
-    context = graph.op("Concat", seen, words, axis=1)  # (1, N + T, dim)
-    asked = graph.op("Add", start, graph.constant("query", _array(encoder.query)))
-    read = _attention(graph, encoder.attention, asked, context)
-    kept = graph.op("Mul", read, graph.constant("gate", _array(encoder.gate)))
-    graph.op("Add", start, kept, output="latents")
+    seen = _seen(graph, encoder, visual_tokens)
+    query, gate = graph.constant("query", _array(encoder.query)[None]), graph.constant("gate", _array(encoder.gate))
+    if isinstance(encoder, PictureEncoder):
+        graph.op("Mul", _attention(graph, encoder.attention, query, seen), gate, output="latents")
+    else:
+        words, start = _words(graph, encoder)
+        context = graph.op("Concat", seen, words, axis=1)  # (1, N + T, dim)
+        read = _attention(graph, encoder.attention, graph.op("Add", start, query), context)
+        graph.op("Add", start, graph.op("Mul", read, gate), output="latents")
     graph.output("latents", np.float32, (1, latents, dim))
     graph.save(folder / FILE)
 
 
-def _parts(encoder: ValueEncoder) -> tuple[nn.LayerNorm, nn.Linear]:
+def _seen(graph: Graph, encoder: ValueEncoder | PictureEncoder, visual_tokens: int) -> str:
+    """The picture, (1, N, dim)."""
+    norm, linear = _parts(encoder)
+    features = graph.input("features", np.float32, (1, visual_tokens, norm.normalized_shape[0]))
+    scale, shift = (graph.constant(f"norm.{name}", _array(getattr(norm, name))) for name in ("weight", "bias"))
+    normed = graph.op("LayerNormalization", features, scale, shift, epsilon=norm.eps)
+    return _linear(graph, normed, linear.weight, linear.bias, "see")
+
+
+def _words(graph: Graph, encoder: ValueEncoder) -> tuple[str, str]:
+    """The compressed text, (1, T, dim), and the first L of it, zeros where it is shorter, (1, L, dim)."""
+    latents, dim = encoder.query.shape
+    text = graph.input("text", np.float32, (1, "T", encoder.mean.shape[0]))
+    words = graph.op("Sub", text, graph.constant("mean", _array(encoder.mean)))
+    words = graph.op("MatMul", words, graph.constant("compress", _array(encoder.compress).T))
+    filled = graph.op("Concat", words, graph.constant("no_words", np.zeros((1, latents, dim), np.float32)), axis=1)
+    bounds = (graph.constant(name, np.array([at])) for name, at in (("first", 0), ("end", latents), ("rows", 1)))
+    return words, graph.op("Slice", filled, *bounds)
+
+
+def _parts(encoder: ValueEncoder | PictureEncoder) -> tuple[nn.LayerNorm, nn.Linear]:
     norm, linear = encoder.see
     assert isinstance(norm, nn.LayerNorm)
     assert isinstance(linear, nn.Linear)

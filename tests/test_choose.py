@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,26 +113,29 @@ def test_equal_keys_in_any_number_are_cut_into_cells() -> None:
     assert len(order_of(keys, np.arange(3000))) == 3000
 
 
-def table_of(folder: Path, texts: list[str], *, latents: bool = False) -> Table:
+def table_of(folder: Path, texts: list[str], *, kind: str = "tokens") -> Table:
     count = len(texts)
     keys, _ = clusters([count])
-    values = np.ones((count, 3, 8), np.float32)
-    value = {"latents": values} if latents else {"token_ids": [[1] * (i % 5) for i in range(count)]}
+    latents, token_ids = np.ones((count, 3, 8), np.float32), [[1] * (i % 5) for i in range(count)]
+    value: dict[str, Any] = {"latents": latents, "token_ids": token_ids}
+    if kind != "hybrid":
+        del value[{"tokens": "latents", "latents": "token_ids"}[kind]]
     write_bank(folder, keys, [Record(text) for text in texts], fingerprint="f", vocab_size=VOCAB, **value)
     return open_snapshot(folder).segments[0]
 
 
-@pytest.mark.parametrize("latents", [False, True])
-def test_the_costs_of_the_entries_are_what_the_file_takes(tmp_path: Path, latents: bool) -> None:
-    table = table_of(tmp_path, [record.text for record in records(500)], latents=latents)
+@pytest.mark.parametrize("kind", ["tokens", "latents", "hybrid"])
+def test_the_costs_of_the_entries_are_what_the_file_takes(tmp_path: Path, kind: str) -> None:
+    table = table_of(tmp_path, [record.text for record in records(500)], kind=kind)
     segment = json.loads((tmp_path / "manifest.json").read_text("utf-8"))["segments"][0]
     assert 0 <= segment["bytes"] - entry_costs(table).sum() <= 8 * 64 + 16  # the sections' alignment
 
 
 def test_contents_are_the_same_where_the_model_reads_the_same(tmp_path: Path) -> None:
-    numbers = content_numbers(table_of(tmp_path / "tokens", ["yes"] * 6))  # values of 0, 1, 2, 3, 4, 0 tokens
-    assert len(set(numbers.tolist())) == 5 and numbers[0] == numbers[5]
-    numbers = content_numbers(table_of(tmp_path / "latents", ["a", "a", "b"], latents=True))
+    for kind in ("tokens", "hybrid"):
+        numbers = content_numbers(table_of(tmp_path / kind, ["yes"] * 6, kind=kind))  # 0, 1, 2, 3, 4, 0 tokens
+        assert len(set(numbers.tolist())) == 5 and numbers[0] == numbers[5]
+    numbers = content_numbers(table_of(tmp_path / "latents", ["a", "a", "b"], kind="latents"))
     assert numbers[0] == numbers[1] != numbers[2]
 
 

@@ -300,6 +300,8 @@ def test_the_value_encoder_is_part_of_the_gate(
 
 def test_the_papers_memory_is_refused_before_any_work(world: Path, towers: Path, tmp_path: Path) -> None:
     checkpoint = train_tiny(world, towers, tmp_path / "c", steps=1, memory="paper")
-    with pytest.raises(ta.UnsupportedError, match=r"its memory is the paper's .* --memory tokens or latents") as caught:
+    with pytest.raises(
+        ta.UnsupportedError, match=r"its memory is the paper's .* --memory tokens, latents or hybrid"
+    ) as caught:
         export(checkpoint, tmp_path / "b")
     assert "\n" not in str(caught.value)

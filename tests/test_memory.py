@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from examples.memory_bank import read_bank, search
-from tests.banks import contents, files, make_bank, named_files, records, reseal, teach, unit
+from tests.banks import VOCAB, contents, files, make_bank, named_files, records, reseal, teach, tokens_of, unit
 from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
-from tinyalign_edge.memory import Bank, Record, copy_bank, write_bank
+from tinyalign_edge.memory import Bank, Hybrid, Record, copy_bank, latents_of, reading_order, token_ids_of, write_bank
 from tinyalign_edge.memory import check as check_module
 from tinyalign_edge.memory import join as join_module
 from tinyalign_edge.memory import write as write_module
@@ -36,6 +37,19 @@ def latents_bank(folder: Path, latents: np.ndarray) -> Bank:
     count = len(latents)
     write_bank(folder, unit(count), records(count), fingerprint="f", vocab_size=9, latents=latents)
     return Bank(folder)
+
+
+def hybrid_bank(folder: Path, latents: np.ndarray) -> Bank:
+    """The entries of `make_bank` with latents, too."""
+    count = len(latents)
+    ids = [tokens_of(i).tolist() for i in range(count)]
+    given: dict[str, Any] = {"fingerprint": "f", "vocab_size": VOCAB, "token_ids": ids, "latents": latents}
+    write_bank(folder, unit(40)[:count], records(count), **given)
+    return Bank(folder)
+
+
+def some_latents(count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 3, 8)).astype(np.float32)
 
 
 def test_an_entry_comes_back_as_it_was_written(folder: Path) -> None:
@@ -257,7 +271,61 @@ def test_white_space_around_a_text_does_not_keep_it_from_being_forgotten(folder:
     assert bank.forget(text="text ü 5\n") == (5,)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "latents"])
+def test_a_hybrid_entry_keeps_its_token_ids_as_they_are_and_its_latents_within_a_step(
+    tmp_path: Path, small_journal: None
+) -> None:
+    latents = some_latents(40)
+    bank = hybrid_bank(tmp_path / "bank", latents[:20])
+    for i in range(20, 40):
+        bank.add(unit(40)[i], Record(f"added {i}"), value=Hybrid(tokens_of(i), latents[i]))
+    bank.forget(id=7)
+    assert bank.manifest.segments
+    assert bank.manifest.journal is not None
+    assert bank.ids == (*range(7), *range(8, 40))
+    for number in bank.ids:
+        value = Bank(bank.folder).entry(number).value
+        assert token_ids_of(value).tolist() == tokens_of(number).tolist()
+        step = np.abs(latents[number]).max(axis=1, keepdims=True) / 127
+        assert np.all(np.abs(latents_of(value) - latents[number]) <= step * 0.51)
+        assert len(value) == 3 + len(tokens_of(number))
+
+
+def test_a_value_of_another_kind_or_size_is_refused(tmp_path: Path) -> None:
+    banks = {
+        "tokens": Bank(make_bank(tmp_path / "tokens", 3)),
+        "latents": latents_bank(tmp_path / "latents", some_latents(3)),
+        "hybrid": hybrid_bank(tmp_path / "hybrid", some_latents(3)),
+    }
+    ids, latents = np.array([1]), some_latents(1)[0]
+    values: dict[str, Any] = {"tokens": ids, "latents": latents, "hybrid": Hybrid(ids, latents), "0-d": np.array(1)}
+    for kind, bank in banks.items():
+        for other in values.keys() - {kind}:
+            with pytest.raises(InputError, match=f"value: it is of kind {other}, and this bank holds {kind}"):
+                bank.add(unit(1)[0], Record("x"), value=values[other])
+    key, hybrid = unit(1)[0], banks["hybrid"]
+    for wrong in (Hybrid(ids, latents[:2]), Hybrid(ids, latents * np.nan)):
+        with pytest.raises(InputError, match=r"value: need finite latents of the shape \(3, 8\)"):
+            hybrid.add(key, Record("x"), value=wrong)
+    with pytest.raises(InputError, match="value: need token ids from 0 to 49"):
+        hybrid.add(key, Record("x"), value=Hybrid(np.array([50]), latents))
+    assert [len(bank) for bank in banks.values()] == [3, 3, 3]
+
+
+def test_hybrid_banks_are_merged_by_what_both_parts_say(tmp_path: Path) -> None:
+    latents = some_latents(12)
+    first, second = hybrid_bank(tmp_path / "a", latents[:10]), hybrid_bank(tmp_path / "b", latents)
+    first.add(unit(40)[11], Record("text ü 11", "question 11", "source-11"), value=Hybrid(tokens_of(11), latents[0]))
+    assert first.merge(second) == (11, 12)
+    assert [first.entry(i).text for i in (11, 12)] == ["text ü 10", "text ü 11"]
+    np.testing.assert_array_equal(first.entry(12).value.latents, second.entry(11).value.latents)  # type: ignore[union-attr]
+
+
+def test_hybrid_entries_are_read_one_after_another_the_latents_of_each_first() -> None:
+    assert reading_order(2, np.array([1, 0, 3])).tolist() == [0, 1, 6, 2, 3, 4, 5, 7, 8, 9]
+    assert reading_order(0, np.array([1, 2])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "latents", "hybrid"])
 def test_a_reader_that_knows_the_document_alone_reads_and_searches_the_same(
     tmp_path: Path, kind: str, small_journal: None
 ) -> None:
@@ -266,17 +334,20 @@ def test_a_reader_that_knows_the_document_alone_reads_and_searches_the_same(
         for i in range(9):
             teach(bank, f"neu {i}")
     else:
-        latents = np.random.default_rng(0).normal(size=(40, 3, 8)).astype(np.float32)
-        bank = latents_bank(tmp_path / "bank", latents)
+        latents = some_latents(40)
+        bank = (latents_bank if kind == "latents" else hybrid_bank)(tmp_path / "bank", latents)
         for i in range(9):
-            bank.add(unit(9, seed=4)[i], Record(f"neu {i}"), value=latents[i])
+            value: Any = latents[i] if kind == "latents" else Hybrid(tokens_of(i), latents[i])
+            bank.add(unit(9, seed=4)[i], Record(f"neu {i}"), value=value)
     bank.forget(id=11)
     assert bank.manifest.journal is not None
     read = read_bank(bank.folder)
     assert list(read) == list(bank.ids)
     for number, (_, value, record) in read.items():
         entry = bank.entry(number)
-        np.testing.assert_array_equal(value, entry.value)
+        tokens, numbers = value if kind == "hybrid" else (value, value)
+        np.testing.assert_array_equal(tokens if kind != "latents" else [], token_ids_of(entry.value))
+        np.testing.assert_array_equal(numbers if kind != "tokens" else np.zeros((0, 0)), latents_of(entry.value))
         assert record == {name: getattr(entry, name) for name in ("text", "question", "source", "time")}
     for query in unit(20, seed=5):
         assert search(read, query, 5) == [entry.id for entry in bank.search(query, 5)]

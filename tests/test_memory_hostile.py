@@ -199,7 +199,9 @@ def put_segment(folder: Path, **columns: Any) -> None:
 def a_row(number: int, *, scale: float | None = None, tokens: int = 1, record: bytes = b"{}") -> Row:
     keys, scales = quantize_keys(unit(1))
     own = scales[0] if scale is None else np.float32(scale)
-    return Row(number, own, keys[0], np.ones(tokens, np.int32), np.zeros(0, np.float32), record)
+    return Row(
+        number, own, keys[0], np.ones(tokens, np.int32), np.zeros((0, 0), np.int8), np.zeros(0, np.float32), record
+    )
 
 
 JOURNALS = {

@@ -135,14 +135,15 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert (one[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("memory", ["tokens", "hybrid"])
 def test_a_step_in_several_passes_is_the_same_step(
-    world: Path, towers: Path, tmp_path: Path, gradients: Gradients
+    world: Path, towers: Path, tmp_path: Path, gradients: Gradients, memory: str
 ) -> None:
     """Answers differ in length, so passes weigh by their tokens."""
-    whole = train_tiny(world, towers, tmp_path / "whole", memory_from=0.0)
+    whole = train_tiny(world, towers, tmp_path / "whole", memory=memory, memory_from=0.0)
     in_one = dict(gradients)
     gradients.clear()
-    parts = train_tiny(world, towers, tmp_path / "parts", memory_from=0.0, micro_batch=2)
+    parts = train_tiny(world, towers, tmp_path / "parts", memory=memory, memory_from=0.0, micro_batch=2)
     assert_same(gradients[1], in_one[1])
     losses = [[point["held_out_loss"] for point in metrics(run)] for run in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -198,7 +199,7 @@ def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
         assert torch.equal(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("memory", ["latents", "tokens"])
+@pytest.mark.parametrize("memory", ["latents", "tokens", "hybrid"])
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     first = train_tiny(world, towers, tmp_path / "c", memory=memory, bf16=True)
     exact = train_tiny(world, towers, tmp_path / "d", memory=memory)

@@ -338,7 +338,7 @@ def test_a_closed_gate_tells_nothing_of_what_was_retrieved() -> None:
     torch.testing.assert_close(gated(values, rank, similarity), table.mean(dim=0).expand(8, -1))
 
 
-@pytest.mark.parametrize("memory", ["tokens", "latents"])
+@pytest.mark.parametrize("memory", ["tokens", "latents", "hybrid"])
 def test_a_gate_is_trained_saved_and_exported(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     import tinyalign_edge as ta
     from tinyalign_edge.export.run import ExportOptions, export

@@ -25,7 +25,7 @@ from tinyalign_edge.train.run import train  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTION = "What colour is the circle?"
-MEMORIES = {"llava-gemma2": "latents", "llava-siglip": "tokens", "smolvlm": "tokens"}
+MEMORIES = {"llava-gemma2": "latents", "llava-siglip": "hybrid", "smolvlm": "tokens"}
 
 
 def remember(world: Path, vlm: Path, out: Path, **options: Any) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tinyalign_edge.config import MemoryKind, from_versioned, parse_json, read_small
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS, MemoryKind, from_versioned, parse_json, read_small
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.files import FileEntry, check_files, file_sha256
 
@@ -134,24 +134,28 @@ class MemoryBlock:
 
     The graph takes `values` (M, value_dim) float32, `rank` (M,) int64, which entry each row belongs to, the most
     similar first, and `similarity` (M,) float32, and gives `memory_tokens` (M, D) float32. For "tokens" the values
-    are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers.
+    are the embeddings of an entry's token ids, for "latents" its `latents` rows of `latent_dim` numbers. For "hybrid"
+    there are both: `values` (T, D), the embeddings of all entries' token ids, and two more inputs, `latents`
+    (M - T, latent_dim) float32, those of all entries, and `order` (M,) int64, in which all latents and after them all
+    values are read: entry by entry, its latents and then its text. `rank` and `similarity` are in this order.
 
     `question_file`, unless `question_dim` is 0, is the graph by which a retrieval key tells what is asked, too: `text`
     (T, D) float32, embeddings of a question's ids -> `question` (question_dim,) float32, of length 1 or 0. A retrieval
     key (key_dim,) has it beside the picture's `key`, with `question_weight`: see `tinyalign_edge.memory.side_by_side`.
 
-    `value_file`, for "latents" alone, is the graph by which new entries are made: `features` (1, N, C) float32 of the
-    vision graph and `text` (1, T, D) float32, embeddings of at most `value_tokens` ids -> `latents`
-    (1, L, latent_dim) float32.
+    `value_file`, where there are latents, is the graph by which those of new entries are made: `features` (1, N, C)
+    float32 of the vision graph and, for "latents" alone, `text` (1, T, D) float32, embeddings of at most `value_tokens`
+    ids -> `latents` (1, L, latent_dim) float32.
 
-    `copy_file`, for "tokens" alone and only together with `DecoderBlock.hidden`, is the graph by which the next token
-    may be one of the memory's: `logits` (A, V) float32 and `states` (A, D) float32, the hidden states of A positions,
-    `texts` (M, 2, D) float32, those of the position before each memory token and of the token's own, `token_ids` (M,)
-    int64, and `match` (A, M) float32, 1 where the token before a memory token, in the same entry, is the one read at a
-    position, else 0 -> `log_probabilities` (A, V) float32, which take the place of the logits. Without memory tokens it
-    is not run. With `copy_end`, each entry of fewer than `value_tokens` ids is followed there by one place more: the
-    token `copy_end`, twice the state of the entry's last token, which is also the token before it. With
-    `copy_similarity` the graph takes `similarity` (1, M) float32 as well, of the entry that each place is of.
+    `copy_file`, where there are token ids and only together with `DecoderBlock.hidden`, is the graph by which the next
+    token may be one of the memory's, of those M memory tokens that have an id: `logits` (A, V) float32 and `states`
+    (A, D) float32, the hidden states of A positions, `texts` (M, 2, D) float32, those of the position before each
+    memory token and of the token's own, `token_ids` (M,) int64, and `match` (A, M) float32, 1 where the token id before
+    a memory token, in the same entry, is the one read at a position, else 0 -> `log_probabilities` (A, V) float32,
+    which take the place of the logits. Without memory tokens it is not run. With `copy_end`, each entry of fewer than
+    `value_tokens` ids is followed there by one place more: the token `copy_end`, twice the state of the entry's last
+    token, which is also the token before it. With `copy_similarity` the graph takes `similarity` (1, M) float32 as
+    well, of the entry that each place is of.
     """
 
     kind: MemoryKind
@@ -164,7 +168,7 @@ class MemoryBlock:
     question_dim: int = 0  # of key_dim
     question_weight: float = 0.0
     value_tokens: int = 0  # the most ids kept of one entry's text, or read of it
-    latents: int = 0  # "latents": L
+    latents: int = 0  # L; 0 for "tokens"
     latent_dim: int = 0
     fingerprint: str = ""  # of the encoder and key projection, and the value encoder of latents
     file: str | None = None
@@ -281,7 +285,7 @@ def _refuse_strangers(folder: Path, files: dict[str, FileEntry]) -> None:
 def _check_values(manifest: Manifest, where: Path) -> None:
     """Numbers within bounds, so that no later step has to doubt them."""
     image, prompt, decoder, memory = manifest.image, manifest.prompt, manifest.decoder, manifest.memory
-    vision = manifest.vision
+    vision, with_latents = manifest.vision, memory.kind in WITH_LATENTS
     seen = ("visual_tokens", *("key",) * bool(vision.key_dim), *("features",) * bool(vision.feature_dim))
     sizes = (decoder.width, decoder.kv_heads, decoder.head_dim, decoder.vocab_size, vision.visual_tokens)
     optional = (vision.key_dim, vision.feature_dim, memory.question_dim, memory.latents, memory.latent_dim)
@@ -303,9 +307,9 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "memory.k": 0 <= memory.k <= 4096,
         "memory.question_weight": 0 <= memory.question_weight <= 1,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
-        "memory.value_file": (memory.value_file is not None) == (memory.kind == "latents") == (vision.feature_dim > 0),
+        "memory.value_file": (memory.value_file is not None) == with_latents == (vision.feature_dim > 0),
         "memory.copy_end": memory.copy_end is None or 0 <= memory.copy_end < decoder.vocab_size,
-        "memory.copy_file": memory.copy_file is None or (memory.kind == "tokens" and decoder.hidden),
+        "memory.copy_file": memory.copy_file is None or (memory.kind in WITH_TOKENS and decoder.hidden),
     }
     for what, good in within.items():
         if not good:

@@ -57,7 +57,7 @@ def train(
     stage: Annotated[str, typer.Option(help="align: towers frozen; instruct: the LM trains too.")] = "align",
     start: Annotated[Path | None, typer.Option("--from", help="The checkpoint that instruct goes on from.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What the memory keeps: tokens (default), latents, paper or none.")
+        str | None, typer.Option(help="What the memory keeps: tokens (default), latents, hybrid (both), paper or none.")
     ] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the pictures to train on; the bank's too.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data (default 3).")] = None,
@@ -82,12 +82,12 @@ def train(
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
     gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Let training close memory tokens.")] = None,
-    latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; paper: 32).")] = None,
+    latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; hybrid: 2; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,
     copy_words: Annotated[
         bool | None,
-        typer.Option("--copy/--no-copy", help="Whether answers may copy the memory's words (default with tokens)."),
+        typer.Option("--copy/--no-copy", help="Whether answers may copy the memory's words (default with token ids)."),
     ] = None,
     episodes: Annotated[
         float | None, typer.Option(help="Share of rows with made-up names, to learn to copy (default 0.1).")
@@ -110,7 +110,7 @@ def train(
     from tinyalign_edge.train.command import TrainCommand, run_command
 
     given = {
-        "memory": memory and _one_of("--memory", memory, "tokens", "latents", "paper", "none"),
+        "memory": memory and _one_of("--memory", memory, "tokens", "latents", "hybrid", "paper", "none"),
         "key": key and _one_of("--key", key, "picture", "question", "fused"),
         "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
         "copy_words": copy_words, "episodes": episodes, "memory_dropout": memory_dropout,

@@ -20,7 +20,9 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 16 * 2**20
 PACKAGE = "tinyalign-edge"
 
-MemoryKind = Literal["none", "tokens", "latents"]
+MemoryKind = Literal["none", "tokens", "latents", "hybrid"]
+WITH_TOKENS = ("tokens", "hybrid")  # kinds whose entries carry token ids
+WITH_LATENTS = ("latents", "hybrid")
 
 
 def to_json(value: Any) -> Any:

@@ -13,25 +13,27 @@ import numpy.typing as npt
 
 from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
 from tinyalign_edge.folders import cause
+from tinyalign_edge.memory.addition import in_vocabulary, new_row
 from tinyalign_edge.memory.graph import build_index
-from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankManifest, BankSpec
+from tinyalign_edge.memory.layout import BankManifest, BankSpec
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.lookup import nearest_entries
 from tinyalign_edge.memory.merge import check_alike, new_entries
 from tinyalign_edge.memory.rebuild import install, is_due, is_large
 from tinyalign_edge.memory.record import Record, decode_record
-from tinyalign_edge.memory.search import Neighbours, quantize_keys
+from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
 from tinyalign_edge.memory.stats import BankStats, stats_of
-from tinyalign_edge.memory.table import Array, Row, Table
-from tinyalign_edge.memory.write import append, extend, quantize_latents, remove, sweep
+from tinyalign_edge.memory.table import Table
+from tinyalign_edge.memory.value import Ints, Value, token_ids_of
+from tinyalign_edge.memory.write import append, extend, remove, sweep
 
 Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry. `value` is token ids (T,) int32 or latents (L, latent_dim) float32, by the bank's kind."""
+    """One entry. `value` is token ids (T,) int32, latents (L, latent_dim) float32, or both, by the bank's kind."""
 
     id: int
     text: str
@@ -39,7 +41,7 @@ class Entry:
     source: str
     time: str  # UTC in ISO 8601, empty for entries that came with the training data
     similarity: float
-    value: npt.NDArray[np.int32] | Float
+    value: Value
     thumbnail: bytes = b""  # JPEG, decoded by `open_thumbnail`; empty where there is none
 
 
@@ -124,13 +126,13 @@ class Bank:
         with self._noticing(), self._changing:
             self._snapshot = open_snapshot(self.folder, trusted=False)
 
-    def add(self, key: Float, record: Record, *, value: npt.NDArray[np.integer] | Float) -> int:
+    def add(self, key: Float, record: Record, *, value: Value) -> int:
         """Add an entry; it is on the disk when this returns, and found from then on.
 
         Args:
             key: (key_dim,) float32 of any length but zero.
             record: its texts.
-            value: token ids (T,), or latents (L, latent_dim) float32, by the bank's kind.
+            value: token ids (T,), latents (L, latent_dim) float32, or both, by the bank's kind.
 
         Returns:
             Its id.
@@ -139,7 +141,7 @@ class Bank:
             InputError: a key or value of another shape, zero or not finite, or an entry too large.
             TinyAlignError: the folder cannot be written; the bank is as it was.
         """
-        row = _row(self.manifest.spec, key, record.encode(), np.asarray(value))
+        row = new_row(self.manifest.spec, key, record.encode(), value)
         with self._exclusive() as snapshot:
             append(self.folder, snapshot, replace(row, id=snapshot.manifest.next_id))
             return snapshot.manifest.next_id
@@ -261,15 +263,15 @@ class Bank:
             row = int(np.searchsorted(table.ids, np.uint64(max(0, number))))
             if row < len(table) and int(table.ids[row]) == number:
                 record, value = self._record(table, row), table.value(row)
-                self._check_value(snapshot.manifest.spec, number, value)
+                self._check_tokens(snapshot.manifest.spec, number, token_ids_of(value))
                 return Entry(number, similarity=similarity, value=value, **asdict(record))
         raise InputError(f"{self.folder}: has no entry of the id {number}")
 
     def _record(self, table: Table, row: int) -> Record:
         return decode_record(table.record(row), f"{self.folder}: entry {table.ids[row]}")
 
-    def _check_value(self, spec: BankSpec, number: int, value: Array) -> None:
-        if spec.kind == "tokens" and value.size and not 0 <= value.min() <= value.max() < spec.vocab_size:
+    def _check_tokens(self, spec: BankSpec, number: int, ids: Ints) -> None:
+        if not in_vocabulary(ids, spec):
             raise BundleError(
                 f"{self.folder}: entry {number} holds a token id outside the vocabulary; build the bank again"
             )
@@ -277,26 +279,3 @@ class Bank:
 
 def _matches(record: Record, source: str | None, text: str | None) -> bool:
     return record.source == source if source is not None else record.text.strip() == text
-
-
-def _row(spec: BankSpec, key: Float, record: bytes, value: Array) -> Row:
-    """The entry as it will be stored, with no id yet."""
-    if key.shape != (spec.key_dim,):
-        raise InputError(f"key: of the shape {key.shape}, this bank's are ({spec.key_dim},)")
-    length = np.linalg.norm(key.astype(np.float64))
-    if not np.isfinite(length) or length == 0:
-        raise InputError("key: it is zero or not finite; give another picture")
-    keys, key_scales = quantize_keys((key / length).astype(np.float32)[None])
-    scales = np.zeros(0, np.float32)
-    if spec.kind == "latents":
-        if value.shape != (spec.latents, spec.latent_dim) or not np.all(np.isfinite(value)):
-            raise InputError(f"value: need finite latents of the shape ({spec.latents}, {spec.latent_dim})")
-        value, scales = quantize_latents(value.astype(np.float32))
-    elif value.ndim != 1 or (value.size and not 0 <= value.min() <= value.max() < spec.vocab_size):
-        raise InputError(f"value: need token ids from 0 to {spec.vocab_size - 1}")
-    else:
-        value = value.astype(np.int32)
-    size = keys.nbytes + value.nbytes + scales.nbytes + len(record)
-    if size > MAX_ENTRY_BYTES:
-        raise InputError(f"entry: takes {size} bytes, at most {MAX_ENTRY_BYTES} are kept; give a shorter text")
-    return Row(-1, key_scales[0], keys[0], value, scales, record)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec
 from tinyalign_edge.memory.search import UNIT
@@ -37,9 +38,9 @@ def _check(table: Table, spec: BankSpec, where: str) -> None:
     if not np.all(table.ids[1:] > table.ids[:-1]):
         raise _impossible(where, "its ids do not rise")
     _check_offsets(table.record_offsets, table.records.size, MAX_RECORD_BYTES, where)
-    if spec.kind == "tokens":
-        _check_offsets(table.value_offsets, table.values.size, MAX_ENTRY_BYTES // table.values.itemsize, where)
-    elif not np.all(np.abs(table.value_scales) <= LARGEST_SCALE):
+    if spec.kind in WITH_TOKENS:
+        _check_offsets(table.value_offsets, table.token_ids.size, MAX_ENTRY_BYTES // table.token_ids.itemsize, where)
+    if not np.all(np.abs(table.value_scales) <= LARGEST_SCALE):
         raise _impossible(where, "a value is not finite")
     for start in range(0, len(table), BLOCK):
         rows = table.keys[start : start + BLOCK].astype(np.float32)

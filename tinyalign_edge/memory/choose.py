@@ -11,19 +11,20 @@ from tinyalign_edge.memory.coverage import Integers
 from tinyalign_edge.memory.join import BLOCK
 from tinyalign_edge.memory.record import decode_record
 from tinyalign_edge.memory.table import Table
+from tinyalign_edge.memory.value import token_ids_of
 
 SLACK = 2.0  # entries within their answers' quotas, for each that can be kept
 
 
 def entry_costs(table: Table) -> Integers:
     """Bytes (E,) that each entry takes in a segment: id, key, value, scales, offsets and record."""
-    columns = (table.ids, table.key_scales, table.keys, table.value_scales)
+    columns = (table.ids, table.key_scales, table.keys, table.value_scales, table.latents)
     fixed = sum(column.nbytes for column in columns) // max(1, len(table)) + table.record_offsets.itemsize
     records = np.diff(table.record_offsets).astype(np.int64)
-    if len(table.value_offsets):
-        tokens = np.diff(table.value_offsets).astype(np.int64)
-        return fixed + table.value_offsets.itemsize + tokens * table.values.itemsize + records
-    return fixed + table.values.nbytes // max(1, len(table)) + records
+    if not len(table.value_offsets):
+        return fixed + records
+    tokens = np.diff(table.value_offsets).astype(np.int64)
+    return fixed + table.value_offsets.itemsize + tokens * table.token_ids.itemsize + records
 
 
 def answer_numbers(table: Table) -> Integers:
@@ -38,12 +39,12 @@ def answer_numbers(table: Table) -> Integers:
 
 
 def content_numbers(table: Table) -> Integers:
-    """A number (E,) for what the model reads of each entry: of its token ids; of latents, which differ with every
-    picture, of its question and text."""
+    """A number (E,) for what the model reads of each entry: of its token ids; where there are latents alone, which
+    differ with every picture, of its question and text."""
     numbers = np.empty(len(table), np.int64)
     for row in range(len(table)):
         if len(table.value_offsets):
-            content = table.value(row).tobytes()
+            content = token_ids_of(table.value(row)).tobytes()
         else:
             record = decode_record(table.record(row), f"entry {table.ids[row]}")
             content = repr((record.question, record.text)).encode()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.files import file_sha256
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
@@ -35,7 +36,8 @@ def write_joined(
     count = sum(int(keep.sum()) for _, keep in parts)
     if not count:
         return None
-    token_count = sum(_total(table.value_offsets, keep) for table, keep in parts) if spec.kind == "tokens" else 0
+    with_tokens = spec.kind in WITH_TOKENS
+    token_count = sum(_total(table.value_offsets, keep) for table, keep in parts) if with_tokens else 0
     record_bytes = sum(_total(table.record_offsets, keep) for table, keep in parts)
     placed = sections(spec, count, token_count, record_bytes)
     size = aligned(placed[-1].offset + placed[-1].bytes)

@@ -7,6 +7,7 @@ vouches for all of them. Bytes after those that the manifest counts are of an en
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.errors import BundleError
 from tinyalign_edge.files import inside
 from tinyalign_edge.memory.layout import BankSpec, JournalEntry
@@ -26,9 +28,10 @@ HEAD = struct.Struct("<IQfI")  # bytes of the entry without its digest, id, key 
 def encode(row: Row, previous: bytes) -> tuple[bytes, bytes]:
     """The bytes of an entry, its digest included, and that digest."""
     scales = row.value_scales.astype("<f4").tobytes()
-    value = row.value.astype("<i4" if row.value.dtype != np.int8 else "i1").tobytes()
-    body = row.key.tobytes() + scales + value + row.record
-    data = HEAD.pack(HEAD.size + len(body), row.id, row.key_scale, len(row.value)) + body
+    ids = b"" if row.token_ids is None else row.token_ids.astype("<i4").tobytes()
+    items = len(row.latents if row.token_ids is None else row.token_ids)
+    body = row.key.tobytes() + scales + ids + row.latents.tobytes() + row.record
+    data = HEAD.pack(HEAD.size + len(body), row.id, row.key_scale, items) + body
     digest = hashlib.sha256(previous + data).digest()
     return data + digest, digest
 
@@ -65,27 +68,28 @@ def read(folder: Path, entry: JournalEntry, spec: BankSpec, *, after: JournalEnt
 
 
 def _decode(data: bytes, previous: bytes, spec: BankSpec, path: Path) -> Iterator[tuple[Row, bytes]]:
-    at, scale_count = 0, spec.latents
+    at, latents, with_tokens = 0, (spec.latents, spec.latent_dim), spec.kind in WITH_TOKENS
     while at < len(data):
         if len(data) - at < HEAD.size:
             raise _damaged(path)
         size, number, key_scale, items = HEAD.unpack_from(data, at)
-        value_bytes = items * 4 if spec.kind == "tokens" else spec.latents * spec.latent_dim
         head, digest = data[at : at + size], data[at + size : at + size + 32]
         if hashlib.sha256(previous + head).digest() != digest:
             raise _damaged(path)
         key_end = HEAD.size + spec.key_dim
-        scale_end = key_end + 4 * scale_count
-        if scale_end + value_bytes > size or (spec.kind == "latents" and items != spec.latents):
+        scale_end = key_end + 4 * spec.latents
+        ids_end = scale_end + 4 * items * with_tokens
+        value_end = ids_end + math.prod(latents)
+        if value_end > size or (not with_tokens and items != spec.latents):
             raise _damaged(path)
-        value = np.frombuffer(head[scale_end : scale_end + value_bytes], "<i4" if spec.kind == "tokens" else "i1")
         row = Row(
             number,
             np.float32(key_scale),
             np.frombuffer(head[HEAD.size : key_end], "i1"),
-            value if spec.kind == "tokens" else value.reshape(spec.latents, spec.latent_dim),
+            np.frombuffer(head[scale_end:ids_end], "<i4") if with_tokens else None,
+            np.frombuffer(head[ids_end:value_end], "i1").reshape(latents),
             np.frombuffer(head[key_end:scale_end], "<f4"),
-            head[scale_end + value_bytes :],
+            head[value_end:],
         )
         yield row, digest
         at, previous = at + size + 32, digest

@@ -9,6 +9,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from tinyalign_edge.config import WITH_TOKENS
+
+Kind = Literal["tokens", "latents", "hybrid"]
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = "lock"
@@ -30,9 +34,9 @@ MAX_COUNTER = 1 << 62  # of generations and ids
 class BankSpec:
     """What every entry of a bank is made of."""
 
-    kind: Literal["tokens", "latents"]
+    kind: Kind
     key_dim: int
-    latents: int  # "latents": L; else 0
+    latents: int  # L; 0 for "tokens"
     latent_dim: int
     vocab_size: int  # every token id is below it
     fingerprint: str  # of the encoder and key projection, and the value encoder of latents
@@ -120,11 +124,10 @@ def sections(spec: BankSpec, count: int, token_count: int, record_bytes: int) ->
         ("key_scales", "<f4", (count,)),
         ("keys", "i1", (count, spec.key_dim)),
     ]
-    if spec.kind == "tokens":
-        arrays += [("value_offsets", "<u8", (count + 1,)), ("values", "<i4", (token_count,))]
-    else:
-        arrays += [("value_scales", "<f4", (count, spec.latents))]
-        arrays += [("values", "i1", (count, spec.latents, spec.latent_dim))]
+    if spec.kind in WITH_TOKENS:
+        arrays += [("value_offsets", "<u8", (count + 1,)), ("token_ids", "<i4", (token_count,))]
+    arrays += [("value_scales", "<f4", (count, spec.latents))]  # of no bytes where there are no latents
+    arrays += [("latents", "i1", (count, spec.latents, spec.latent_dim))]
     arrays += [("record_offsets", "<u8", (count + 1,)), ("records", "u1", (record_bytes,))]
     placed, offset = list[Section](), 0
     for name, dtype, shape in arrays:

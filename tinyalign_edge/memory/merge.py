@@ -13,6 +13,7 @@ from tinyalign_edge.memory.layout import BankSpec
 from tinyalign_edge.memory.record import decode_record
 from tinyalign_edge.memory.snapshot import Snapshot
 from tinyalign_edge.memory.table import Table
+from tinyalign_edge.memory.value import latents_of, token_ids_of
 
 
 def check_alike(folder: Path, spec: BankSpec, other_folder: Path, other: BankSpec) -> None:
@@ -55,6 +56,7 @@ def content_digest(table: Table, row: int) -> bytes:
     record = decode_record(table.record(row), f"entry {table.ids[row]}")
     texts = [record.text, record.question, record.source]
     digest = hashlib.sha256(repr(texts).encode())
-    for array in (table.keys[row], table.key_scales[row : row + 1], table.value(row)):
+    value = table.value(row)
+    for array in (table.keys[row], table.key_scales[row : row + 1], token_ids_of(value), latents_of(value)):
         digest.update(array.tobytes())
     return digest.digest()

@@ -17,8 +17,7 @@ from tinyalign_edge.memory.verified import VerifiedFiles
 
 def write_segment(path: Path, table: Table, spec: BankSpec) -> SegmentEntry:
     """Write `table` to the new file `path`, down to the disk."""
-    token_count = table.values.size if spec.kind == "tokens" else 0
-    digest, written = hashlib.sha256(), 0
+    token_count, digest, written = table.token_ids.size, hashlib.sha256(), 0
     with path.open("xb") as file:
         for section in sections(spec, len(table), token_count, table.records.size):
             array = np.ascontiguousarray(getattr(table, section.name), section.dtype)

@@ -67,8 +67,8 @@ class Entries:
 
     keys: npt.NDArray[np.float32]  # (E, key_dim), unit rows
     records: Sequence[Record]
-    token_ids: Sequence[Sequence[int]] | None  # "tokens"
-    latents: npt.NDArray[np.float32] | None  # "latents": (E, L, latent_dim)
+    token_ids: Sequence[Sequence[int]] | None  # None for "latents"
+    latents: npt.NDArray[np.float32] | None  # (E, L, latent_dim); None for "tokens"
 
 
 class Shards:

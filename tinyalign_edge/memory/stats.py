@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinyalign_edge.memory.record import thumbnail_bytes
 from tinyalign_edge.memory.snapshot import Snapshot
 
-COLUMNS = ("keys", "key_scales", "values", "value_scales", "value_offsets")
+COLUMNS = ("keys", "key_scales", "token_ids", "latents", "value_scales", "value_offsets")
 
 
 @dataclass(frozen=True)

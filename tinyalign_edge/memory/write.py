@@ -19,7 +19,7 @@ from tinyalign_edge.errors import InputError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory import journal, layout
 from tinyalign_edge.memory.join import Selected, whole, write_joined
-from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, SegmentEntry
+from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, Kind, SegmentEntry
 from tinyalign_edge.memory.manifest import TEMPORARY, write_manifest
 from tinyalign_edge.memory.record import Record
 from tinyalign_edge.memory.search import quantize_keys
@@ -59,30 +59,30 @@ def write_bank(
         records: E of them.
         fingerprint: of the encoder and key projection that made the keys.
         vocab_size: bound of the token ids.
-        token_ids: the values of a bank of kind "tokens", E sequences.
-        latents: the values of a bank of kind "latents", (E, L, latent_dim) float32.
+        token_ids: the values of a bank of kind "tokens", E sequences; with `latents`, of kind "hybrid".
+        latents: the values of a bank of kind "latents", or part of them, (E, L, latent_dim) float32.
 
     Raises:
         InputError: a key is not of length 1, or a latent is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    more: dict[str, Array]
+    kind: Kind = "tokens" if latents is None else "latents" if token_ids is None else "hybrid"
     if latents is None:
-        assert token_ids is not None
-        spec = BankSpec("tokens", keys.shape[1], 0, 0, vocab_size, fingerprint)
-        values = np.array([i for ids in token_ids for i in ids], "<i4")
-        more = {"value_offsets": offsets(len(ids) for ids in token_ids)}
-    else:
-        spec = BankSpec("latents", keys.shape[1], latents.shape[1], latents.shape[2], vocab_size, fingerprint)
-        values, scales = quantize_latents(latents)
-        more = {"value_scales": scales}
+        latents = np.zeros((len(keys), 0, 0), np.float32)
+    spec = BankSpec(kind, keys.shape[1], latents.shape[1], latents.shape[2], vocab_size, fingerprint)
+    more = dict[str, Array]()
+    if token_ids is not None:
+        more["value_offsets"] = offsets(len(ids) for ids in token_ids)
+        more["token_ids"] = np.array([i for ids in token_ids for i in ids], "<i4")
+    quantised_latents, latent_scales = quantize_latents(latents)
     quantised, key_scales = quantize_keys(keys)
     encoded = [record.encode() for record in records]
     table = Table(
         np.arange(len(keys), dtype="<u8"),
         key_scales,
         quantised,
-        values,
+        latent_scales,
+        quantised_latents,
         offsets(len(record) for record in encoded),
         np.frombuffer(b"".join(encoded), np.uint8),
         **more,
@@ -102,7 +102,7 @@ def quantize_latents(latents: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.i
     """
     if not np.all(np.isfinite(latents)):
         raise InputError("latents: one is not finite; look for a damaged value encoder")
-    peak = np.maximum(np.abs(latents).max(axis=-1), 1e-12)
+    peak = np.maximum(np.abs(latents).max(axis=-1, initial=0), 1e-12)
     return np.round(latents / peak[..., None] * 127).astype(np.int8), (peak / 127).astype(np.float32)
 
 

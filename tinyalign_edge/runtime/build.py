@@ -168,8 +168,9 @@ def read_row(file: RowFile, number: int, images: Path) -> Row:
 def bank_spec(manifest: Manifest) -> BankSpec:
     """What the entries of a bundle's bank are made of."""
     memory = manifest.memory
+    assert memory.kind != "none"
     return BankSpec(
-        kind="latents" if memory.kind == "latents" else "tokens",
+        kind=memory.kind,
         key_dim=memory.key_dim,
         latents=memory.latents,
         latent_dim=memory.latent_dim,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import Manifest, MemoryBlock
+from tinyalign_edge.memory import token_ids_of
 from tinyalign_edge.runtime.sessions import check_shapes, onnxruntime_errors, open_session
 from tinyalign_edge.runtime.sight import EncodedImage
 
@@ -22,7 +23,8 @@ NOTHING = -1  # in place of the token before an entry's first
 
 @dataclass(frozen=True)
 class MemoryTexts:
-    """What can be copied in a sequence, (M,) each: the memory tokens and, after whole entries, the answer's end.
+    """What can be copied in a sequence, (M,) each: the memory tokens that have an id and, after whole entries, the
+    answer's end.
 
     Attributes:
         states: the positions whose hidden states make the key, (M, 2).
@@ -47,7 +49,8 @@ def memory_texts(pictures: Iterable[tuple[int, EncodedImage]], block: MemoryBloc
     for start, image in pictures:
         position = start + (0 if image.memory_first else len(image.visual_tokens))
         for entry in image.memories if len(image.memory_tokens) else ():
-            value = entry.value.astype(np.int64)
+            value = token_ids_of(entry.value).astype(np.int64)
+            position += len(entry.value) - len(value)  # latents stand before them, and are not copied
             places = position + np.arange(len(value))
             position += len(value)
             states.append(np.stack([np.maximum(places - 1, 0), places], axis=1))

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.bundle import Manifest
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import single_questions
 from tinyalign_edge.image import open_image
-from tinyalign_edge.memory import Record, make_thumbnail
+from tinyalign_edge.memory import Record, Value, latents_of, make_thumbnail, token_ids_of
 from tinyalign_edge.memory.search import UNIT
 from tinyalign_edge.memory.shards import Entries
 from tinyalign_edge.runtime.model import Model
@@ -28,7 +28,7 @@ class NewEntry:
 
     key: npt.NDArray[np.float32]  # (key_dim,), unit length
     record: Record
-    value: npt.NDArray[Any]  # "tokens": (T,) int32; "latents": (L, latent_dim) float32
+    value: Value
 
 
 class EntryMaker:
@@ -58,7 +58,7 @@ class EntryMaker:
         if not abs(np.linalg.norm(image.key) - 1) <= UNIT:
             raise InputError(f"{row.where}: the key of {row.path} is not of length 1; look for a damaged encoder")
         value = self._value(image, row)
-        if not np.all(np.isfinite(value)):
+        if not np.all(np.isfinite(latents_of(value))):
             raise InputError(f"{row.where}: a value of {row.path} is not finite; look for a damaged value encoder")
         first, asked = row.memory_turns[0], row.turns[0].question
         thumbnail = make_thumbnail(open_image(row.path)) if self._thumbnails else b""
@@ -66,9 +66,9 @@ class EntryMaker:
         record = Record(first.answer, question, row.id, thumbnail=thumbnail)
         return NewEntry(self._model.keys.key(image.key, asked), record, value)
 
-    def _value(self, image: EncodedImage, row: Row) -> npt.NDArray[Any]:
+    def _value(self, image: EncodedImage, row: Row) -> Value:
         """What the model will read of the entry."""
-        value: npt.NDArray[Any] = self._model.values.make(image.features, row.memory_turns, limit=self._value_tokens)
+        value: Value = self._model.values.make(image.features, row.memory_turns, limit=self._value_tokens)
         return value
 
     def _encode(self, row: Row) -> EncodedImage:
@@ -83,13 +83,11 @@ class EntryMaker:
 def side_by_side(entries: Sequence[NewEntry], manifest: Manifest) -> Entries:
     """Entries as a shard is written from them."""
     memory = manifest.memory
-    latents = None
-    if memory.kind == "latents":
-        shape = (len(entries), memory.latents, memory.latent_dim)
-        latents = np.array([entry.value for entry in entries], np.float32).reshape(shape)
+    latents, shape = [latents_of(entry.value) for entry in entries], (len(entries), memory.latents, memory.latent_dim)
+    token_ids = [token_ids_of(entry.value).tolist() for entry in entries]
     return Entries(
         keys=np.array([entry.key for entry in entries], np.float32).reshape(len(entries), memory.key_dim),
         records=[entry.record for entry in entries],
-        token_ids=[entry.value.tolist() for entry in entries] if latents is None else None,
-        latents=latents,
+        token_ids=token_ids if memory.kind in WITH_TOKENS else None,
+        latents=np.array(latents, np.float32).reshape(shape) if memory.kind in WITH_LATENTS else None,
     )

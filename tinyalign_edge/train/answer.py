@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tinyalign_edge.config import WITH_LATENTS
 from tinyalign_edge.data import Row, Turn
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, partners
-from tinyalign_edge.memory import Entry
+from tinyalign_edge.memory import Entry, latents_of, token_ids_of
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Values, tokenize
 from tinyalign_edge.train.checkpoint import Checkpoint
@@ -165,6 +166,8 @@ def _bank_values(checkpoint: Checkpoint) -> Values | None:
     if bank is None:
         return None
     values = [bank.entry(row).value for row in range(len(bank))]
-    if bank.manifest.spec.kind == "latents":
-        return Values([()] * len(values), latents=np.stack(values).astype(np.float32))
-    return Values([tuple(value.tolist()) for value in values])
+    with_latents = bank.manifest.spec.kind in WITH_LATENTS
+    return Values(
+        [tuple(token_ids_of(value).tolist()) for value in values],
+        latents=np.stack([latents_of(value) for value in values]) if with_latents else None,
+    )

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
 from tinyalign_edge.data import Row, Turn
+from tinyalign_edge.memory import reading_order
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.model import IGNORED, PADDING, SHARED, MemoryInputs
@@ -178,9 +180,12 @@ class Collate:
     def _memory_length(self, example: Example) -> int:
         if self.memory.kind == "paper":
             return self.memory.latents if example.neighbours else 0
-        if self.memory.kind == "latents":
-            return self.memory.latents * len(example.neighbours)
-        return sum(map(len, self._texts(example)))
+        return sum(map(self._entry_length, self._texts(example)))
+
+    def _entry_length(self, text: tuple[int, ...]) -> int:
+        """The memory tokens of an entry with this text."""
+        latents = self.memory.latents if self.memory.kind in WITH_LATENTS else 0
+        return latents + (len(text) if self.memory.kind in WITH_TOKENS else 0)
 
     def _texts(self, example: Example) -> Sequence[tuple[int, ...]]:
         """Token ids of the neighbours' texts."""
@@ -201,21 +206,29 @@ class Collate:
         if self.values is None or not pairs:
             return None
         texts = [text for example in examples for text in self._texts(example)]
-        lengths = [self.memory.latents] * len(texts) if self.memory.kind == "latents" else list(map(len, texts))
-        counts = torch.tensor(lengths)
+        counts = torch.tensor([self._entry_length(text) for text in texts])
         rank = torch.tensor([rank for _, rank, _ in pairs]).repeat_interleave(counts)
         similarity = torch.tensor([s for _, _, s in pairs], dtype=torch.float32).repeat_interleave(counts)
         memory: MemoryInputs = {"rank": rank, "similarity": similarity}
-        entries = [row for row, _, _ in pairs]
-        if self.memory.kind == "tokens":
-            memory["token_ids"] = torch.tensor([i for text in texts for i in text])
-        elif self.values.latents is not None:
-            memory["latents"] = torch.from_numpy(self.values.latents[entries].reshape(len(rank), -1))
+        if self.memory.kind in WITH_TOKENS:
+            memory["token_ids"] = torch.tensor([i for text in texts for i in text], dtype=torch.int64)
+        if self.memory.kind in WITH_LATENTS:
+            self._add_latents(memory, [row for row, _, _ in pairs], texts)
+        if self.memory.kind == "hybrid":
+            lengths = np.array([len(text) for text in texts])
+            memory["order"] = torch.from_numpy(reading_order(self.memory.latents, lengths))
+        return memory
+
+    def _add_latents(self, memory: MemoryInputs, entries: Sequence[int], texts: Sequence[tuple[int, ...]]) -> None:
+        """Add the latents of these entries, or the features that they are made of."""
+        assert self.values is not None
+        if self.values.latents is not None:
+            memory["latents"] = torch.from_numpy(self.values.latents[list(entries)]).flatten(0, 1)
         else:
             assert self.values.features is not None
-            memory["token_ids"], memory["token_mask"] = pad_texts(texts)
+            if self.memory.kind == "latents":
+                memory["token_ids"], memory["token_mask"] = pad_texts(texts)
             memory["features"] = torch.from_numpy(np.asarray(self.values.features(entries), np.float32))
-        return memory
 
     def _side_by_side(self, neighbours: Sequence[tuple[int, ...]]) -> MemoryInputs | None:
         """The latents of up to k entries, along their width; zeros where there are fewer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tinyalign_edge.config import WITH_LATENTS
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 HEADS = 4  # of the value encoder
@@ -67,7 +68,8 @@ class Connector(nn.Module):
 class MemoryConnector(nn.Module):
     """Values of retrieved entries to memory tokens (M, D).
 
-    Token values arrive as embeddings of width D; latents are first brought to width D by `expand`. Each token is
+    Token values arrive as embeddings of width D; latents are first brought to width D by `expand`, those of hybrid
+    entries by `joined`, which puts them before the embeddings of their texts. Each token is
     then told the rank of its entry and how similar that entry is, and passes a residual bottleneck MLP that begins
     at zero, so that before training a memory token is the plain embedding of the retrieved text. With a gate, which
     begins open, it is drawn towards a vector that says nothing.
@@ -76,7 +78,8 @@ class MemoryConnector(nn.Module):
     def __init__(self, settings: MemorySettings, embeddings: Tensor) -> None:
         super().__init__()
         width = embeddings.shape[1]
-        self.expand = nn.Linear(settings.latent_dim, width) if settings.kind == "latents" else None
+        self.alone = settings.kind == "latents"
+        self.expand = nn.Linear(settings.latent_dim, width) if settings.kind in WITH_LATENTS else None
         if self.expand is not None:
             mean, basis = principal_axes(embeddings, settings.latent_dim)
             with torch.no_grad():
@@ -97,7 +100,7 @@ class MemoryConnector(nn.Module):
 
     def forward(self, values: Tensor, rank: Tensor, similarity: Tensor) -> Tensor:
         """`values` (M, D or latent_dim), `rank` (M,) int64, `similarity` (M,) float32 -> (M, D)."""
-        if self.expand is not None:
+        if self.expand is not None and self.alone:
             values = self.expand(values)
         values = values + self.rank[rank] + similarity[:, None] * self.similarity
         normed = self.norm(values)
@@ -105,6 +108,12 @@ class MemoryConnector(nn.Module):
         if self.gate is None or self.nothing is None:
             return out
         return torch.lerp(self.nothing.expand_as(out), out, torch.sigmoid(self.gate(normed)).to(out.dtype))
+
+    def joined(self, latents: Tensor, text: Tensor, order: Tensor) -> Tensor:
+        """The values (M, D) of hybrid entries: all their latents (P, latent_dim) and embeddings of all their token ids
+        (M - P, D), one after the other, in the `order` (M,) int64 in which they are read."""
+        assert self.expand is not None
+        return torch.cat([self.expand(latents), text])[order]
 
 
 class ValueEncoder(nn.Module):
@@ -133,6 +142,29 @@ class ValueEncoder(nn.Module):
         hidden = torch.cat([text_mask.new_zeros(features.shape[:2]), ~text_mask], dim=1)
         read, _ = self.attention(start + self.query, context, context, key_padding_mask=hidden, need_weights=False)
         out: Tensor = start + self.gate * read
+        return out
+
+
+class PictureEncoder(nn.Module):
+    """A picture's pooled features to L latents, which stand beside its text and tell what the text leaves out.
+
+    All begin at zero, which the memory connector expands to the mean of all embeddings: one step of cross attention,
+    closed at first, learns what they say. Each opens by itself and looks from a query of its own, so that they part.
+    """
+
+    def __init__(self, settings: MemorySettings, feature_dim: int) -> None:
+        super().__init__()
+        self.feature_dim, dim = feature_dim, settings.latent_dim
+        self.see = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, dim))
+        self.query = nn.Parameter(torch.randn(settings.latents, dim))
+        self.attention = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.gate = nn.Parameter(torch.zeros(settings.latents, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`features` (E, N, C) -> latents (E, L, latent_dim)."""
+        context, queries = self.see(features), self.query.expand(len(features), -1, -1)
+        read, _ = self.attention(queries, context, context, need_weights=False)
+        out: Tensor = self.gate * read
         return out
 
 

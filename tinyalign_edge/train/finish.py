@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
 from tinyalign_edge.data import Row
 from tinyalign_edge.memory import Bank, Record, write_bank
 from tinyalign_edge.memory.shown import build_due_graph
@@ -48,15 +49,15 @@ def write_checkpoint(
     config = replace(config, memory=replace(config.memory, fingerprint=fingerprint))
     shutil.rmtree(out / MEMORY, ignore_errors=True)
     if values is not None:
-        latents = encode_values(model, values) if config.memory.bank_kind == "latents" else None
+        kind = config.memory.bank_kind
         write_bank(
             out / MEMORY,
             keys,
             [_record(row, config.memory) for row in rows],
             fingerprint=config.memory.fingerprint,
             vocab_size=language.model.config.vocab_size,
-            token_ids=None if latents is not None else values.token_ids,
-            latents=latents,
+            token_ids=values.token_ids if kind in WITH_TOKENS else None,
+            latents=encode_values(model, values) if kind in WITH_LATENTS else None,
         )
         build_due_graph(Bank(out / MEMORY))
     write_samples(out / SAMPLES, held_out, rows[:CALIBRATION])

@@ -12,7 +12,15 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
-from tinyalign_edge.train.connector import Connector, KeyProjection, MemoryConnector, Patches, ValueEncoder
+from tinyalign_edge.config import WITH_TOKENS
+from tinyalign_edge.train.connector import (
+    Connector,
+    KeyProjection,
+    MemoryConnector,
+    Patches,
+    PictureEncoder,
+    ValueEncoder,
+)
 from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.question_key import QuestionKey
@@ -30,10 +38,11 @@ class MemoryInputs(TypedDict):
 
     rank: Tensor  # (M,) int64
     similarity: Tensor  # (M,) float32
-    token_ids: NotRequired[Tensor]  # "tokens": (M,) int64; "latents" in training: (E, T) int64, padded
+    token_ids: NotRequired[Tensor]  # (M,) int64, of "hybrid" less; "latents" in training: (E, T) int64, padded
     token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool
-    features: NotRequired[Tensor]  # "latents" in training: (E, N, C) float32
-    latents: NotRequired[Tensor]  # "latents" from a bank: (M, latent_dim) float32; "paper": (M, K * latent_dim)
+    features: NotRequired[Tensor]  # with latents, in training: (E, N, C) float32
+    latents: NotRequired[Tensor]  # from a bank: (E * L, latent_dim) float32; "paper": (M, K * latent_dim)
+    order: NotRequired[Tensor]  # "hybrid": (M,) int64, in which all latents and then all token ids are read
 
 
 class AlignModel(nn.Module):
@@ -62,7 +71,7 @@ class AlignModel(nn.Module):
         self.question_key = QuestionKey(connector.width, memory.question_dim) if memory.question_dim else None
         self.fused_key = FusedKey(self.connector) if memory.key == "fused" else None
         self.memory_connector: MemoryConnector | SideBySideConnector | None = None
-        self.value_encoder: ValueEncoder | RandomPerceiver | None = None
+        self.value_encoder: ValueEncoder | PictureEncoder | RandomPerceiver | None = None
         if memory.kind == "paper":
             self.memory_connector = SideBySideConnector(memory, connector.width)
             self.value_encoder = RandomPerceiver(memory, connector.input_dim, connector.width)
@@ -70,6 +79,8 @@ class AlignModel(nn.Module):
             self.memory_connector = MemoryConnector(memory, embeddings)
             if memory.kind == "latents":
                 self.value_encoder = ValueEncoder(memory, connector.input_dim, embeddings)
+            elif memory.kind == "hybrid":
+                self.value_encoder = PictureEncoder(memory, connector.input_dim)
         self.copy_head = CopyHead(connector.width, memory.copy_dim) if memory.copy_dim else None
 
     def train(self, mode: bool = True) -> AlignModel:
@@ -109,16 +120,28 @@ class AlignModel(nn.Module):
 
     def values(self, memory: MemoryInputs) -> Tensor:
         """The entries' values as the memory connector reads them: (M, D) embeddings or (M, latent_dim) latents."""
+        kind = self.memory_settings.kind
+        if kind not in WITH_TOKENS:
+            return self._latents(memory)
+        text: Tensor = self.language.get_input_embeddings()(memory["token_ids"])
+        if kind == "tokens":
+            return text
+        assert isinstance(self.memory_connector, MemoryConnector)
+        return self.memory_connector.joined(self._latents(memory), text, memory["order"])
+
+    def _latents(self, memory: MemoryInputs) -> Tensor:
+        """The latents of all entries, (E * L, latent_dim), made unless a bank has them."""
         if "latents" in memory:
             return memory["latents"]
-        if self.value_encoder is not None:
-            return self.latents(memory["features"], memory["token_ids"], memory["token_mask"]).flatten(0, 1)
-        text: Tensor = self.language.get_input_embeddings()(memory["token_ids"])
-        return text
+        return self.latents(memory["features"], memory["token_ids"], memory.get("token_mask")).flatten(0, 1)
 
-    def latents(self, features: Tensor, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        """The value encoder's latents (E, L, latent_dim) of features (E, N, C) and texts (E, T)."""
+    def latents(self, features: Tensor, token_ids: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The value encoder's latents (E, L, latent_dim) of features (E, N, C) and, unless a hybrid entry has the text
+        beside them, texts (E, T)."""
         assert self.value_encoder is not None
+        if isinstance(self.value_encoder, PictureEncoder):
+            seen: Tensor = self.value_encoder(features)
+            return seen
         text = self.language.get_input_embeddings()(token_ids).float()
         out: Tensor = self.value_encoder(features, text, token_mask)
         return out
@@ -153,8 +176,12 @@ class AlignModel(nn.Module):
 
     def texts(self, hidden: Tensor, memory_mask: Tensor, memory: MemoryInputs) -> Texts:
         """What can be copied, given the hidden states (B, S, D) of whole rows."""
-        settings = self.memory_settings
-        return memory_texts(hidden, memory_mask, memory["token_ids"], memory["rank"], memory["similarity"],
+        settings, rank, similarity = self.memory_settings, memory["rank"], memory["similarity"]
+        if "order" in memory:  # of hybrid entries only the token ids, which follow all latents
+            words = memory["order"] >= len(rank) - len(memory["token_ids"])
+            rank, similarity = rank[words], similarity[words]
+            memory_mask = memory_mask.masked_scatter(memory_mask, words)
+        return memory_texts(hidden, memory_mask, memory["token_ids"], rank, similarity,
                             end=settings.copy_end, limit=settings.value_tokens)  # fmt: skip
 
     def hidden(self, embeds: Tensor, position_ids: Tensor, block: Tensor) -> Tensor:

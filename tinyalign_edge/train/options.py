@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
 from tinyalign_edge.train.question_key import QUESTION_DIM
@@ -27,6 +28,7 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
+HYBRID_LATENTS = 2  # of an entry that has its text as well
 EPISODES = 0.1
 MEMORY_FROM = 0.25  # of the steps, the first ones: no row sees its neighbours, so that the picture is learnt, too
 COPYING = 0.25  # of the steps: as many more, by which the copy term alone learns from episodes
@@ -44,15 +46,15 @@ class TrainOptions:
         key_dim: of a picture's key, or part of it; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
         gate: memory tokens can be closed, by what is learnt.
-        copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memory "tokens", which
-            alone has any.
+        copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memories "tokens" and
+            "hybrid", which alone have any.
         memory_first: the memory stands before the picture; None: but for the memory "paper".
         episodes: the share of the rows in which names are replaced by made-up ones, in the neighbours' texts too, when
             the copy term is trained alone, after all else; None: a tenth; 0: that is left out.
         memory_dropout: the share of the rows that see no neighbours.
         memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: a quarter where
             a connector is trained from its beginning, and none with the memory "paper".
-        latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "paper" 32 of 96.
+        latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "hybrid" 2, with "paper" 32 of 96.
     """
 
     stage: Stage = "align"
@@ -124,10 +126,12 @@ def check_options(options: TrainOptions) -> None:
     for rate in ("learning_rate", "lm_learning_rate"):
         if not 0 < getattr(options, rate) < 10:
             raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
-    if options.copy_words and options.memory != "tokens":
-        raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens, not {options.memory}")
-    if options.episodes and (options.copy_words is False or options.memory != "tokens"):
-        raise InputError(f"--episodes {options.episodes}: nothing is copied here; use --memory tokens with --copy")
+    if options.copy_words and options.memory not in WITH_TOKENS:
+        raise InputError(f"--copy: latents have no tokens to copy; use --memory tokens or hybrid, not {options.memory}")
+    if options.episodes and (options.copy_words is False or options.memory not in WITH_TOKENS):
+        raise InputError(
+            f"--episodes {options.episodes}: nothing is copied here; use --memory tokens or hybrid with --copy"
+        )
     for share in ("warmup", "weight_decay", "dropout", "episodes", "memory_dropout", "memory_from"):
         if not 0 <= (getattr(options, share) or 0) < 1:
             raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
@@ -146,7 +150,8 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         InputError: a size that the key cannot have.
     """
     paper = options.memory == "paper"
-    copies = options.memory == "tokens" if options.copy_words is None else options.copy_words
+    latents = {"paper": LATENTS, "hybrid": HYBRID_LATENTS}
+    copies = options.memory in WITH_TOKENS if options.copy_words is None else options.copy_words
     settings = MemorySettings(
         kind=options.memory,
         key=options.key or ("fused" if paper else "picture"),
@@ -169,7 +174,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         settings,
         key_dim=connector.width if settings.key == "fused" else picture_dim + question_dim,
         question_dim=question_dim,
-        latents=options.latents or (LATENTS if paper else settings.latents),
+        latents=options.latents or latents.get(options.memory, settings.latents),
         latent_dim=options.latent_dim or (LATENT_DIM if paper else settings.latent_dim),
     )
 
@@ -183,7 +188,7 @@ def episodes_share(options: TrainOptions, memory: MemorySettings) -> float:
     if options.episodes and not memory.copy_dim:
         raise InputError(
             f"--episodes {options.episodes}: nothing is copied here; "
-            "begin at a checkpoint of --memory tokens with --copy"
+            "begin at a checkpoint of --memory tokens or hybrid with --copy"
         )
     return (EPISODES if options.episodes is None else options.episodes) if memory.copy_dim else 0.0
 
@@ -192,7 +197,7 @@ def memory_from(options: TrainOptions, *, whole: bool) -> float:
     """The share of the steps before any row sees its neighbours; `whole`: the connector is a whole model's own."""
     if options.memory_from is not None:
         return options.memory_from
-    begins = options.stage == "align" and not whole and options.memory in ("tokens", "latents")
+    begins = options.stage == "align" and not whole and options.memory in ("tokens", "latents", "hybrid")
     return MEMORY_FROM if begins else 0.0
 
 

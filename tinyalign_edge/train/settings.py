@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tinyalign_edge.bundle import ImageConfig, PromptConfig
-from tinyalign_edge.config import MemoryKind
+from tinyalign_edge.config import WITH_TOKENS, MemoryKind
 
-TrainedMemory = Literal["none", "tokens", "latents", "paper"]
+TrainedMemory = Literal["none", "tokens", "latents", "hybrid", "paper"]
 KeyKind = Literal["picture", "question", "fused"]
 Stage = Literal["align", "instruct"]
 ConnectorKind = Literal["pooled", "pixel_shuffle", "mlp"]
@@ -63,6 +63,7 @@ class MemorySettings:
     each memory token can be closed, from what it says and how similar its entry is.
 
     A "question" key tells what is seen and what is asked, side by side: every question of a row is an entry of its own.
+    Of kind "hybrid" an entry has latents that tell of its picture, and after them the token ids of its text.
     Of kind "paper" the values are latents of a random encoder, read side by side: see `tinyalign_edge.train.paper`,
     where the "fused" key is, too.
     """
@@ -96,8 +97,9 @@ class MemorySettings:
     @property
     def max_memory_tokens(self) -> int:
         """The most positions that the memory takes of a row."""
-        an_entry = self.value_tokens if self.kind == "tokens" else self.latents
-        return {"none": 0, "paper": an_entry}.get(self.kind, self.k * an_entry)
+        latents = 0 if self.kind == "tokens" else self.latents
+        an_entry = latents + (self.value_tokens if self.kind in WITH_TOKENS else 0)
+        return {"none": 0, "paper": latents}.get(self.kind, self.k * an_entry)
 
 
 @dataclass(frozen=True)

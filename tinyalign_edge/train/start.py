@@ -73,7 +73,7 @@ def start_whole(folder: Path, options: TrainOptions, *, template: str | None) ->
             same for every question.
     """
     if options.memory == "none":
-        raise InputError("--memory none: with --vlm only the memory is trained; use tokens or latents")
+        raise InputError("--memory none: with --vlm only the memory is trained; use tokens, latents or hybrid")
     if options.visual_tokens or options.image_size:
         raise InputError("--visual-tokens and --image-size: with --vlm they are the model's own; leave them out")
     whole = load_vlm(folder, template=template)
