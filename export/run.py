@@ -148,12 +148,12 @@ def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[G
         with Model(folder, manifest) as exported:
             return gate.measure(exported)
 
-    plans = tuner.find(SHARES[0])
+    first = plans = tuner.find(SHARES[0])
     result = measure()
     for share in SHARES[1:]:
         if result.passed:
             break
-        found = tuner.find(share)
+        found = tuner.find(share, first)
         if found != plans:
             plans, result = found, measure()
     return result, plans

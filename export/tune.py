@@ -67,12 +67,14 @@ class Tuner:
         self._components: list[Component] = present if manifest.memory.file is not None else ["vision", "decoder"]
         self._written = {component: _key(base.of(component)) for component in present}
 
-    def find(self, share: float) -> Plans:
-        """Plans whose components lose at most `share` of what the gate allows; the folder holds them afterwards."""
+    def find(self, share: float, before: Plans | None = None) -> Plans:
+        """Plans whose components lose at most `share` of what the gate allows, and of what `before` loses; the folder
+        holds them afterwards."""
         found = self._base
         with progress("Finding formats", None) as advance:
             for component in self._components:
-                plan = self._find(component, share, advance)
+                lost = self._loss(component, before.of(component)) if before else np.inf
+                plan = self._find(component, share * min(LIMITS[component], lost), advance)
                 self._write(component, plan)
                 found = replace(found, **{component: plan})
         return found
@@ -89,13 +91,12 @@ class Tuner:
                 entries.append(GivenBack(component, name, kind, extra))
         return tuple(entries)
 
-    def _find(self, component: Component, share: float, advance: Callable[..., None]) -> Plan:
+    def _find(self, component: Component, limit: float, advance: Callable[..., None]) -> Plan:
         def loss(plan: Plan) -> float:
             found = self._loss(component, plan)
             advance(note=f"{component}, loss {found:.4f}")
             return found
 
-        limit = share * LIMITS[component]
         base = min(self._bases(component), key=loss)
         if loss(base) <= limit:
             return base

@@ -27,7 +27,7 @@ from tinyalign_edge import cli
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.evaluate import evaluate
-from tinyalign_edge.export import components, tune
+from tinyalign_edge.export import components, gate, search, tune
 from tinyalign_edge.export.plan import Plan
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.train.answer import TorchAnswerer
@@ -139,6 +139,16 @@ def test_a_degraded_bundle_is_marked_and_warns_when_it_is_loaded(
             cli.main()
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("warning: ") and "degraded" in line for line in lines) == 1
+
+
+def test_a_whole_that_fails_though_no_component_loses_much_has_matrices_given_back(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gate.LIMITS, "NLL change", ("<=", 0.0))
+    monkeypatch.setitem(tune.LIMITS, "decoder", 1.0)
+    monkeypatch.setattr(search, "MAX_GROWTH", 4.0)  # matrices this small grow more
+    manifest = export(checkpoints["none"], tmp_path / "b", ExportOptions(allow_degraded=True))
+    assert any(entry.component == "decoder" for entry in manifest.given_back)
 
 
 def test_calibration_rows_need_their_images_and_are_read_before_any_work(

@@ -24,7 +24,7 @@ from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, normalize
-from tinyalign_edge.export.run import export
+from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.memory import Bank
 from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.runtime.answerer import BundleAnswerer
@@ -213,7 +213,8 @@ def int8(bench: Bench, run: Run) -> Result:
     rows = rows[:: max(1, len(rows) // ONE_BY_ONE)]
     checkpoint, bundle = bench.checkpoint(run), bench.out / "bundles" / run.name
     shutil.rmtree(bundle, ignore_errors=True)
-    manifest = export(checkpoint.folder, bundle)
+    manifest = export(checkpoint.folder, bundle, ExportOptions(allow_degraded=True))  # a refusal is a result, too
+    assert manifest.gate is not None
     torch_asked = ask(bench.answerer(run), rows)
     with load(bundle) as model:
         asked = list(BundleAnswerer(model).ask_all(rows))
@@ -228,6 +229,7 @@ def int8(bench: Bench, run: Run) -> Result:
         "fp32": summarise(torch_asked),
         "answers_as_fp32": float(np.mean(same)),
         "given_back": to_json(manifest.given_back),
+        "refused": list(manifest.gate.failures),
     }
 
 

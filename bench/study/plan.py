@@ -63,6 +63,7 @@ ARMS = {
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
+    "hybrid": Arm("token ids that can be copied, and 2 latents of the picture", {"memory": "hybrid"}),
     **{f"k-{k}": Arm(f"token ids, k = {k}", {**TOKENS, "k": k}) for k in (1, 2, 8, 16)},
     "picture": Arm("token ids, key of the picture alone", {**TOKENS, "key": "picture"}),
     "question": Arm("token ids, key of picture and question", {**TOKENS, "key": "question"}),
@@ -75,22 +76,24 @@ JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of th
 ALONE = 0.25  # share of the rows without memory
 DROPOUT = 0.5  # of what the connector reads
 FEW = 40  # per cent of the training pictures, with which dropout is tried
+PLAIN = {"learning_rate": RATES[-1], "dropout": 0.0}
 TRIALS = {
-    **{f"baseline-lr-{rate:g}": replace(ARMS["baseline"], title=f"no memory, learning rate {rate:g}",
-                                        changes={**BASELINE, "learning_rate": rate})
+    **{f"baseline-lr-{rate:g}": Arm(f"no memory, learning rate {rate:g}",
+                                    {**BASELINE, **PLAIN, "learning_rate": rate})
        for rate in RATES},
-    "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
-    **{f"memory-from-{share:g}": replace(ARMS["memory"], title=f"memory read after {share:.0%} of the steps",
-                                         changes={**TOKENS, "memory_from": share})
+    **{f"memory-from-{share:g}": Arm(f"memory read after {100 * share:g} % of the steps",
+                                     {**TOKENS, **PLAIN, "memory_from": share})
        for share in sorted({share for shares in JOINS.values() for share in shares})},
     **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
-                                 changes={**ARMS[arm].changes, "dropout": DROPOUT})
+                                 changes={**ARMS[arm].changes, **PLAIN, "dropout": DROPOUT})
        for arm in ("baseline", "memory")},
-    "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory", {**TOKENS, "memory_dropout": ALONE}),
+    "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
+                        {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
+    "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
 }  # fmt: skip
 ABLATIONS = (
-    "no-copy", "picture", "question", "fused", "latents", "random", "k-1", "k-16", "latents-2", "latents-32", "gate",
-    "half", "k-2", "k-8", "latents-4", "latents-16", "paper", "from-start", "no-episodes", "after", "turns",
+    "no-copy", "picture", "question", "fused", "latents", "hybrid", "random", "k-1", "k-16", "latents-2", "latents-32",
+    "gate", "half", "k-2", "k-8", "latents-4", "latents-16", "paper", "from-start", "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN_KEY = {"caltech": "picture", "easy_vqa": "question"}  # of the arm "memory", which is no ablation
 
@@ -142,8 +145,9 @@ def trial_runs(name: str) -> list[Run]:
     whole = [*(f"baseline-lr-{rate:g}" for rate in RATES), "baseline-long"]
     few = []
     if name in JOINS:
-        whole += [*(f"memory-from-{share:g}" for share in JOINS[name]), "memory-alone"]
+        whole += [*(f"memory-from-{share:g}" for share in JOINS[name]), "memory-alone", "memory-dropout"]
     if name == TAUGHT:
+        whole.append("baseline-dropout")
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
