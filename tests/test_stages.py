@@ -282,27 +282,44 @@ def test_the_last_step_notes_its_own_training_loss(world: Path, towers: Path, tm
     assert long[2]["train_loss"] != long[1]["train_loss"]
 
 
+def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run `tinyalign-edge` twice on the processor: with `--cpu`, accelerate starts one process alone."""
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", str(20000 + os.getpid() % 20000),
+        "--module", "tinyalign_edge",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*launch, *command], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+
+
+def training_command(world: Path, towers: Path, out: Path) -> list[str]:
+    return [
+        "train", "--data", str(world / "train.json"), "--images", str(world), "--vision", str(towers / "vit"),
+        "--lm", str(towers / "lm"), "--out", str(out), "--steps", "4", "--visual-tokens", "4", "--eval-every", "2",
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("memory", ["latents", "tokens"])
 def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     one = train_tiny(world, towers, tmp_path / "one", memory=memory)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    port = 20000 + os.getpid() % 20000
-    subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-            "--module", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
-            "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--out", str(tmp_path / "two"),
-            "--steps", "4", "--batch-size", "8", "--visual-tokens", "4", "--eval-every", "2", "--device", "cpu",
-            "--memory", memory,
-        ],
-        check=True, capture_output=True, env=environment, timeout=120,
-    )  # fmt: skip
+    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory)
+    assert ran.returncode == 0, ran.stderr
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
     np.testing.assert_allclose(losses(tmp_path / "two", world), losses(one, world), rtol=0.02, atol=0.02)
     assert not (tmp_path / "two" / "state").exists()
+
+
+def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
+    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--batch-size", "9")
+    assert ran.returncode != 0
+    assert "--batch-size 9: must be a multiple of 2 process(es)" in ran.stderr
 
 
 def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:

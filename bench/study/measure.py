@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tinyalign_edge.train.options import TrainOptions
 Result = dict[str, Any]
 
 AT_ONCE = 256  # queries for which all entries are ranked
+NEAR = 256  # entries among which one with the same question is looked for, before all of them are
 ONE_BY_ONE = 2400  # questions for a bundle
 
 
@@ -188,15 +189,22 @@ def copy(bench: Bench, run: Run) -> Result:
         row.id: {turn.question: turn.answer for turn in row.turns} for row in read_rows(data.turns, data.train_images)
     }
     entries = [known[bank.entry(number).source] for number in bank.ids]
-    found = (near for part in ranked(bank, answerer.prepare(rows).keys) for near in part.rows)
-    asked = []
-    for row, near in zip(rows, found, strict=True):
-        turn = row.turns[0]
-        answer = next((entries[i][turn.question] for i in near if turn.question in entries[i]), "")
-        asked.append(Asked(turn.question, turn.answer, answer, 0.0, 1))
+    keys, asked = answerer.prepare(rows).keys, []
+    few = bank.nearest(keys, min(NEAR, len(bank))).rows
+    for row, near, key in zip(rows, few, keys, strict=True):
+        question = row.turns[0].question
+        answer = _answer(question, entries, near)
+        if answer is None:
+            answer = _answer(question, entries, bank.nearest(key[None], len(bank)).rows[0]) or ""
+        asked.append(Asked(question, row.turns[0].answer, answer, 0.0, 1))
     result = summarise(asked)
     del result["loss"]  # there is none
     return result
+
+
+def _answer(question: str, entries: Sequence[dict[str, str]], near: npt.NDArray[np.int64]) -> str | None:
+    """That of the first of the entries `near` whose picture was asked the same."""
+    return next((entries[i][question] for i in near if question in entries[i]), None)
 
 
 def teach(bench: Bench, run: Run) -> Result:
