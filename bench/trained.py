@@ -10,6 +10,7 @@ from tinyalign_edge.files import file_sha256
 from tinyalign_edge.train.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from tinyalign_edge.train.options import TrainOptions, copying_steps, episodes_share, memory_from, memory_settings
 from tinyalign_edge.train.run import train
+from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, TrainSettings
 from tinyalign_edge.train.state import STATE
 
 SAME = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "dropout", "bf16", "fraction", "seed")
@@ -29,16 +30,30 @@ def trained(
         train(data=data, images=images, vision=vision, lm=lm, out=folder, options=options, resume=resume, label=label)
     checkpoint = load_checkpoint(folder)
     config = checkpoint.config
-    memory = memory_settings(options, config.connector)
-    share = episodes_share(options, memory)
-    wanted = {f"memory.{name}": value for name, value in asdict(memory).items() if name not in KNOWN_LATER}
-    wanted |= {name: getattr(options, name) for name in SAME} | {"data": (file_sha256(data),)}
-    wanted |= {"episodes": share, "memory_from": memory_from(options, whole=config.whole)}
-    if config.training.copying_steps:
-        wanted["copying_steps"] = copying_steps(config.training.steps)
-    found = {f"memory.{name}": value for name, value in asdict(config.memory).items()} | asdict(config.training)
-    found["data"] = tuple(source.sha256 for source in config.training.data)
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise InputError(f"{folder}: was trained with {name} {found[name]}, not {value} as wanted here; remove it")
+    differing = difference(options, config.training, config.memory, config.connector, whole=config.whole)
+    data_sha256 = tuple(source.sha256 for source in config.training.data)
+    if data_sha256 != (file_sha256(data),):
+        differing = ("data", data_sha256, (file_sha256(data),))
+    if differing is not None:
+        name, found, wanted = differing
+        raise InputError(f"{folder}: was trained with {name} {found}, not {wanted} as wanted here; remove it")
     return checkpoint
+
+
+def difference(
+    options: TrainOptions,
+    training: TrainSettings,
+    memory: MemorySettings,
+    connector: ConnectorSettings,
+    *,
+    whole: bool = False,
+) -> tuple[str, object, object] | None:
+    """The first setting of a run that is another one than `options` make: its name, what it is and what they make."""
+    made = memory_settings(options, connector)
+    wanted = {f"memory.{name}": value for name, value in asdict(made).items() if name not in KNOWN_LATER}
+    wanted |= {name: getattr(options, name) for name in SAME}
+    wanted |= {"episodes": episodes_share(options, made), "memory_from": memory_from(options, whole=whole)}
+    if training.copying_steps:
+        wanted["copying_steps"] = copying_steps(training.steps)
+    found = {f"memory.{name}": value for name, value in asdict(memory).items()} | asdict(training)
+    return next(((name, found[name], value) for name, value in wanted.items() if found[name] != value), None)

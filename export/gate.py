@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
-from tinyalign_edge.bundle import GateResult
+from tinyalign_edge.bundle import Component, GateResult
 from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import GateError
 from tinyalign_edge.evaluate import normalize
@@ -143,6 +144,19 @@ LIMITS: dict[str, tuple[str, float]] = {
     "memory token cosine": (">=", MIN_COSINE),
     "value cosine": (">=", MIN_COSINE),
 }
+
+
+def concerned(result: GateResult) -> frozenset[Component]:
+    """The components whose formats are to blame for what failed; none where it is no matter of formats."""
+    of: dict[str, set[Component]] = {
+        "visual token cosine": {"vision"},
+        "memory token cosine": {"memory"},
+        "value cosine": set(),  # in float32 whatever the formats are
+    }
+    most_in_decoder = result.decoder_mean_kl >= result.mean_kl / 2
+    whole: set[Component] = {"decoder"} if most_in_decoder else {"vision", "memory"}
+    names = (next(name for name in LIMITS if failed.startswith(name)) for failed in result.failures)
+    return frozenset(chain.from_iterable(of.get(name, whole) for name in names))
 
 
 def failure(name: str, value: float) -> str:

@@ -15,7 +15,7 @@ from tinyalign_edge.export.card import write_card
 from tinyalign_edge.export.components import Components, seal, write_bundle
 from tinyalign_edge.export.expected import ask_torch
 from tinyalign_edge.export.families import read_architecture
-from tinyalign_edge.export.gate import Gate
+from tinyalign_edge.export.gate import Gate, concerned
 from tinyalign_edge.export.language import check_language, park
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
@@ -153,7 +153,7 @@ def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[G
     for share in SHARES[1:]:
         if result.passed:
             break
-        found = tuner.find(share, first)
+        found = tuner.find(share, below=first, of=concerned(result))
         if found != plans:
             plans, result = found, measure()
     return result, plans

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,14 +67,16 @@ class Tuner:
         self._components: list[Component] = present if manifest.memory.file is not None else ["vision", "decoder"]
         self._written = {component: _key(base.of(component)) for component in present}
 
-    def find(self, share: float, before: Plans | None = None) -> Plans:
-        """Plans whose components lose at most `share` of what the gate allows, and of what `before` loses; the folder
-        holds them afterwards."""
+    def find(self, share: float, *, below: Plans | None = None, of: Collection[Component] = ()) -> Plans:
+        """Plans whose components lose at most `share` of what the gate allows, the components `of` also at most that
+        share of what they lose in the plans `below`; the folder holds them afterwards."""
         found = self._base
         with progress("Finding formats", None) as advance:
             for component in self._components:
-                lost = self._loss(component, before.of(component)) if before else np.inf
-                plan = self._find(component, share * min(LIMITS[component], lost), advance)
+                limit = LIMITS[component]
+                if below is not None and component in of:
+                    limit = min(limit, self._loss(component, below.of(component)))
+                plan = self._find(component, share * limit, advance)
                 self._write(component, plan)
                 found = replace(found, **{component: plan})
         return found
@@ -98,7 +100,7 @@ class Tuner:
             return found
 
         base = min(self._bases(component), key=loss)
-        if loss(base) <= limit:
+        if base.base == "fp32" or loss(base) <= limit:
             return base
         return search(base, self._ranking(component, base), self._matrices(component), loss, limit)
 

@@ -151,6 +151,22 @@ def test_a_whole_that_fails_though_no_component_loses_much_has_matrices_given_ba
     assert any(entry.component == "decoder" for entry in manifest.given_back)
 
 
+def test_what_fails_is_laid_to_a_component(bundles: dict[str, Path]) -> None:
+    with ta.load(bundles["tokens"]) as model:
+        measured = model.manifest.gate
+    assert measured is not None
+    for name, decoder_kl, wanted in (
+        ("visual token cosine", 0.0, {"vision"}),
+        ("memory token cosine", 0.0, {"memory"}),
+        ("value cosine", 0.0, set()),
+        ("mean KL", 0.004, {"decoder"}),
+        ("NLL change", 0.0001, {"vision", "memory"}),
+    ):
+        failures = (gate.failure(name, 0.02),)
+        result = replace(measured, failures=failures, mean_kl=0.006, decoder_mean_kl=decoder_kl)
+        assert gate.concerned(result) == wanted
+
+
 def test_calibration_rows_need_their_images_and_are_read_before_any_work(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

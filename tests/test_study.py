@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tinyalign_edge.bench.study.plan import Part, Run
 from tinyalign_edge.bench.study.report import Places, filled, write_report
 from tinyalign_edge.bench.study.runner import run_missing
 from tinyalign_edge.bench.study.score import ask
-from tinyalign_edge.bench.study.store import keep, results, take_up
+from tinyalign_edge.bench.study.store import keep, recorded, results
 from tinyalign_edge.bench.study.summary import steps_ratio, summarise
 from tinyalign_edge.config import read_json
 from tinyalign_edge.errors import InputError
@@ -121,8 +122,10 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert done[parts[3].name]["100"]["loss"] == pytest.approx(first[SCORES.name]["loss"], abs=1e-6)
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
+    assert_taken_up(done, bench, parts)
     tiny = bench.dataset("tiny")
     bench.dataset = lambda name: replace(tiny, options=replace(tiny.options, steps=3))
+    assert_taken_up({}, bench, parts, held=done)
     with pytest.raises(InputError, match="was trained with steps 2, not 3 as wanted"):
         bench.checkpoint(run)
     for changes, message in (
@@ -138,14 +141,22 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     assert "0 of 5" in runner.time_left(bench.out, parts)
 
 
-def test_what_the_repository_records_is_done_and_a_result_of_ones_own_counts_more(tmp_path: Path) -> None:
-    parts = [SCORES, *(Part(SCORES.run, kind) for kind in ("emi", "copy")), Part(Run("other", "memory"), "scores")]
-    recorded = {SCORES.name: {"loss": 1.0}, parts[1].name: {"image": 2.0}, "tiny.not-planned.100.0.scores": {}}
-    (tmp_path / "tiny.json").write_text(json.dumps({"parts": recorded}), "utf-8")
-    keep(tmp_path / "out", SCORES, {"loss": 3.0})
-    take_up(tmp_path / "out", tmp_path, parts)
-    assert results(tmp_path / "out", parts) == {SCORES.name: {"loss": 3.0}, parts[1].name: {"image": 2.0}}
-    assert len(list((tmp_path / "out" / "parts").iterdir())) == 2
+def assert_taken_up(
+    wanted: dict[str, Any], bench: Bench, parts: list[Part], *, held: dict[str, Any] | None = None
+) -> None:
+    """What a bench that has nothing takes over of the results in a repository's file."""
+    folder = bench.out / "recorded"
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.json").write_text(
+        json.dumps({"parts": {**(held or wanted), "tiny.unplanned.100.0.scores": {}}}), "utf-8"
+    )
+    with tempfile.TemporaryDirectory(dir=bench.out) as scratch:
+        other = Bench(Path(scratch), bench.dataset)
+        other.take_up(recorded(folder, parts), parts)
+        assert results(other.out, parts) == wanted
+        keep(other.out, SCORES, {"loss": 3.0})
+        other.take_up(recorded(folder, parts), parts)
+        assert results(other.out, parts)[SCORES.name] == {"loss": 3.0}  # its own counts more
 
 
 def test_of_many_test_questions_evenly_spaced_ones_are_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,11 +276,13 @@ def test_what_a_bundle_tells_and_learns_stands_beside_the_checkpoint() -> None:
     worse = {**taught, "teach": {**shots, "5": 0.45}}
     told = {"cpu_seconds": 1.0, "image": 0.2, "memory": 0.1, "shuffled_memory": -0.1}
     done = seeds_of("caltech", "memory", told, kind="emi") | seeds_of("caltech", "memory", taught, kind="teach")
-    in_bundle = {**scores(0.5, 0.8), "emi": {**told, "memory": 0.09}, "teach": worse}
+    in_bundle = {**scores(0.5, 0.8), "emi": {**told, "memory": 0.09}, "emi_in_torch": told, "teach": worse,
+                 "refused": ["NLL change is 0.02, must be <= 0.01"]}  # fmt: skip
     done |= seeds_of("caltech", "memory", in_bundle, kind="int8")
     summary = summarise(done)
     assert summary["caltech"]["teach"]["int8"]["5"]["mean"] == 0.45
     assert "| caltech | memory, beyond the picture | +0.1000 | +0.0900 |" in tables.bundles(done, summary)
+    assert tables.bundles(done, summary).splitlines()[2].endswith("| 1 of 1 |")
     text = tables.taught(done, summary)
     assert "| memory, int8 bundle: free | 0.0 | 10.0 | 30.0 | 45.0 |" in text
     assert "| memory, int8 bundle | 90.0 | 89.0 |" in text

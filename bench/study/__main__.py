@@ -2,10 +2,10 @@
 
     python -m tinyalign_edge.bench.study [--out runs/study] [--parts PATTERN ...] [--list | --report]
 
-Needs `TINYALIGN_SHARED`. Every part is a file below `--out`, which begins with what `bench/results/study/` holds
-(`--afresh`: with nothing); parts that are there are not repeated, and a training that was killed goes on. Afterwards,
-or with `--report` alone, the results are gathered in `bench/results/study/` and the figures and tables of
-`docs/study.md` are made anew, from whatever parts there are.
+Needs `TINYALIGN_SHARED`. Every part is a file below `--out`, which begins with what `bench/results/study/` holds of
+runs with the present settings; parts that are there are not repeated, and a training that was killed goes on.
+Afterwards, or with `--report` alone, the results are gathered in `bench/results/study/` and the figures and tables of
+`docs/study.md` are made anew, from whatever parts there are. To measure a part again, delete it in both places.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinyalign_edge.bench.study.measure import Bench
 from tinyalign_edge.bench.study.plan import plan
 from tinyalign_edge.bench.study.report import Places, write_report
 from tinyalign_edge.bench.study.runner import chosen, run_missing, time_left
-from tinyalign_edge.bench.study.store import results, take_up
+from tinyalign_edge.bench.study.store import recorded, results
 
 
 def main() -> None:
@@ -29,10 +29,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["*"], metavar="PATTERN", help="only those of these names")
     parser.add_argument("--list", action="store_true", help="show the parts, those that are done with an x")
     parser.add_argument("--report", action="store_true", help="train and measure nothing")
-    parser.add_argument("--afresh", action="store_true", help="measure again what is recorded in the repository")
     given = parser.parse_args()
-    if not given.afresh:
-        take_up(given.out, Places().results, plan())
+    bench = Bench(given.out, partial(find_dataset, out=given.out))
+    bench.take_up(recorded(Places().results, plan()), plan())
     parts = chosen(plan(), given.parts)
     if given.list:
         done = results(given.out, parts)
@@ -40,7 +39,7 @@ def main() -> None:
         print(time_left(given.out, parts))
         return
     if not given.report:
-        run_missing(Bench(given.out, partial(find_dataset, out=given.out)), parts)
+        run_missing(bench, parts)
     write_report(results(given.out, plan()))
 
 

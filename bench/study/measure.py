@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from tinyalign_edge.bench.study.datasets import DataSet
 from tinyalign_edge.bench.study.eye import Eye
 from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part, Run, rate_trials
 from tinyalign_edge.bench.study.score import ask, summarise
-from tinyalign_edge.bench.study.store import results
+from tinyalign_edge.bench.study.store import Results, is_done, keep, results
 from tinyalign_edge.bench.teach import teach_accuracies
-from tinyalign_edge.bench.trained import trained
-from tinyalign_edge.config import to_json
+from tinyalign_edge.bench.trained import difference, trained
+from tinyalign_edge.config import from_json, to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
 from tinyalign_edge.errors import InputError
@@ -32,11 +32,12 @@ from tinyalign_edge.runtime.model import load
 from tinyalign_edge.train.answer import TorchAnswerer
 from tinyalign_edge.train.checkpoint import METRICS, Checkpoint
 from tinyalign_edge.train.options import TrainOptions
+from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, TrainSettings
 
 Result = dict[str, Any]
 
-AT_ONCE = 256  # queries for which all entries are ranked
 NEAR = 256  # entries among which one with the same question is looked for, before all of them are
+WIDER = 4  # times as many entries are looked at
 ONE_BY_ONE = 2400  # questions for a bundle
 
 
@@ -92,6 +93,28 @@ class Bench:
                 raise InputError(f"{run.name}: its learning rate comes from {trial.name}; measure that first")
         last = {rate: done[trial.name]["curve"][-1]["held_out_loss"] for rate, trial in trials.items()}
         return replace(options, learning_rate=min(last, key=last.__getitem__))
+
+    def take_up(self, held: Results, parts: Sequence[Part]) -> None:
+        """Count results as done that `out` lacks, of runs that were trained with the settings that they have here."""
+        current: dict[Run, bool] = {}
+        for part in parts:
+            if part.name in held and not is_done(self.out, part):
+                if part.run not in current:
+                    current[part.run] = self._is_current(part.run, held)
+                if current[part.run]:
+                    keep(self.out, part, held[part.name])
+
+    def _is_current(self, run: Run, held: Results) -> bool:
+        settings = held.get(Part(run, "scores").name, {}).get("settings")
+        if settings is None:
+            return False
+        training = from_json(TrainSettings, {**settings["training"], "data": [], "images": ""}, run.name)
+        memory = from_json(MemorySettings, settings["memory"], run.name)
+        connector = from_json(ConnectorSettings, settings["connector"], run.name)
+        try:
+            return difference(self.options(run), training, memory, connector) is None
+        except InputError:  # its learning rate is not chosen yet
+            return False
 
     def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:
         """The run's checkpoint, ready to be asked; with another run's bank, its keys and its floor."""
@@ -162,9 +185,14 @@ class _Part:
 
     def nearest(self, queries: npt.NDArray[np.float32], k: int, *, floor: float = -1.0) -> Neighbours:
         """The nearest of the entries that are kept."""
-        parts = [self._nearest(found, k) for found in ranked(self.whole, queries, floor=floor)]
-        rows, similarity = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "similarity"))
-        return Neighbours(rows, similarity)
+        width = WIDER * k * len(self.whole) // len(self.kept)
+        while True:
+            width = min(width, len(self.whole))
+            found = self.whole.nearest(queries, width, floor=floor)
+            near = self._nearest(found, k)
+            if width == len(self.whole) or ((near.rows[:, -1] >= 0) | (found.rows[:, -1] < 0)).all():
+                return near
+            width *= WIDER
 
     def _nearest(self, found: Neighbours, k: int) -> Neighbours:
         keep = np.isin(found.rows, list(self.kept))
@@ -172,12 +200,6 @@ class _Part:
         kept = np.take_along_axis(keep, order, axis=1)
         rows = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
         return Neighbours(rows, np.take_along_axis(found.similarity, order, axis=1))
-
-
-def ranked(bank: Bank, queries: npt.NDArray[np.float32], *, floor: float = -1.0) -> Iterator[Neighbours]:
-    """All entries in the order of their similarity, for `AT_ONCE` queries at a time."""
-    for start in range(0, len(queries), AT_ONCE):
-        yield bank.nearest(queries[start : start + AT_ONCE], len(bank), floor=floor)
 
 
 def copy(bench: Bench, run: Run) -> Result:
@@ -227,6 +249,8 @@ def int8(bench: Bench, run: Run) -> Result:
     with load(bundle) as model:
         asked = list(BundleAnswerer(model).ask_all(rows))
         told = {"emi": asdict(measure(BundleAnswerer(model), rows))} if run.seed == 0 else {}
+    if told:
+        told["emi_in_torch"] = asdict(measure(bench.answerer(run), rows))
     same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
     taught = {"teach": teach_accuracies(bundle)} if (run.dataset, run.arm) == (TAUGHT, "memory") else {}
     shutil.rmtree(bundle)

@@ -188,13 +188,9 @@ def _share(name: str, share: int, seed: int) -> Iterator[Part]:
 
 def _measures(name: str, seed: int) -> Iterator[Part]:
     memory, baseline, shuffled = (Run(name, arm, seed=seed) for arm in ("memory", "baseline", "shuffled"))
-    kinds: list[Kind] = [
-        "copy",
-        "emi",
-        "int8",
-        *(["teach"] if name == TAUGHT else []),
-        *(["bank_sizes"] if seed == 0 else []),
-    ]
+    kinds: list[Kind] = ["copy", "emi", "int8"]
+    kinds += ["teach"] if name == TAUGHT else []
+    kinds += ["bank_sizes"] if seed == 0 else []
     yield from (Part(memory, kind) for kind in kinds)
     yield Part(shuffled, "scores")
     yield Part(shuffled, "emi")

@@ -43,10 +43,6 @@ class Figure:
         std = float(np.std(list(self.by_seed.values()), ddof=1)) if seeds > 1 else None
         return {"mean": self.mean, "std": std, "seeds": seeds}
 
-    def for_seeds_of(self, other: Figure) -> Figure:
-        """This figure, of the seeds alone for which the other one is known."""
-        return Figure({seed: value for seed, value in self.by_seed.items() if seed in other.by_seed})
-
     def against(self, other: Figure, how: Callable[[float, float], float]) -> Figure:
         """Compared seed by seed, where both are known."""
         both = [seed for seed in self.by_seed if seed in other.by_seed]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ def results(out: Path, parts: Iterable[Part]) -> Results:
     return {part.name: read_json(_file(out, part)) for part in parts if is_done(out, part)}
 
 
-def take_up(out: Path, recorded: Path, parts: Collection[Part]) -> None:
-    """Count what the repository holds as done: write every result of the files in `recorded` that `out` lacks."""
-    known: Results = {}
+def recorded(folder: Path, parts: Sequence[Part]) -> Results:
+    """What the files of `folder` hold, one a data set."""
+    held: Results = {}
     for dataset in dict.fromkeys(part.run.dataset for part in parts):
-        if (file := recorded / f"{dataset}.json").is_file():
-            known |= read_json(file)["parts"]
-    for part in parts:
-        if part.name in known and not is_done(out, part):
-            keep(out, part, known[part.name])
+        if (file := folder / f"{dataset}.json").is_file():
+            held |= read_json(file)["parts"]
+    return {part.name: held[part.name] for part in parts if part.name in held}
 
 
 def is_done(out: Path, part: Part) -> bool:

@@ -102,19 +102,19 @@ def figures(done: Results, name: str) -> dict[str, Any]:
 
 
 def _told(value: Callable[..., Figure]) -> dict[str, Any]:
-    int8 = {
-        "image": value("memory", "int8", "emi", "image"),
-        "memory": value("memory", "int8", "emi", "memory"),
-        "image_of_baseline": value("baseline", "int8", "emi", "image"),
+    def figures(*place: Any) -> dict[str, Figure]:
+        return {
+            "image": value("memory", *place, "image"),
+            "memory": value("memory", *place, "memory"),
+            "image_of_baseline": value("baseline", *place, "image"),
+        }
+
+    return {
+        **figures("emi"),
+        "shuffled": value("shuffled", "emi", "shuffled_memory"),
+        "int8": figures("int8", "emi"),
+        "int8_in_torch": figures("int8", "emi_in_torch"),
     }
-    float32 = {
-        "image": value("memory", "emi", "image"),
-        "memory": value("memory", "emi", "memory"),
-        "image_of_baseline": value("baseline", "emi", "image"),
-    }
-    same_seeds = {key: figure.for_seeds_of(int8[key]) for key, figure in float32.items()}
-    shuffled = value("shuffled", "emi", "shuffled_memory")
-    return {**float32, "shuffled": shuffled, "int8": int8, "int8_in_torch": same_seeds}
 
 
 def _taught(value: Callable[..., Figure]) -> dict[str, Any]:

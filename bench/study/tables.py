@@ -220,14 +220,21 @@ def bundles(done: Results, summary: Summary) -> str:
                     cells += (
                         [NONE, NONE] if part is None else [_share(part[way][arm]) for way in ("int8_in_torch", "int8")]
                     )
-                rows.append((name, arm, *cells))
+                rows.append((name, arm, *cells, _refused(done, name, arm)))
         if emi["int8"]["image"]["seeds"]:
             for title, key in INFORMATION.items():
                 told.append((name, title, *(_spread(emi[way][key], "{:+.4f}") for way in ("int8_in_torch", "int8"))))
-    head = ("data", "arm", "test loss", "int8", "open, %", "int8", "yes/no, %", "int8")
+    head = ("data", "arm", "test loss", "int8", "open, %", "int8", "yes/no, %", "int8", "refused by the gate")
     return (
         f"{markdown_table(head, rows)}\n\n{markdown_table(('data', 'nats an answer token', 'float32', 'int8'), told)}"
     )
+
+
+def _refused(done: Results, name: str, arm: str) -> str:
+    """How many of the exports failed the comparison with torch, and were written all the same to be measured."""
+    found = [find(done, Run(name, arm, seed=seed), "int8", "refused") for seed in SEEDS]
+    known = [failures for failures in found if failures is not None]
+    return f"{sum(map(bool, known))} of {len(known)}"
 
 
 def tuning(done: Results, summary: Summary) -> str:
