@@ -51,7 +51,7 @@ class DataSet:
     def test_rows(self) -> list[Row]:
         """The questions of the test files, one a row, or evenly spaced ones of many."""
         rows = [row for file in self.tests for row in read_rows(file, self.test_images)]
-        return rows[:: -(-len(rows) // MOST_ASKED)]
+        return rows[:: -(-len(rows) // MOST_ASKED) or 1]
 
 
 def find_dataset(name: str, out: Path) -> DataSet:

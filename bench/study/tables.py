@@ -238,8 +238,7 @@ def _refused(done: Results, name: str, arm: str) -> str:
 
 
 def tuning(done: Results, summary: Summary) -> str:
-    """Every trial by which the settings were chosen, by the held-out loss of the training (the test questions were not
-    looked at)."""
+    """The trials by which the settings were chosen, by the held-out loss of the training."""
     rows = []
     for name in DATASETS:
         for run in trial_runs(name):

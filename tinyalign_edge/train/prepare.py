@@ -34,7 +34,7 @@ from tinyalign_edge.train.towers import LanguageTower, VisionTower
 
 FITTED = 2**16  # pictures that the key's projection is taken from, where there are more
 KEYS_AT_ONCE = 2**12
-HELD_OUT_ASKED = 2**10  # questions that are held out, where each is an example of its own
+HELD_OUT_ASKED = 2**10  # held-out examples that are evaluated at most: rows, or questions where each is a row
 
 
 @dataclass(frozen=True)
