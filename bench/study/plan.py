@@ -183,6 +183,7 @@ def _share(name: str, share: int, seed: int) -> Iterator[Part]:
     for arm in ("baseline", "memory"):
         yield Part(Run(name, arm, share, seed), "scores")
     if share < 100:
+        yield Part(Run(name, "memory", share, seed), "copy")
         yield Part(Run(name, "memory", share, seed), "full_bank")
 
 

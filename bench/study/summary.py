@@ -137,6 +137,7 @@ def _scores(done: Results, name: str, questions: str) -> dict[str, Any]:
         "full_bank": {str(share): one("memory", "full_bank", share=share) for share in SHARES if share < 100},
         "shuffled_memory": one("shuffled", "scores"),
         "copy_neighbour": one("memory", "copy"),
+        "copy_neighbour_of_share": {str(share): one("memory", "copy", share=share) for share in SHARES},
         "empty_bank": one("memory", "scores", "empty_bank"),
         "int8": {arm: one(arm, "int8") for arm in COMPARED},
         "int8_in_torch": {arm: one(arm, "int8", "fp32") for arm in COMPARED},  # the questions that int8 was asked

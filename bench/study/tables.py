@@ -117,6 +117,7 @@ def shares(done: Results, summary: Summary) -> str:
                 ("baseline", "no memory"),
                 ("memory", "memory"),
                 ("full_bank", "memory, bank of all data"),
+                ("copy_neighbour_of_share", "copy the nearest answer"),
             ):
                 found = summary[name][key].get(arm)
                 if found and any(figures["seeds"] for figures in found.values()):
