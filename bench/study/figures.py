@@ -17,8 +17,7 @@ from tinyalign_edge.bench.study.summary import Summary, curve, find
 COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}
 LABELS = {"baseline": "no memory", "memory": "memory", "shuffled": "other pictures' memory",
           "full_bank": "memory, bank of all data"}  # fmt: skip
-LATENTS = ("latents-2", "latents-4", "latents", "latents-16", "latents-32")
-NEIGHBOURS = ("k-1", "k-2", "memory", "k-8", "k-16")
+KINDS = {"score": "open questions", "score_yes_no": "yes/no"}  # where `summary.json` has them
 
 
 def draw(folder: Path, done: Results, summary: Summary) -> list[Path]:
@@ -53,27 +52,39 @@ def _losses(figure: Figure, done: Results, summary: Summary) -> bool:
 
 
 def _shares(figure: Figure, done: Results, summary: Summary) -> bool:
-    """Score against the share of the training pictures."""
+    """Score against the share of the training pictures, of open questions above those of yes and no."""
     names = [name for name in DATASETS if summary[name]["score"]["baseline"]["100"]["seeds"]]
-    for axes, name in zip(_panels(figure, names), names, strict=True):
-        score = summary[name]["score"]
-        for arm in ("baseline", "memory", "full_bank"):
-            known = [(share, score[arm][str(share)]) for share in SHARES if score[arm].get(str(share), {}).get("seeds")]
-            if known:
-                shares, found = zip(*known, strict=True)
-                means = [100 * figures["mean"] for figures in found]
-                spread = [100 * (figures["std"] or 0) for figures in found]
-                style = "--" if arm == "full_bank" else "-"
-                axes.errorbar(
-                    shares, means, spread, color=COLOURS[arm], label=LABELS[arm], capsize=3, ls=style, marker="."
-                )
-        copied = score["copy_neighbour"]["mean"]
-        if copied is not None:
-            axes.axhline(100 * copied, color="tab:green", lw=0.9, ls=":", label="copy the nearest answer (all data)")
-        axes.axhline(100 * score["baseline"]["100"]["mean"], color="black", lw=0.8, ls=":")
-        axes.set(title=name, xlabel="training pictures, %", xticks=SHARES)
+    rows = [key for key in KINDS if any(summary[name][key]["baseline"]["100"]["seeds"] for name in names)]
+    if rows:
+        figure.set_size_inches(10, 3.2 * len(rows) + 0.6)
+    for key, axes in zip(
+        rows, figure.subplots(len(rows), max(1, len(names)), squeeze=False) if rows else (), strict=True
+    ):
+        for one, name in zip(axes, names, strict=True):
+            part = summary[name]
+            if not part[key]["baseline"]["100"]["seeds"] or (key == "score" and part[key] == part["score_yes_no"]):
+                one.set_axis_off()  # has no such questions
+                continue
+            _share(one, part[key])
+            one.set(title=f"{name}, {KINDS[key]}", xlabel="training pictures, %", xticks=SHARES)
     _finish(figure, "exact match, %")
     return bool(names)
+
+
+def _share(axes: Axes, score: Summary) -> None:
+    for arm in ("baseline", "memory", "full_bank"):
+        known = [(share, score[arm][str(share)]) for share in SHARES if score[arm].get(str(share), {}).get("seeds")]
+        if known:
+            shares, found = zip(*known, strict=True)
+            means = [100 * figures["mean"] for figures in found]
+            spread = [100 * (figures["std"] or 0) for figures in found]
+            style = "--" if arm == "full_bank" else "-"
+            axes.errorbar(shares, means, spread, color=COLOURS[arm], label=LABELS[arm], capsize=3, ls=style, marker=".")
+    copied, whole = score["copy_neighbour"]["mean"], score["baseline"]["100"]["mean"]
+    if copied is not None:
+        axes.axhline(100 * copied, color="tab:green", lw=0.9, ls=":", label="copy the nearest answer (all data)")
+    if whole is not None:
+        axes.axhline(100 * whole, color="black", lw=0.8, ls=":")
 
 
 def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:

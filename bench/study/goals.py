@@ -59,10 +59,11 @@ def _of(name: str, part: dict[str, Any]) -> Iterator[Goal]:
     yield Goal(name, "held-out loss with memory / without",
                compared(truediv, "final_loss.memory", "final_loss.baseline"), 0.85, True)  # fmt: skip
     yield Goal(name, "steps to the baseline's loss / its steps", _at(part, "steps_to_baseline_loss_ratio"), 0.5, True)
-    yield Goal(name, "score with memory and 40 % of the data, minus the baseline's with all",
-               compared(sub, "score.memory.40", "score.baseline.100"), 0.0, False)  # fmt: skip
-    yield Goal(name, "score with shuffled memory, minus the baseline's",
-               compared(sub, "score.shuffled_memory", "score.baseline.100"), 0.0, True)  # fmt: skip
+    for key, kind in (("score", ""), ("score_yes_no", ": yes/no questions")):
+        yield Goal(name, f"score with memory and 40 % of the data, minus the baseline's with all{kind}",
+                   compared(sub, f"{key}.memory.40", f"{key}.baseline.100"), 0.0, False)  # fmt: skip
+        yield Goal(name, f"score with shuffled memory, minus the baseline's{kind}",
+                   compared(sub, f"{key}.shuffled_memory", f"{key}.baseline.100"), 0.0, True)  # fmt: skip
     int8 = {
         f"{kind} questions, arm {arm}": (f"{score}.int8.{arm}", f"{score}.int8_in_torch.{arm}")
         for arm in ("baseline", "memory")
