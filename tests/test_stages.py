@@ -135,15 +135,16 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert (one[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("memory", ["tokens", "hybrid"])
+@pytest.mark.parametrize(("memory", "reconstruct"), [("tokens", 0.0), ("hybrid", 0.0), ("latents", 2.0)])
 def test_a_step_in_several_passes_is_the_same_step(
-    world: Path, towers: Path, tmp_path: Path, gradients: Gradients, memory: str
+    world: Path, towers: Path, tmp_path: Path, gradients: Gradients, memory: str, reconstruct: float
 ) -> None:
-    """Answers differ in length, so passes weigh by their tokens."""
-    whole = train_tiny(world, towers, tmp_path / "whole", memory=memory, memory_from=0.0)
+    """Answers differ in length, so passes weigh by their tokens; with a loss of the latents alone, too."""
+    given: dict[str, Any] = {"memory": memory, "memory_from": 0.0, "reconstruct": reconstruct}
+    whole = train_tiny(world, towers, tmp_path / "whole", **given)
     in_one = dict(gradients)
     gradients.clear()
-    parts = train_tiny(world, towers, tmp_path / "parts", memory=memory, memory_from=0.0, micro_batch=2)
+    parts = train_tiny(world, towers, tmp_path / "parts", micro_batch=2, **given)
     assert_same(gradients[1], in_one[1])
     losses = [[point["held_out_loss"] for point in metrics(run)] for run in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -282,9 +283,11 @@ def test_the_last_step_notes_its_own_training_loss(world: Path, towers: Path, tm
     assert long[2]["train_loss"] != long[1]["train_loss"]
 
 
-@pytest.mark.parametrize("memory", ["latents", "tokens"])
-def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
-    one = train_tiny(world, towers, tmp_path / "one", memory=memory)
+@pytest.mark.parametrize(("memory", "reconstruct"), [("latents", 2.0), ("tokens", 0.0)])
+def test_two_processes_train_what_one_does(
+    world: Path, towers: Path, tmp_path: Path, memory: str, reconstruct: float
+) -> None:
+    one = train_tiny(world, towers, tmp_path / "one", memory=memory, reconstruct=reconstruct)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     port = 20000 + os.getpid() % 20000
     subprocess.run(
@@ -294,7 +297,7 @@ def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: 
             "--module", "tinyalign_edge", "train", "--data", str(world / "train.json"), "--images", str(world),
             "--vision", str(towers / "vit"), "--lm", str(towers / "lm"), "--out", str(tmp_path / "two"),
             "--steps", "4", "--batch-size", "8", "--visual-tokens", "4", "--eval-every", "2", "--device", "cpu",
-            "--memory", memory,
+            "--memory", memory, "--reconstruct", str(reconstruct),
         ],
         check=True, capture_output=True, env=environment, timeout=120,
     )  # fmt: skip
