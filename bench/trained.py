@@ -13,7 +13,8 @@ from tinyalign_edge.train.run import train
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, TrainSettings
 from tinyalign_edge.train.state import STATE
 
-SAME = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "dropout", "bf16", "fraction", "seed")
+SAME = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "dropout", "bf16", "fraction", "seed",
+        "reconstruct", "freeze_values")  # fmt: skip
 KNOWN_LATER = ("floor", "fingerprint", "copy_end")  # of a memory: the others of its settings have to be the same, too
 
 

@@ -135,15 +135,16 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert (one[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("memory", ["tokens", "hybrid"])
+@pytest.mark.parametrize(("memory", "reconstruct"), [("tokens", 0.0), ("hybrid", 0.0), ("latents", 2.0)])
 def test_a_step_in_several_passes_is_the_same_step(
-    world: Path, towers: Path, tmp_path: Path, gradients: Gradients, memory: str
+    world: Path, towers: Path, tmp_path: Path, gradients: Gradients, memory: str, reconstruct: float
 ) -> None:
-    """Answers differ in length, so passes weigh by their tokens."""
-    whole = train_tiny(world, towers, tmp_path / "whole", memory=memory, memory_from=0.0)
+    """Answers differ in length, so passes weigh by their tokens; with a loss of the latents alone, too."""
+    given: dict[str, Any] = {"memory": memory, "memory_from": 0.0, "reconstruct": reconstruct}
+    whole = train_tiny(world, towers, tmp_path / "whole", **given)
     in_one = dict(gradients)
     gradients.clear()
-    parts = train_tiny(world, towers, tmp_path / "parts", memory=memory, memory_from=0.0, micro_batch=2)
+    parts = train_tiny(world, towers, tmp_path / "parts", micro_batch=2, **given)
     assert_same(gradients[1], in_one[1])
     losses = [[point["held_out_loss"] for point in metrics(run)] for run in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -304,10 +305,15 @@ def training_command(world: Path, towers: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("memory", ["latents", "tokens"])
-def test_two_processes_train_what_one_does(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
-    one = train_tiny(world, towers, tmp_path / "one", memory=memory)
-    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory)
+@pytest.mark.parametrize(("memory", "reconstruct"), [("latents", 2.0), ("tokens", 0.0)])
+def test_two_processes_train_what_one_does(
+    world: Path, towers: Path, tmp_path: Path, memory: str, reconstruct: float
+) -> None:
+    one = train_tiny(world, towers, tmp_path / "one", memory=memory, reconstruct=reconstruct)
+    ran = in_two_processes(
+        *training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory,
+        "--reconstruct", str(reconstruct),
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):

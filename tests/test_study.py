@@ -83,6 +83,17 @@ def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_setting
     for options in made.values():
         check_options(options)
     assert replace(made["memory"], memory="none") == made["baseline"]
+    for name, changes in {
+        "untrained": {"freeze_values": True},
+        "read": {"reconstruct": plan.OWN_LOSS},
+        "long": {"steps": 800},
+        "gate": {"gate": True},
+        "wide-48": {"latent_dim": 48},
+        "wide-192": {"latent_dim": 192},
+        "32": {"latents": 32},
+    }.items():
+        assert made[f"latents-{name}"] == replace(made["latents"], **changes)  # type: ignore[arg-type]
+        assert f"latents-{name}" in plan.ABLATIONS
     assert (made["memory"].fraction, made["memory"].seed, made["half"].steps, made["paper"].batch_size) == (
         0.4,
         1,

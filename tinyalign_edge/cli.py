@@ -99,6 +99,14 @@ def train(
         float | None,
         typer.Option(help="Share of the steps before the memory is read (new connectors: 0.25)."),
     ] = None,
+    reconstruct: Annotated[
+        float | None,
+        typer.Option(metavar="WEIGHT", help="Of the own loss of latents: they say their text (default 0)."),
+    ] = None,
+    freeze_values: Annotated[
+        bool | None,
+        typer.Option("--freeze-values/--no-freeze-values", help="Whether the latents' encoder stays as it begins."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Of the split, the order and the weights (default 0).")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
@@ -114,7 +122,7 @@ def train(
         "key": key and _one_of("--key", key, "picture", "question", "fused"),
         "key_dim": key_dim, "value_tokens": value_tokens, "gate": gate, "latents": latents, "latent_dim": latent_dim,
         "copy_words": copy_words, "episodes": episodes, "memory_dropout": memory_dropout,
-        "memory_from": memory_from,
+        "memory_from": memory_from, "reconstruct": reconstruct, "freeze_values": freeze_values,
         "connector": connector and _one_of("--connector", connector, "pooled", "pixel_shuffle", "mlp"),
         "fraction": fraction, "epochs": epochs, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
         "learning_rate": learning_rate, "lm_learning_rate": lm_learning_rate, "lora_rank": lora, "dropout": dropout,

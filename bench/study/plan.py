@@ -49,6 +49,7 @@ class Arm:
 TOKENS: dict[str, Any] = {"memory": "tokens"}
 LATENTS: dict[str, Any] = {"memory": "latents"}
 BASELINE: dict[str, Any] = {"memory": "none"}
+OWN_LOSS = 0.5  # weight of the latents' own loss
 
 ARMS = {
     "baseline": Arm("no memory", BASELINE),
@@ -63,6 +64,11 @@ ARMS = {
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
+    "latents-untrained": Arm("8 latents of 96, value encoder as it begins", {**LATENTS, "freeze_values": True}),
+    "latents-read": Arm("8 latents of 96, with an own loss: they say the text", {**LATENTS, "reconstruct": OWN_LOSS}),
+    "latents-long": Arm("8 latents of 96, trained for twice the steps", LATENTS, steps=2.0),
+    "latents-gate": Arm("8 latents of 96, with a gate", {**LATENTS, "gate": True}),
+    **{f"latents-wide-{width}": Arm(f"8 latents of {width}", {**LATENTS, "latent_dim": width}) for width in (48, 192)},
     "hybrid": Arm("token ids that can be copied, and 2 latents of the picture", {"memory": "hybrid"}),
     **{f"k-{k}": Arm(f"token ids, k = {k}", {**TOKENS, "k": k}) for k in (1, 2, 8, 16)},
     "picture": Arm("token ids, key of the picture alone", {**TOKENS, "key": "picture"}),
@@ -93,7 +99,8 @@ TRIALS = {
 }  # fmt: skip
 ABLATIONS = (
     "no-copy", "picture", "question", "fused", "latents", "hybrid", "random", "k-1", "k-16", "latents-2", "latents-32",
-    "gate", "half", "k-2", "k-8", "latents-4", "latents-16", "paper", "from-start", "no-episodes", "after", "turns",
+    "gate", "half", "k-2", "k-8", "latents-4", "latents-16", "latents-untrained", "latents-read", "latents-long",
+    "latents-gate", "latents-wide-192", "latents-wide-48", "paper", "from-start", "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN_KEY = {"caltech": "picture", "easy_vqa": "question"}  # of the arm "memory", which is no ablation
 

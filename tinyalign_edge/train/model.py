@@ -24,6 +24,7 @@ from tinyalign_edge.train.connector import (
 from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.question_key import QuestionKey
+from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
@@ -49,6 +50,7 @@ class AlignModel(nn.Module):
     """A language model, frozen or not, and the parts that always train."""
 
     accepts_loss_kwargs = True  # for the Trainer: it gives `forward` the answer tokens of a whole step
+    reconstruct = 0.0  # weight of the own loss of latents in `forward`
 
     def __init__(
         self,
@@ -90,6 +92,11 @@ class AlignModel(nn.Module):
             if not any(weight.requires_grad for weight in part.parameters()):
                 part.eval()
         return self
+
+    def freeze_values(self) -> None:
+        """From now on the value encoder stays as it is."""
+        assert self.value_encoder is not None
+        self.value_encoder.requires_grad_(False)
 
     def freeze_all_but_copying(self) -> None:
         """From now on the copy term alone trains."""
@@ -146,14 +153,19 @@ class AlignModel(nn.Module):
         out: Tensor = self.value_encoder(features, text, token_mask)
         return out
 
+    def memory_tokens(self, memory: MemoryInputs) -> Tensor:
+        """The memory tokens (M, D) of all entries."""
+        assert self.memory_connector is not None
+        tokens: Tensor = self.memory_connector(self.values(memory), memory["rank"], memory["similarity"])
+        return tokens
+
     def inputs_embeds(self, input_ids: Tensor, visual_mask: Tensor, visual: Tensor, memory_mask: Tensor,
                       memory: MemoryInputs | None) -> Tensor:  # fmt: skip
         """Embeddings (B, S, D) with visual tokens (V, D) and memory tokens put where the masks say, in their order."""
         embeds: Tensor = self.language.get_input_embeddings()(input_ids)
         embeds = embeds.masked_scatter(visual_mask[..., None], visual.to(embeds.dtype))
         if self.memory_connector is not None and memory is not None and memory["rank"].numel():
-            tokens = self.memory_connector(self.values(memory), memory["rank"], memory["similarity"])
-            embeds = embeds.masked_scatter(memory_mask[..., None], tokens.to(embeds.dtype))
+            embeds = embeds.masked_scatter(memory_mask[..., None], self.memory_tokens(memory).to(embeds.dtype))
         return embeds
 
     def logits(self, embeds: Tensor, position_ids: Tensor, block: Tensor, wanted: Tensor, *, input_ids: Tensor,
@@ -227,10 +239,29 @@ class AlignModel(nn.Module):
         hidden = self.hidden(embeds, position_ids, block)
         return self._next(hidden, labels != IGNORED, input_ids, memory_mask, memory)
 
+    def own_losses(self, memory: MemoryInputs, memory_mask: Tensor, labels: Tensor) -> Tensor:
+        """The mean own loss of each row's latents, summed over all answer tokens of a batch.
+
+        The memory tokens are made anew for it: that is little beside the language model's pass.
+        """
+        size = self.memory_settings.latents
+        embeddings = self.language.get_input_embeddings()
+        table = embeddings(torch.arange(len(embeddings.weight), device=labels.device))  # as they are read: some scale
+        tokens = self.memory_tokens(memory).unflatten(0, (-1, size))  # (E, L, D)
+        losses, entries = text_losses(tokens, memory["token_ids"], memory["token_mask"], table)
+        row_of = torch.arange(len(labels), device=labels.device).repeat_interleave(memory_mask.sum(dim=1) // size)
+        return sum_over_answers(losses, row_of[entries], (labels != IGNORED).sum(dim=1))
+
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
-        """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step."""
+        """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step.
+
+        With `reconstruct`, each answer token's loss is that of its row's memory more, times that weight.
+        """
         losses = self.answer_losses(**batch)
         loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        if self.reconstruct and batch["memory"] is not None:
+            own = self.own_losses(batch["memory"], batch["memory_mask"], batch["labels"])
+            loss = loss + self.reconstruct * own / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         if not loss.requires_grad:  # nobody in the batch has a memory, and nothing else trains
             loss = loss + 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
         return {"loss": loss}

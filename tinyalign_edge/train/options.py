@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tinyalign_edge.config import WITH_TOKENS
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
 from tinyalign_edge.train.question_key import QUESTION_DIM
@@ -54,6 +54,8 @@ class TrainOptions:
         memory_dropout: the share of the rows that see no neighbours.
         memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: a quarter where
             a connector is trained from its beginning, and none with the memory "paper".
+        reconstruct: the weight of an own loss of latents, by which their memory tokens say their entry's text.
+        freeze_values: the value encoder of latents stays as it begins.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "hybrid" 2, with "paper" 32 of 96.
     """
 
@@ -70,6 +72,8 @@ class TrainOptions:
     episodes: float | None = None
     memory_dropout: float = 0.0
     memory_from: float | None = None
+    reconstruct: float = 0.0
+    freeze_values: bool = False
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -123,6 +127,10 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--key {options.key}: there is no key with --memory none; leave it out")
     if options.key == "question" and options.memory == "paper":
         raise InputError("--key question: the paper's memory has a fused key, or the picture's; choose one of these")
+    if options.stage == "align":
+        check_values(options, options.memory)
+    if not 0 <= options.reconstruct < 10:
+        raise InputError(f"--reconstruct {options.reconstruct}: must be from 0 to below 10")
     for rate in ("learning_rate", "lm_learning_rate"):
         if not 0 < getattr(options, rate) < 10:
             raise InputError(f"--{rate.replace('_', '-')} {getattr(options, rate)}: must be above 0 and below 10")
@@ -141,6 +149,18 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
     if options.epochs and options.steps:
         raise InputError("--epochs and --steps: give one of them")
+
+
+def check_values(options: TrainOptions, kind: TrainedMemory) -> None:
+    """Refuse what a memory of this `kind`, in stage "instruct" the checkpoint's, has no value encoder for.
+
+    Raises:
+        InputError: names the option.
+    """
+    if options.reconstruct and kind != "latents":
+        raise InputError(f"--reconstruct {options.reconstruct}: is for --memory latents, this is {kind}; leave it out")
+    if options.freeze_values and kind not in WITH_LATENTS:
+        raise InputError(f"--freeze-values: no value encoder trains with --memory {kind}; use latents or hybrid")
 
 
 def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> MemorySettings:
@@ -292,4 +312,6 @@ def train_settings(
         eval_every=options.eval_every,
         episodes=episodes,
         memory_from=memory_from(options, whole=whole),
+        reconstruct=options.reconstruct,
+        freeze_values=options.freeze_values,
     )

@@ -20,6 +20,7 @@ from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
     TrainOptions,
     check_options,
+    check_values,
     copying_settings,
     copying_steps,
     episodes_share,
@@ -103,6 +104,10 @@ def train(
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
     connector, memory, model = begun.connector, begun.memory, begun.model
+    check_values(options, memory.kind)
+    model.reconstruct = options.reconstruct
+    if options.freeze_values:
+        model.freeze_values()
     if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all
         begun.language.model.set_attn_implementation("eager")
     share = episodes_share(options, memory)

@@ -137,6 +137,8 @@ class TrainSettings:
     memory_from: float = 0.0  # share of the steps before any row sees its neighbours
     copying_steps: int = 0  # after `steps`, of the copy term alone
     episodes: float = 0.0  # share of the rows then whose names are replaced
+    reconstruct: float = 0.0  # weight of the own loss of latents
+    freeze_values: bool = False  # the value encoder stays as it begins
 
 
 @dataclass(frozen=True)
