@@ -20,5 +20,7 @@ def divergences(log_p: Floats, log_q: Floats) -> Floats:
 
 
 def row_cosines(a: Floats, b: Floats) -> Floats:
-    """Cosine of each row of `a` with that of `b`: (N, D) twice to (N,)."""
-    return np.asarray((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+    """Cosine of each row of `a` with that of `b`: (N, D) twice to (N,); 1 where both are zero, as they are equal."""
+    with np.errstate(invalid="ignore"):  # 0 / 0, where at least one is zero
+        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return np.where(a.any(axis=1) | b.any(axis=1), cosines, 1.0)

@@ -19,7 +19,7 @@ def export_memory_connector(connector: MemoryConnector, folder: Path, *, plan: P
     """Write the graph into `folder`."""
     width = connector.rank.shape[1]
     graph = Graph("memory_connector")
-    hybrid = connector.expand is not None and not connector.alone
+    hybrid = connector.kind == "hybrid"
     latent_dim = connector.expand.in_features if connector.expand else 0
     values = graph.input("values", np.float32, ("T", width) if hybrid else ("M", latent_dim or width))
     latents = graph.input("latents", np.float32, ("P", latent_dim)) if hybrid else values

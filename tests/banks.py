@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyalign_edge.memory import Bank, Record, write_bank
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
+from tinyalign_edge.memory import Bank, Hybrid, Record, Value, value_of, write_bank
 
 DIM = 32
 VOCAB = 50
@@ -31,17 +32,25 @@ def tokens_of(i: int) -> np.ndarray:
     return np.full(i % 4, i % VOCAB)
 
 
-def make_bank(folder: Path, count: int = 300) -> Path:
-    """A bank of `count` sealed entries, of kind "tokens"."""
-    ids = [tokens_of(i).tolist() for i in range(count)]
-    write_bank(folder, unit(count), records(count), fingerprint="f", vocab_size=VOCAB, token_ids=ids)
+def some_latents(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 3, 8)).astype(np.float32)
+
+
+def make_bank(folder: Path, count: int = 300, kind: str = "tokens") -> Path:
+    """A bank of `count` sealed entries."""
+    ids = [tokens_of(i).tolist() for i in range(count)] if kind in WITH_TOKENS else None
+    latents = some_latents(count) if kind in WITH_LATENTS else None
+    given: dict[str, Any] = {"fingerprint": "f", "vocab_size": VOCAB, "token_ids": ids, "latents": latents}
+    write_bank(folder, unit(count), records(count), **given)
     return folder
 
 
 def teach(bank: Bank, name: str) -> int:
     """Add an entry whose key, value and record follow from its name."""
     record = Record(name, source=f"taught {name}", time="2026-01-31T09:30:00Z")
-    return bank.add(key_of(name), record, value=tokens_of(_seed(name) % 97))
+    kind, seed = bank.manifest.spec.kind, _seed(name)
+    latents = some_latents(1, seed)[0] if kind in WITH_LATENTS else None
+    return bank.add(key_of(name), record, value=value_of(kind, tokens_of(seed % 97), latents))
 
 
 def key_of(name: str) -> np.ndarray:
@@ -58,8 +67,12 @@ def contents(bank: Bank) -> dict[int, tuple[Any, ...]]:
     found = {}
     for number in bank.ids:
         entry = bank.entry(number)
-        found[number] = (entry.text, entry.question, entry.source, entry.time, entry.value.tolist())
+        found[number] = (entry.text, entry.question, entry.source, entry.time, _plain(entry.value))
     return found
+
+
+def _plain(value: Value) -> list[Any]:
+    return [value.token_ids.tolist(), value.latents.tolist()] if isinstance(value, Hybrid) else value.tolist()
 
 
 def files(folder: Path) -> set[str]:

@@ -13,6 +13,7 @@ from tests.banks import reseal
 from tests.conftest import STORED_BUNDLE
 from tinyalign_edge.bundle import MANIFEST, SCHEMA_VERSION, open_bundle
 from tinyalign_edge.config import read_json
+from tinyalign_edge.data import Turn
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.files import file_sha256
 from tinyalign_edge.runtime.verify import verify
@@ -173,6 +174,28 @@ def test_a_manifest_with_impossible_numbers_is_refused(bundle: Path, part: str, 
     edit(bundle, **{part: {**block, key: value}})
     with pytest.raises(BundleError):
         ta.load(bundle)
+
+
+def test_a_bundle_without_a_memory_makes_of_a_text_its_token_ids(bundle: Path) -> None:
+    """Whoever keeps a bank of his own wants them."""
+    memory = json.loads((bundle / MANIFEST).read_text("utf-8"))["memory"]
+    edit(bundle, memory={**memory, "kind": "none"})
+    with ta.load(bundle) as model:
+        value = model.values.make(None, [Turn("", "a red cat")])
+        assert model.prompt.text(value.tolist()) == "a red cat"
+
+
+@pytest.mark.parametrize("kind", ["latents", "hybrid"])
+def test_a_memory_with_latents_says_how_many_and_of_what_size(bundle: Path, kind: str) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    vision = {**manifest["vision"], "feature_dim": 32, "outputs": ["visual_tokens", "key", "features"]}
+    memory = {**manifest["memory"], "kind": kind, "value_file": manifest["memory"]["file"]}
+    for sizes in ({"latents": 0, "latent_dim": 8}, {"latents": 2, "latent_dim": 0}):
+        edit(bundle, vision=vision, memory={**memory, **sizes})
+        with pytest.raises(BundleError, match=r"memory\.latents is out of bounds"):
+            open_bundle(bundle)
+    edit(bundle, vision=vision, memory={**memory, "latents": 2, "latent_dim": 8})
+    assert open_bundle(bundle).memory.latents == 2
 
 
 @pytest.mark.parametrize(

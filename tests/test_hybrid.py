@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import tinyalign_edge as ta  # noqa: E402
 from tests.test_examples import PICTURE, QUESTION, graphs, write_layout  # noqa: E402
@@ -247,6 +247,17 @@ def test_a_bank_built_of_the_training_rows_is_the_one_that_training_wrote(
         assert isinstance(other, Hybrid)
         assert token_ids_of(other).tolist() == token_ids_of(value).tolist()
         np.testing.assert_allclose(other.latents, value.latents, atol=1.02 * np.abs(value.latents).max() / 127)
+
+
+def test_a_checkpoint_whose_latents_never_opened_is_exported(world: Path, towers: Path, tmp_path: Path) -> None:
+    """Its latents are zero in torch and in the graph: they are equal, though they have no angle."""
+    shut = train_tiny(world, towers, tmp_path / "c", memory="hybrid", steps=1)
+    path = shut / "model.safetensors"
+    weights = {name: weight.clone() for name, weight in load_file(path).items()}
+    save_file({**weights, "value_encoder.gate": torch.zeros_like(weights["value_encoder.gate"])}, path)
+    manifest = export(shut, tmp_path / "b", ExportOptions(precision="fp32"))
+    assert manifest.gate is not None
+    assert manifest.gate.value_cosine_mean == 1
 
 
 def test_an_int8_export_passes_its_gate_and_evaluates_as_the_checkpoint(

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 
 from examples.memory_bank import read_bank, search
-from tests.banks import VOCAB, contents, files, make_bank, named_files, records, reseal, teach, tokens_of, unit
+from tests.banks import (
+    VOCAB,
+    contents,
+    files,
+    make_bank,
+    named_files,
+    records,
+    reseal,
+    some_latents,
+    teach,
+    tokens_of,
+    unit,
+)
 from tests.conftest import ROOT
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.memory import Bank, Hybrid, Record, copy_bank, latents_of, reading_order, token_ids_of, write_bank
@@ -46,10 +58,6 @@ def hybrid_bank(folder: Path, latents: np.ndarray) -> Bank:
     given: dict[str, Any] = {"fingerprint": "f", "vocab_size": VOCAB, "token_ids": ids, "latents": latents}
     write_bank(folder, unit(40)[:count], records(count), **given)
     return Bank(folder)
-
-
-def some_latents(count: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(count, 3, 8)).astype(np.float32)
 
 
 def test_an_entry_comes_back_as_it_was_written(folder: Path) -> None:
@@ -98,12 +106,26 @@ def test_keys_that_are_zero_or_not_finite_are_refused(folder: Path, bad: float) 
     assert len(Bank(folder)) == 300
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, np.finfo(np.float32).max])
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
     latents = np.ones((4, 3, 8), np.float32)
     latents[1, 2, 3] = bad
     with pytest.raises(InputError, match="latents: one is not finite"):
         latents_bank(tmp_path / "bank", latents)
+
+
+def test_a_bank_of_no_values_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"token_ids and latents: .* give one"):
+        write_bank(tmp_path / "bank", unit(2), records(2), fingerprint="f", vocab_size=VOCAB)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_value_may_be_a_list(tmp_path: Path) -> None:
+    tokens = Bank(make_bank(tmp_path / "tokens", 3))
+    latents, given = Bank(make_bank(tmp_path / "latents", 3, "latents")), some_latents(1)[0]
+    assert tokens.entry(tokens.add(unit(1)[0], Record("x"), value=[4, 5])).value.tolist() == [4, 5]  # type: ignore[arg-type]
+    number = latents.add(unit(1)[0], Record("x"), value=given.tolist())
+    np.testing.assert_allclose(latents_of(latents.entry(number).value), given, atol=np.abs(given).max() / 127)
 
 
 def test_latents_come_back_within_a_step_of_their_scale(tmp_path: Path) -> None:

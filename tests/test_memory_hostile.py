@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
 import shutil
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.banks import contents, make_bank, reseal, teach, unit
-from tinyalign_edge.config import to_json
+from tests.banks import VOCAB, contents, make_bank, reseal, teach, unit
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS, to_json
 from tinyalign_edge.errors import BundleError, TinyAlignError
-from tinyalign_edge.memory import Bank, Record, journal, write_bank
+from tinyalign_edge.memory import Bank, Record, journal
 from tinyalign_edge.memory import check as check_module
 from tinyalign_edge.memory import rebuild as rebuild_module
 from tinyalign_edge.memory import write as write_module
@@ -31,14 +33,16 @@ Mutation = Callable[[Path, random.Random], None]
 HOSTILE_NAMES = ("../outside.bin", "/etc/passwd", "", "lock", "manifest.json", "segment-1-0.bin", "a\0b", "x" * 5000)
 HOSTILE_VALUES = (0, -1, 1, 2, 63, 1 << 31, 1 << 40, 1 << 63, 10**300, 1.5, True, None, "1", [], {}, *HOSTILE_NAMES)
 PEAK_BYTES = 16 * 2**20
+KINDS = ("tokens", "latents", "hybrid")
+JUST_TOO_LARGE = float(np.finfo(np.float32).max / np.float32(127))  # times 127 it is finite, times -128 it is not
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["tokens", "hybrid"])
+def original(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Two segments, a journal and a graph."""
     before = write_module.JOURNAL_ENTRIES, rebuild_module.SWITCH_OVER
     write_module.JOURNAL_ENTRIES, rebuild_module.SWITCH_OVER = 5, 50
-    bank = Bank(make_bank(tmp_path_factory.mktemp("original") / "bank", 60))
+    bank = Bank(make_bank(tmp_path_factory.mktemp("original") / "bank", 60, request.param))
     for i in range(8):
         teach(bank, f"new {i}")
     bank.rebuild()
@@ -176,14 +180,64 @@ def test_a_segment_with_a_key_that_no_picture_has_is_refused(tmp_path: Path, sca
         Bank(folder)
 
 
-@pytest.mark.parametrize("scale", [np.nan, np.inf, 3e38])
-def test_a_segment_with_a_latent_that_is_not_finite_is_refused(tmp_path: Path, scale: float) -> None:
-    folder, latents = tmp_path / "bank", np.ones((10, 3, 8), np.float32)
-    write_bank(folder, unit(10), [Record("a")] * 10, fingerprint="f", vocab_size=9, latents=latents)
-    scales = np.array(Bank(folder)._snapshot.segments[0].value_scales)
-    scales[3, 1] = scale
-    put_segment(folder, value_scales=scales)
+@pytest.mark.parametrize("kind", WITH_LATENTS)
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 3e38, JUST_TOO_LARGE])
+def test_a_segment_with_a_latent_that_is_not_finite_is_refused(tmp_path: Path, kind: str, scale: float) -> None:
+    folder = make_bank(tmp_path / "bank", 10, kind)
+    table = Bank(folder)._snapshot.segments[0]
+    scales, latents = np.array(table.value_scales), np.array(table.latents)
+    scales[3, 1], latents[3, 1, 2] = scale, -128
+    put_segment(folder, value_scales=scales, latents=latents)
     with pytest.raises(BundleError, match="a value is not finite"):
+        Bank(folder)
+
+
+@pytest.mark.parametrize("kind", WITH_TOKENS)
+@pytest.mark.parametrize("wrong", [VOCAB, -1, (1 << 31) - 1])
+def test_a_token_id_outside_the_vocabulary_is_refused_wherever_it_is_stored(
+    tmp_path: Path, kind: str, wrong: int
+) -> None:
+    journal_bank, segment_bank = (make_bank(tmp_path / name, 10, kind) for name in ("journal", "segment"))
+    put_journal(journal_bank, [a_row(kind, 10, token=wrong)])
+    ids = np.array(Bank(segment_bank)._snapshot.segments[0].token_ids)
+    ids[3] = wrong
+    put_segment(segment_bank, token_ids=ids)
+    for folder in (journal_bank, segment_bank):
+        with pytest.raises(BundleError, match="a token id is outside the vocabulary"):
+            Bank(folder)
+
+
+@pytest.mark.parametrize("sealed", [40, 0])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"latents": 2}, {"latents": 4}, {"latents": 6, "latent_dim": 4}, {"latents": 1, "latent_dim": 24},
+        {"latent_dim": 7}, {"latent_dim": 9}, {"latents": 0}, {"latent_dim": 0}, {"latents": 1 << 16},
+        {"kind": "latents"}, {"kind": "tokens"}, {"kind": "tokens", "latents": 0, "latent_dim": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hybrid_bank_that_lies_about_what_an_entry_holds_is_refused(
+    tmp_path: Path, lie: dict[str, Any], sealed: int
+) -> None:
+    """The segment as its sections do not fit, the journal once its entries are read."""
+    folder = make_bank(tmp_path / "bank", sealed, "hybrid")
+    put_journal(folder, [a_row("hybrid", 40 + i) for i in range(2)])
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["spec"] |= lie
+    reseal(folder, manifest)
+    with pytest.raises(BundleError):
+        contents(Bank(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [-59, -1, 1, 16, 1 << 40])
+def test_a_segment_that_lies_about_its_token_ids_is_refused(tmp_path: Path, kind: str, change: int) -> None:
+    folder = make_bank(tmp_path / "bank", 40, kind)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["segments"][0]["token_count"] += change
+    reseal(folder, manifest)
+    with pytest.raises(BundleError):
         Bank(folder)
 
 
@@ -196,54 +250,91 @@ def put_segment(folder: Path, **columns: Any) -> None:
     reseal(folder, manifest)
 
 
-def a_row(number: int, *, scale: float | None = None, tokens: int = 1, record: bytes = b"{}") -> Row:
+RECORD = Record("taught").encode()
+
+
+def a_row(
+    kind: str, number: int, *, scale: float | None = None, value_scale: float = 0.1, token: int = 1, tokens: int = 1,
+    record: bytes = RECORD,
+) -> Row:  # fmt: skip
     keys, scales = quantize_keys(unit(1))
     own = scales[0] if scale is None else np.float32(scale)
-    return Row(
-        number, own, keys[0], np.ones(tokens, np.int32), np.zeros((0, 0), np.int8), np.zeros(0, np.float32), record
-    )
+    ids = np.full(tokens, token, np.int32) if kind in WITH_TOKENS else None
+    count, width = (3, 8) if kind in WITH_LATENTS else (0, 0)
+    latents = np.full((count, width), -128, np.int8)
+    return Row(number, own, keys[0], ids, latents, np.full(count, value_scale, np.float32), record)
 
 
-JOURNALS = {
-    "ids that fall": [a_row(45), a_row(41)],
-    "an id twice": [a_row(41), a_row(41)],
-    "an id of the segment": [a_row(39)],
-    "a scale that is no number": [a_row(40, scale=np.nan)],
-    "an infinite scale": [a_row(40), a_row(41, scale=np.inf)],
-    "a key far from 1": [a_row(40, scale=1e30)],
-    "a zero key": [a_row(40, scale=0)],
-    "a value as large as the journal": [a_row(40, tokens=(1 << 18) + 1)],
-    "a record as large as the journal": [a_row(40, record=b"x" * ((1 << 21) + 1))],
+JOURNALS: dict[str, list[dict[str, Any]]] = {
+    "ids that fall": [{"number": 45}, {"number": 41}],
+    "an id twice": [{"number": 41}, {"number": 41}],
+    "an id of the segment": [{"number": 39}],
+    "a scale that is no number": [{"number": 40, "scale": np.nan}],
+    "an infinite scale": [{"number": 40}, {"number": 41, "scale": np.inf}],
+    "a key far from 1": [{"number": 40, "scale": 1e30}],
+    "a zero key": [{"number": 40, "scale": 0}],
+    "a record as large as the journal": [{"number": 40, "record": b"x" * ((1 << 21) + 1)}],
 }
+OF_TOKENS = {"a value as large as the journal": [{"number": 40, "tokens": (1 << 18) + 1}]}
+OF_LATENTS = {
+    "a value that is no number": [{"number": 40, "value_scale": np.nan}],
+    "an infinite value": [{"number": 40}, {"number": 41, "value_scale": -np.inf}],
+    "a value just too large": [{"number": 40, "value_scale": JUST_TOO_LARGE}],
+}
+IMPOSSIBLE = [
+    *((kind, what, rows) for kind in KINDS for what, rows in JOURNALS.items()),
+    *((kind, what, rows) for kind in WITH_TOKENS for what, rows in OF_TOKENS.items()),
+    *((kind, what, rows) for kind in WITH_LATENTS for what, rows in OF_LATENTS.items()),
+]
 
 
-@pytest.mark.parametrize("what", JOURNALS)
-def test_a_journal_that_says_the_impossible_is_refused_though_its_digests_are_right(tmp_path: Path, what: str) -> None:
-    folder = make_bank(tmp_path / "bank", 40)
-    put_journal(folder, [a_row(40), a_row(43)])
+@pytest.mark.parametrize(("kind", "rows"), [pytest.param(k, rows, id=f"{k}, {what}") for k, what, rows in IMPOSSIBLE])
+def test_a_journal_that_says_the_impossible_is_refused_though_its_digests_are_right(
+    tmp_path: Path, kind: str, rows: list[dict[str, Any]]
+) -> None:
+    folder = make_bank(tmp_path / "bank", 40, kind)
+    put_journal(folder, [a_row(kind, 40), a_row(kind, 43)])
     assert Bank(folder).ids[-2:] == (40, 43)
-    put_journal(folder, JOURNALS[what])
-    with pytest.raises(BundleError, match=r"do not rise|not of length 1|too long"):
+    put_journal(folder, [a_row(kind, **row) for row in rows])
+    with pytest.raises(BundleError, match=r"do not rise|not of length 1|too long|not finite"):
         Bank(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("at", "what"), [(0, "size"), (16, "items")])
+@pytest.mark.parametrize("value", [0, 19, 100, 1 << 20, (1 << 32) - 1])
+def test_a_journal_entry_that_does_not_hold_what_it_counts_is_refused(
+    tmp_path: Path, kind: str, at: int, what: str, value: int
+) -> None:
+    folder = make_bank(tmp_path / "bank", 40, kind)
+
+    def lie(data: bytearray) -> None:
+        struct.pack_into("<I", data, at, value)
+
+    put_journal(folder, [a_row(kind, 40, tokens=2)], change=lie)
+    with pytest.raises(BundleError, match=r"journal-9\.bin.*checksum is not right|its record cannot be read"):
+        contents(Bank(folder))
 
 
 def test_a_journal_that_goes_on_with_a_lesser_id_is_refused_by_one_who_reads_on(tmp_path: Path) -> None:
     folder = make_bank(tmp_path / "bank", 40)
-    put_journal(folder, [a_row(45)])
+    put_journal(folder, [a_row("tokens", 45)])
     bank = Bank(folder)
-    put_journal(folder, [a_row(45), a_row(41)])
+    put_journal(folder, [a_row("tokens", 45), a_row("tokens", 41)])
     with pytest.raises(BundleError, match="do not rise"):
         bank.refresh()
     assert bank.ids[-1] == 45
 
 
-def put_journal(folder: Path, rows: list[Row]) -> None:
-    """Make `rows` the journal, with the right digests."""
+def put_journal(folder: Path, rows: list[Row], *, change: Callable[[bytearray], object] = lambda _: None) -> None:
+    """Make `rows` the journal, each after `change`, with the right digests."""
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     data, digest = b"", journal.FIRST_DIGEST
     for row in rows:
-        entry, digest = journal.encode(row, digest)
-        data += entry
+        entry = bytearray(journal.encode(row, digest)[0][:-32])
+        change(entry)
+        digest = hashlib.sha256(digest + entry).digest()
+        data += entry + digest
     (folder / "journal-9.bin").write_bytes(data)
     manifest["journal"] = {"file": "journal-9.bin", "bytes": len(data), "count": len(rows), "digest": digest.hex()}
     manifest["generation"] += 1

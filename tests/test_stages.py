@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def test_bf16_rounds_weights_and_no_rotary_frequencies(towers: Path) -> None:
 def test_bf16_trains_both_stages(world: Path, towers: Path, tmp_path: Path, memory: str) -> None:
     first = train_tiny(world, towers, tmp_path / "c", memory=memory, bf16=True)
     exact = train_tiny(world, towers, tmp_path / "d", memory=memory)
-    assert metrics(first)[-1]["held_out_loss"] == pytest.approx(metrics(exact)[-1]["held_out_loss"], rel=0.02)
+    rounded, wanted = ([point["held_out_loss"] for point in metrics(run)] for run in (first, exact))
+    assert rounded[-1] == pytest.approx(wanted[-1], rel=0.02)
+    assert rounded != wanted
     tuned = instruct(world, first, tmp_path / "tuned", bf16=True)
     assert metrics(tuned)[-1]["held_out_loss"] < metrics(tuned)[0]["held_out_loss"]
     assert np.isfinite(losses(tuned, world)).all()
@@ -349,6 +352,47 @@ def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Pat
     assert [point["step"] for point in metrics(tmp_path / "c")] == [0, 2, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("part", "advice"),
+    [
+        (
+            "tinyalign_edge.train.encode.patch_features",
+            r"while pictures are encoded; use fewer pixels \(--image-size\)$",
+        ),
+        (
+            "tinyalign_edge.train.prepare.retrieve",
+            r"beside the training steps; keep features on disk \(--cache-features",
+        ),
+        ("tinyalign_edge.train.finish.encode_values", r"beside the training steps; .* fewer rows \(--fraction\)"),
+    ],
+)
+def test_out_of_memory_beside_the_steps_ends_with_advice_that_fits(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, part: str, advice: str
+) -> None:
+    monkeypatch.setattr(part, lambda *_: torch.empty(1 << 50))
+    with pytest.raises(TinyAlignError, match=f"^out of memory {advice}"):
+        train_tiny(world, towers, tmp_path / "c", memory="latents", steps=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_what_is_trained_on_cuda_in_bf16_is_read_on_the_processor(world: Path, towers: Path, tmp_path: Path) -> None:
+    folder = train_tiny(
+        world,
+        towers,
+        tmp_path / "c",
+        memory="tokens",
+        device="cuda",
+        bf16=True,
+        steps=20,
+        learning_rate=3e-3,
+        eval_every=20,
+    )
+    points = metrics(folder)
+    assert points[1]["held_out_loss"] < points[0]["held_out_loss"]
+    assert load_checkpoint(folder).config.training.device == "cuda"
+    assert np.isfinite(losses(folder, world)).all()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -363,6 +407,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
         return pack(self, examples)
 
     monkeypatch.setattr(Collate, "__call__", poisoned)
-    with pytest.raises(TinyAlignError, match=r"the loss is nan at step [34]; the last good state is kept"):
+    advice = "a lower --learning-rate and another --out, or remove this one"
+    with pytest.raises(TinyAlignError, match=rf"the loss is nan at step [34]; the last good state is kept, .*{advice}"):
         train_tiny(world, towers, tmp_path / "c", steps=8)
     assert list((tmp_path / "c" / "state").glob("checkpoint-2/whole"))
+    monkeypatch.undo()
+    train_tiny(world, towers, tmp_path / "another", steps=1, learning_rate=1e-4)
+    shutil.rmtree(tmp_path / "c")
+    train_tiny(world, towers, tmp_path / "c", steps=1, learning_rate=1e-4)

@@ -308,6 +308,7 @@ def _check_values(manifest: Manifest, where: Path) -> None:
         "memory.question_weight": 0 <= memory.question_weight <= 1,
         "memory.value_tokens": 0 <= memory.value_tokens <= decoder.max_positions,
         "memory.value_file": (memory.value_file is not None) == with_latents == (vision.feature_dim > 0),
+        "memory.latents": not with_latents or min(memory.latents, memory.latent_dim) > 0,
         "memory.copy_end": memory.copy_end is None or 0 <= memory.copy_end < decoder.vocab_size,
         "memory.copy_file": memory.copy_file is None or (memory.kind in WITH_TOKENS and decoder.hidden),
     }

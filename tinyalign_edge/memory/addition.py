@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.memory.check import in_vocabulary
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, BankSpec
 from tinyalign_edge.memory.search import quantize_keys
 from tinyalign_edge.memory.table import Row
@@ -14,11 +17,6 @@ from tinyalign_edge.memory.value import Hybrid, Ints, Value, latents_of, token_i
 from tinyalign_edge.memory.write import quantize_latents
 
 Float = npt.NDArray[np.float32]
-
-
-def in_vocabulary(ids: Ints, spec: BankSpec) -> bool:
-    """Whether every token id is one that the language model has."""
-    return not ids.size or bool(0 <= ids.min() <= ids.max() < spec.vocab_size)
 
 
 def new_row(spec: BankSpec, key: Float, record: bytes, value: Value) -> Row:
@@ -43,6 +41,9 @@ def new_row(spec: BankSpec, key: Float, record: bytes, value: Value) -> Row:
 
 def _checked_value(spec: BankSpec, value: Value) -> tuple[Ints | None, Float]:
     """The token ids (T,) int32, None for "latents", and the latents (L, latent_dim) that a bank keeps of a value."""
+    if not isinstance(value, Hybrid):
+        array: Any = np.asarray(value)  # a list may be given
+        value = array
     kind = "hybrid" if isinstance(value, Hybrid) else {1: "tokens", 2: "latents"}.get(value.ndim, f"{value.ndim}-d")
     if kind != spec.kind:
         raise InputError(f"value: it is of kind {kind}, and this bank holds {spec.kind}; give one of that kind")

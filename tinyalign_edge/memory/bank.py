@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.errors import BundleError, InputError, TinyAlignError
+from tinyalign_edge.errors import InputError, TinyAlignError
 from tinyalign_edge.folders import cause
-from tinyalign_edge.memory.addition import in_vocabulary, new_row
+from tinyalign_edge.memory.addition import new_row
 from tinyalign_edge.memory.graph import build_index
-from tinyalign_edge.memory.layout import BankManifest, BankSpec
+from tinyalign_edge.memory.layout import BankManifest
 from tinyalign_edge.memory.lock import exclusive
 from tinyalign_edge.memory.lookup import nearest_entries
 from tinyalign_edge.memory.merge import check_alike, new_entries
@@ -25,7 +25,7 @@ from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.memory.snapshot import Snapshot, open_snapshot
 from tinyalign_edge.memory.stats import BankStats, stats_of
 from tinyalign_edge.memory.table import Table
-from tinyalign_edge.memory.value import Ints, Value, token_ids_of
+from tinyalign_edge.memory.value import Value
 from tinyalign_edge.memory.write import append, extend, remove, sweep
 
 Float = npt.NDArray[np.float32]
@@ -263,18 +263,11 @@ class Bank:
             row = int(np.searchsorted(table.ids, np.uint64(max(0, number))))
             if row < len(table) and int(table.ids[row]) == number:
                 record, value = self._record(table, row), table.value(row)
-                self._check_tokens(snapshot.manifest.spec, number, token_ids_of(value))
                 return Entry(number, similarity=similarity, value=value, **asdict(record))
         raise InputError(f"{self.folder}: has no entry of the id {number}")
 
     def _record(self, table: Table, row: int) -> Record:
         return decode_record(table.record(row), f"{self.folder}: entry {table.ids[row]}")
-
-    def _check_tokens(self, spec: BankSpec, number: int, ids: Ints) -> None:
-        if not in_vocabulary(ids, spec):
-            raise BundleError(
-                f"{self.folder}: entry {number} holds a token id outside the vocabulary; build the bank again"
-            )
 
 
 def _matches(record: Record, source: str | None, text: str | None) -> bool:

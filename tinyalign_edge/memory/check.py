@@ -11,9 +11,10 @@ from tinyalign_edge.errors import BundleError
 from tinyalign_edge.memory.layout import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, BankSpec
 from tinyalign_edge.memory.search import UNIT
 from tinyalign_edge.memory.table import Array, Table
+from tinyalign_edge.memory.value import Ints
 
 BLOCK = 4096  # keys in float32 at once
-LARGEST_SCALE = np.finfo(np.float32).max / np.float32(127)  # times an int8 it is still finite
+LARGEST_SCALE = np.finfo(np.float32).max / np.float32(128)  # times any int8 it is still finite
 
 
 def check_table(table: Table, spec: BankSpec, where: str) -> None:
@@ -24,6 +25,11 @@ def check_table(table: Table, spec: BankSpec, where: str) -> None:
     """
     with np.errstate(invalid="ignore"):  # numbers that are none are what is looked for
         _check(table, spec, where)
+
+
+def in_vocabulary(ids: Ints, spec: BankSpec) -> bool:
+    """Whether every token id is one that the language model has."""
+    return not ids.size or bool(0 <= ids.min() <= ids.max() < spec.vocab_size)
 
 
 def rounding(key_dim: int) -> float:
@@ -42,6 +48,8 @@ def _check(table: Table, spec: BankSpec, where: str) -> None:
         _check_offsets(table.value_offsets, table.token_ids.size, MAX_ENTRY_BYTES // table.token_ids.itemsize, where)
     if not np.all(np.abs(table.value_scales) <= LARGEST_SCALE):
         raise _impossible(where, "a value is not finite")
+    if not in_vocabulary(table.token_ids, spec):
+        raise _impossible(where, "a token id is outside the vocabulary")
     for start in range(0, len(table), BLOCK):
         rows = table.keys[start : start + BLOCK].astype(np.float32)
         squares = np.einsum("ij,ij->i", rows, rows).astype(np.float64)

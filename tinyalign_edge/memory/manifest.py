@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from tinyalign_edge.config import from_versioned, parse_json, read_small, to_json
+from tinyalign_edge.config import WITH_TOKENS, from_versioned, parse_json, read_small, to_json
 from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.files import inside
 from tinyalign_edge.folders import sync
@@ -89,6 +89,7 @@ def _problem(manifest: BankManifest) -> str | None:
         "generation": 0 < manifest.generation < MAX_COUNTER,
         "next_id": manifest.count <= manifest.next_id < MAX_COUNTER,
         "count": all(s.count > 0 and s.token_count >= 0 and s.record_bytes >= 0 for s in manifest.segments),
+        "token_count": spec.kind in WITH_TOKENS or not any(s.token_count for s in manifest.segments),
         "sum of counts": manifest.count <= MAX_ENTRIES,
         "key_dim": 0 < spec.key_dim <= MAX_DIM,
         "latents": latents == (0, 0) if spec.kind == "tokens" else all(0 < size <= MAX_DIM for size in latents),

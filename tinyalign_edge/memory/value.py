@@ -29,10 +29,9 @@ Value = Ints | Float | Hybrid  # "tokens": (T,) int32; "latents": (L, latent_dim
 
 
 def value_of(kind: str, token_ids: Ints, latents: Float | None) -> Value:
-    """What an entry of a bank of `kind` carries, of both."""
-    if kind == "tokens":
+    """What an entry of a bank of `kind` carries, of both; without latents, and so for the kind "none", token ids."""
+    if latents is None:
         return token_ids
-    assert latents is not None
     return Hybrid(token_ids, latents) if kind == "hybrid" else latents
 
 

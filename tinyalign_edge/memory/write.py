@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.folders import sync
 from tinyalign_edge.memory import journal, layout
+from tinyalign_edge.memory.check import LARGEST_SCALE
 from tinyalign_edge.memory.join import Selected, whole, write_joined
 from tinyalign_edge.memory.layout import BankManifest, BankSpec, JournalEntry, Kind, SegmentEntry
 from tinyalign_edge.memory.manifest import TEMPORARY, write_manifest
@@ -63,8 +64,10 @@ def write_bank(
         latents: the values of a bank of kind "latents", or part of them, (E, L, latent_dim) float32.
 
     Raises:
-        InputError: a key is not of length 1, or a latent is not finite.
+        InputError: a key is not of length 1, a latent is not finite, or there are no values.
     """
+    if token_ids is None and latents is None:
+        raise InputError("token_ids and latents: an entry carries at least one of them; give one, or both")
     folder.mkdir(parents=True, exist_ok=True)
     kind: Kind = "tokens" if latents is None else "latents" if token_ids is None else "hybrid"
     if latents is None:
@@ -98,12 +101,13 @@ def quantize_latents(latents: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.i
     """Latents (..., latent_dim) float32 to int8 and a float32 scale a latent.
 
     Raises:
-        InputError: one is not finite.
+        InputError: one is not finite, or too large to be kept.
     """
-    if not np.all(np.isfinite(latents)):
-        raise InputError("latents: one is not finite; look for a damaged value encoder")
     peak = np.maximum(np.abs(latents).max(axis=-1, initial=0), 1e-12)
-    return np.round(latents / peak[..., None] * 127).astype(np.int8), (peak / 127).astype(np.float32)
+    scales = (peak / 127).astype(np.float32)
+    if not np.all(scales <= LARGEST_SCALE):  # not a number is not
+        raise InputError("latents: one is not finite, or too large to be kept; look for a damaged value encoder")
+    return np.round(latents / peak[..., None] * 127).astype(np.int8), scales
 
 
 def append(folder: Path, snapshot: Snapshot, row: Row) -> None:

@@ -78,7 +78,7 @@ class MemoryConnector(nn.Module):
     def __init__(self, settings: MemorySettings, embeddings: Tensor) -> None:
         super().__init__()
         width = embeddings.shape[1]
-        self.alone = settings.kind == "latents"
+        self.kind = settings.kind
         self.expand = nn.Linear(settings.latent_dim, width) if settings.kind in WITH_LATENTS else None
         if self.expand is not None:
             mean, basis = principal_axes(embeddings, settings.latent_dim)
@@ -100,7 +100,7 @@ class MemoryConnector(nn.Module):
 
     def forward(self, values: Tensor, rank: Tensor, similarity: Tensor) -> Tensor:
         """`values` (M, D or latent_dim), `rank` (M,) int64, `similarity` (M,) float32 -> (M, D)."""
-        if self.expand is not None and self.alone:
+        if self.expand is not None and self.kind == "latents":
             values = self.expand(values)
         values = values + self.rank[rank] + similarity[:, None] * self.similarity
         normed = self.norm(values)

@@ -18,6 +18,7 @@ from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Rows, without_memory
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import TrainSettings
 from tinyalign_edge.train.watcher import Watcher
@@ -25,6 +26,10 @@ from tinyalign_edge.train.watcher import Watcher
 STATE_WEIGHTS = "trained.safetensors"
 WHOLE = "whole"  # a file that says that all others beside it are written
 LANGUAGE_PREFIX = "language."
+LOWER_RATE = (
+    "the last good state is kept, but --resume takes no other rate: train anew with a lower --learning-rate and "
+    "another --out, or remove this one"
+)
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -55,7 +60,7 @@ def fit(
         load_trained(model, last)
         return
     with ExitStack() as stack:
-        stack.enter_context(_out_of_memory(settings))
+        stack.enter_context(out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings)))
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes)
         advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
@@ -139,10 +144,7 @@ class AlignTrainer(Trainer):
         self.tokens = self.tokens + (inputs["block"] >= 0).sum()
         loss = super().compute_loss(model, inputs, *args, **options)
         if not torch.isfinite(loss):
-            raise TinyAlignError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good state is kept: "
-                "train again with a lower --learning-rate"
-            )
+            raise TinyAlignError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {LOWER_RATE}")
         return loss
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **options: Any) -> Any:
@@ -161,8 +163,7 @@ class AlignTrainer(Trainer):
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise TinyAlignError(
-                    f"weight {name!r} is no longer finite at step {self.state.global_step}; the last good state is "
-                    "kept: train again with a lower --learning-rate"
+                    f"weight {name!r} is no longer finite at step {self.state.global_step}; {LOWER_RATE}"
                 )
         save_file(state, folder / STATE_WEIGHTS)
 
@@ -216,21 +217,13 @@ def _own_precision() -> Iterator[None]:
             os.environ[PRECISION] = before
 
 
-@contextmanager
-def _out_of_memory(settings: TrainSettings) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own error of a GPU is a RuntimeError
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
-            raise
-        smaller = max(1, settings.micro_batch // 2)
-        other = "" if settings.bf16 else ", --bf16"
-        same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
-        raise TinyAlignError(
-            f"out of memory with {settings.micro_batch} rows at once; --resume --micro-batch {smaller} "
-            f"{same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
-        ) from None
+def _less_at_once(settings: TrainSettings) -> str:
+    smaller = max(1, settings.micro_batch // 2)
+    other = "" if settings.bf16 else ", --bf16"
+    same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
+    return (
+        f"--resume --micro-batch {smaller} {same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
+    )
 
 
 def _silent(*_: Any) -> None:

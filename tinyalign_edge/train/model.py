@@ -39,8 +39,10 @@ class MemoryInputs(TypedDict):
 
     rank: Tensor  # (M,) int64
     similarity: Tensor  # (M,) float32
-    token_ids: NotRequired[Tensor]  # (M,) int64, of "hybrid" less; "latents" in training: (E, T) int64, padded
-    token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool
+    token_ids: NotRequired[
+        Tensor
+    ]  # "tokens": (M,) int64; "hybrid": those of the texts alone; "latents": see token_mask
+    token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool, and `token_ids` (E, T) int64 with padding
     features: NotRequired[Tensor]  # with latents, in training: (E, N, C) float32
     latents: NotRequired[Tensor]  # from a bank: (E * L, latent_dim) float32; "paper": (M, K * latent_dim)
     order: NotRequired[Tensor]  # "hybrid": (M,) int64, in which all latents and then all token ids are read

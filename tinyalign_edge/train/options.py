@@ -217,7 +217,7 @@ def memory_from(options: TrainOptions, *, whole: bool) -> float:
     """The share of the steps before any row sees its neighbours; `whole`: the connector is a whole model's own."""
     if options.memory_from is not None:
         return options.memory_from
-    begins = options.stage == "align" and not whole and options.memory in ("tokens", "latents", "hybrid")
+    begins = options.stage == "align" and not whole and options.memory in WITH_TOKENS + WITH_LATENTS
     return MEMORY_FROM if begins else 0.0
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tinyalign_edge.train.keys import Float, Keys, entry_text, fused_keys, query
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import of_others, retrieve
+from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import MemorySettings
 from tinyalign_edge.train.start import Start
@@ -72,7 +74,14 @@ def see(
         corpus = training if places[path] in set(training.used()) else held_out
         return corpus.where(places[path])
 
-    encode = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
+    careful = partial(out_of_memory, "while pictures are encoded", _smaller_pictures(start, device))
+    with careful():
+        encode = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
+
+    def encoded(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        with careful():
+            return encode([paths[i] for i in pictures])
+
     about = {
         "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
         "key_grid": memory.key_grid, "record": str(record),
@@ -81,7 +90,7 @@ def see(
         paths,
         wanted,
         record,
-        lambda pictures: encode([paths[i] for i in pictures]),
+        encoded,
         cache=None if cache is None else FeatureCache(cache, about),
         skip_bad=skip_bad,
         share=(processes.rank, processes.count),
@@ -89,6 +98,15 @@ def see(
     )
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)
+
+
+def _smaller_pictures(start: Start, device: str) -> str:
+    """What takes less memory of the encoder; a whole model and a checkpoint have their size of pictures."""
+    ways = [
+        *("fewer pixels (--image-size)",) * (not start.whole and not start.fitted),
+        *("--device cpu",) * (device != "cpu"),
+    ]
+    return f"use {' or '.join(ways) or 'a machine with more memory'}"
 
 
 def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:

@@ -29,6 +29,7 @@ from tinyalign_edge.train.options import (
     steps_of,
     train_settings,
 )
+from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.prepare import (
     examples,
     fingerprint,
@@ -53,6 +54,9 @@ COPYING_STATE = "copying"  # below the run's state
 FEATURES = "features"  # below the run's state: where several processes meet
 
 
+@out_of_memory(
+    "beside the training steps", "keep features on disk (--cache-features DIR) or train on fewer rows (--fraction)"
+)
 def train(
     *,
     data: str | Path | Sequence[str | Path],
