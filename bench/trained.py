@@ -50,7 +50,7 @@ def difference(
     whole: bool = False,
 ) -> tuple[str, object, object] | None:
     """The first setting of a run that is another one than `options` make: its name, what it is and what they make."""
-    made = memory_settings(options, connector)
+    made = memory_settings(options, connector, whole=whole)
     wanted = {f"memory.{name}": value for name, value in asdict(made).items() if name not in KNOWN_LATER}
     wanted |= {name: getattr(options, name) for name in SAME}
     wanted |= {"episodes": episodes_share(options, made), "memory_from": memory_from(options, whole=whole)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,28 @@ def test_a_whole_model_is_given_a_memory_that_can_be_taught_and_forgotten(
         assert model.memory.forget(source="album") == (entry.id,)
         again, _ = model.answer_logits(model.encode(picture), QUESTION, "red")
         np.testing.assert_array_equal(again, reminded)
+
+
+def held_out(checkpoint: Path) -> list[float]:
+    lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["held_out_loss"] for line in lines]
+
+
+def test_the_memory_of_a_whole_model_begins_nearly_closed_and_costs_it_less(
+    vlms: Path, world: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"steps": 1, "episodes": 0.0}
+    gated = remember(world, vlms / "llava-siglip", tmp_path / "gated", **given)
+    assert load_checkpoint(gated).config.memory.gate
+    plain = remember(world, vlms / "llava-siglip", tmp_path / "plain", gate=False, **given)
+    assert not load_checkpoint(plain).config.memory.gate
+    assert held_out(gated)[0] < held_out(plain)[0]
+
+
+def test_a_memory_that_makes_a_whole_model_worse_is_told(vlms: Path, world: Path, tmp_path: Path, capsys: Any) -> None:
+    remember(world, vlms / "llava-siglip", tmp_path / "c", gate=False, steps=1, episodes=0.0, learning_rate=1e-9)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: the held-out loss is \d\.\d+ with the memory and \d\.\d+ without", said)
 
 
 def test_nothing_of_the_model_itself_is_trained(vlms: Path, world: Path, tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def train(
     key_grid: Annotated[int | None, typer.Option(help="Keys see N x N regions of a picture (default 1).")] = None,
     key_dim: Annotated[int | None, typer.Option(help="Numbers (bytes) of a picture's key (default 128).")] = None,
     value_tokens: Annotated[int | None, typer.Option(help="Tokens kept of an entry (default 24).")] = None,
-    gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Let training close memory tokens.")] = None,
+    gate: Annotated[
+        bool | None, typer.Option("--gate/--no-gate", help="Let training close memory tokens (default with --vlm).")
+    ] = None,
     latents: Annotated[int | None, typer.Option(help="Latents of an entry (default 8; hybrid: 2; paper: 32).")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers of a latent (default 96).")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the --vlm's own.")] = None,

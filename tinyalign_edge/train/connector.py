@@ -10,6 +10,7 @@ from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 HEADS = 4  # of the value encoder
 OPEN = 4.0  # where a memory token's gate begins: 98 % of it passes
+NEARLY_CLOSED = -2.0  # beside a whole model, which knows nothing of memories: 12 %
 
 
 def pooling_matrix(height: int, width: int, tokens: int) -> Tensor:
@@ -71,11 +72,14 @@ class MemoryConnector(nn.Module):
     Token values arrive as embeddings of width D; latents are first brought to width D by `expand`, those of hybrid
     entries by `joined`, which puts them before the embeddings of their texts. Each token is
     then told the rank of its entry and how similar that entry is, and passes a residual bottleneck MLP that begins
-    at zero, so that before training a memory token is the plain embedding of the retrieved text. With a gate, which
-    begins open, it is drawn towards a vector that says nothing.
+    at zero, so that before training a memory token is the plain embedding of the retrieved text. With a gate it is
+    drawn towards a vector that says nothing.
+
+    Args:
+        opening: where the gate begins, before the sigmoid.
     """
 
-    def __init__(self, settings: MemorySettings, embeddings: Tensor) -> None:
+    def __init__(self, settings: MemorySettings, embeddings: Tensor, *, opening: float = OPEN) -> None:
         super().__init__()
         width = embeddings.shape[1]
         self.kind = settings.kind
@@ -96,7 +100,7 @@ class MemoryConnector(nn.Module):
         self.nothing = nn.Parameter(embeddings.detach().float().mean(dim=0)) if settings.gate else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, OPEN)
+            nn.init.constant_(self.gate.bias, opening)
 
     def forward(self, values: Tensor, rank: Tensor, similarity: Tensor) -> Tensor:
         """`values` (M, D or latent_dim), `rank` (M,) int64, `similarity` (M,) float32 -> (M, D)."""

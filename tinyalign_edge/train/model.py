@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tinyalign_edge.config import WITH_TOKENS
 from tinyalign_edge.train.connector import (
+    NEARLY_CLOSED,
+    OPEN,
     Connector,
     KeyProjection,
     MemoryConnector,
@@ -39,10 +41,8 @@ class MemoryInputs(TypedDict):
 
     rank: Tensor  # (M,) int64
     similarity: Tensor  # (M,) float32
-    token_ids: NotRequired[
-        Tensor
-    ]  # "tokens": (M,) int64; "hybrid": those of the texts alone; "latents": see token_mask
-    token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool, and `token_ids` (E, T) int64 with padding
+    token_ids: NotRequired[Tensor]  # (M,) int64; "hybrid": fewer, of the texts alone; "latents": (E, T), padded
+    token_mask: NotRequired[Tensor]  # "latents" in training: (E, T) bool, true where `token_ids` are not padding
     features: NotRequired[Tensor]  # with latents, in training: (E, N, C) float32
     latents: NotRequired[Tensor]  # from a bank: (E * L, latent_dim) float32; "paper": (M, K * latent_dim)
     order: NotRequired[Tensor]  # "hybrid": (M,) int64, in which all latents and then all token ids are read
@@ -80,7 +80,7 @@ class AlignModel(nn.Module):
             self.memory_connector = SideBySideConnector(memory, connector.width)
             self.value_encoder = RandomPerceiver(memory, connector.input_dim, connector.width)
         elif memory.kind != "none":
-            self.memory_connector = MemoryConnector(memory, embeddings)
+            self.memory_connector = MemoryConnector(memory, embeddings, opening=NEARLY_CLOSED if projector else OPEN)
             if memory.kind == "latents":
                 self.value_encoder = ValueEncoder(memory, connector.input_dim, embeddings)
             elif memory.kind == "hybrid":

@@ -45,7 +45,7 @@ class TrainOptions:
         key: None: "fused" with the memory "paper", else "picture".
         key_dim: of a picture's key, or part of it; None: 128. A fused key has the language model's width.
         value_tokens: the most token ids kept of an entry.
-        gate: memory tokens can be closed, by what is learnt.
+        gate: memory tokens can be closed, by what is learnt; None: beside a whole model, where they begin nearly so.
         copy_words: tokens of the retrieved texts may be copied into the answer; None: with the memories "tokens" and
             "hybrid", which alone have any.
         memory_first: the memory stands before the picture; None: but for the memory "paper".
@@ -64,7 +64,7 @@ class TrainOptions:
     key: KeyKind | None = None
     key_dim: int | None = None
     value_tokens: int = 24
-    gate: bool = False
+    gate: bool | None = None
     latents: int | None = None
     latent_dim: int | None = None
     copy_words: bool | None = None
@@ -163,8 +163,8 @@ def check_values(options: TrainOptions, kind: TrainedMemory) -> None:
         raise InputError(f"--freeze-values: no value encoder trains with --memory {kind}; use latents or hybrid")
 
 
-def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> MemorySettings:
-    """How the memory is made and read, before its floor is known.
+def memory_settings(options: TrainOptions, connector: ConnectorSettings, *, whole: bool) -> MemorySettings:
+    """How the memory is made and read, before its floor is known; `whole`: the connector is a whole model's own.
 
     Raises:
         InputError: a size that the key cannot have.
@@ -178,7 +178,7 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings) -> Memo
         k=options.k,
         key_grid=options.key_grid,
         value_tokens=options.value_tokens,
-        gate=options.gate,
+        gate=whole and not paper if options.gate is None else options.gate,
         shuffled=options.shuffle_memory,
         first=not paper if options.memory_first is None else options.memory_first,
         memory_dropout=options.memory_dropout,

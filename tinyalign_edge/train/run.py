@@ -16,6 +16,7 @@ from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.corpus import data_refs, of_one_picture, open_corpus, parse_source, split
 from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
+from tinyalign_edge.train.harm import warn_of_harm
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
     TrainOptions,
@@ -169,6 +170,8 @@ def train(
         model.freeze_all_but_copying()
         fit_all(rows=rows.playing(episodes), settings=copying_settings(settings), state=state.folder / COPYING_STATE,
                 label="Training to copy", before=settings.steps)  # fmt: skip
+    if begun.whole and processes.first:
+        warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
     begun.merge()
     if processes.first:
         config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,

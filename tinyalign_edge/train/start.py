@@ -58,7 +58,7 @@ def start_align(vision: str, lm: str, options: TrainOptions) -> Start:
     tongue = load_language(lm)
     connector = connector_settings(options, eye.grid, tongue.model.config.hidden_size)
     prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
-    memory = with_end(memory_settings(options, connector), prompt)
+    memory = with_end(memory_settings(options, connector, whole=False), prompt)
     model = AlignModel(tongue.model, connector, memory, dropout=options.dropout)
     if options.bf16:
         round_weights(tongue.model)
@@ -79,7 +79,7 @@ def start_whole(folder: Path, options: TrainOptions, *, template: str | None) ->
     whole = load_vlm(folder, template=template)
     eye, tongue, connector = whole.vision, whole.language, whole.connector
     prompt = Prompt(tongue.prompt, Tokenizer.from_str(tongue.tokenizer_json))
-    memory = with_end(memory_settings(options, connector), prompt)
+    memory = with_end(memory_settings(options, connector, whole=True), prompt)
     model = AlignModel(tongue.model, connector, memory, projector=whole.projector)
     if options.bf16:
         round_weights(tongue.model)

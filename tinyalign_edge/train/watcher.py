@@ -101,7 +101,12 @@ class Watcher(TrainerCallback):
                 self.board.add_scalar(name, value, self.before + step)
 
 
-def held_out_loss(model: AlignModel, collate: Collate, examples: Sequence[Example], settings: TrainSettings) -> float:
+def held_out_loss(
+    model: AlignModel,
+    collate: Callable[[Sequence[Example]], dict[str, Any]],
+    examples: Sequence[Example],
+    settings: TrainSettings,
+) -> float:
     """Mean negative log-likelihood an answer token, in nats, over all examples; as many at once as in training."""
     training = model.training
     device = next(model.parameters()).device
