@@ -58,7 +58,7 @@ def fit(
         stack.enter_context(_out_of_memory(settings))
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes)
-        advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
+        advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
         watcher = Watcher(collate, held_out, settings, metrics, advance, before)
         trainer = AlignTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
@@ -231,7 +231,3 @@ def _out_of_memory(settings: TrainSettings) -> Iterator[None]:
             f"out of memory with {settings.micro_batch} rows at once; --resume --micro-batch {smaller} "
             f"{same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
         ) from None
-
-
-def _silent(*_: Any) -> None:
-    pass
