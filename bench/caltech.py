@@ -10,7 +10,6 @@ that are finished are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.datasets import find_dataset
-from tinyalign_edge.bench.trained import trained
+from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
 from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
@@ -58,9 +57,8 @@ def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
     )
     export(checkpoint, bundle)
     manifest = open_bundle(bundle)
-    lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()
     result: dict[str, Any] = {
-        "curve": [json.loads(line) for line in lines],
+        "curve": loss_curve(checkpoint),
         "open": {"fp32": _scores(checkpoint, "test.json"), "int8": _scores(bundle, "test.json")},
         "yes_no": {"fp32": _scores(checkpoint, "test_yesno.json"), "int8": _scores(bundle, "test_yesno.json")},
         "gate": to_json(manifest.gate),

@@ -12,7 +12,6 @@ written. `--table` prints the recorded table as Markdown.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.eye import Eye
-from tinyalign_edge.bench.trained import trained
+from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.config import read_json, write_json
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.export.card import markdown_table
@@ -113,7 +112,6 @@ def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:
     answerer = TorchAnswerer(checkpoint, encode=eye)
     if not arm.rounded:
         answerer.collate.values = _exact_values(checkpoint, eye)
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     losses = {kind: _losses(answerer, name) for kind, name in zip(KINDS, ("test.json", "test_yesno.json"), strict=True)}
     every = np.concatenate(list(losses.values()))
     return {
@@ -122,7 +120,7 @@ def run_arm(arm: Arm, out: Path, eye: Eye) -> dict[str, Any]:
         "held_out_loss": float(every.mean()),
         **{f"{kind}_loss": float(found.mean()) for kind, found in losses.items()},
         "answer_tokens": len(every),
-        "curve": [json.loads(line) for line in lines],
+        "curve": loss_curve(folder),
     }
 
 

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.bench.trained import loss_curve  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
@@ -248,7 +249,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(world: Path, towers:
             data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"), out=out,
             options=TrainOptions(**options), resume=resume,  # type: ignore[arg-type]
         )  # fmt: skip
-    assert metrics(cut) == metrics(tmp_path / "whole")
+    assert loss_curve(cut) == loss_curve(tmp_path / "whole")
     expected, found = load_file(tmp_path / "whole" / "model.safetensors"), load_file(cut / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -273,7 +274,7 @@ def test_an_instruct_run_that_was_cut_while_it_learnt_to_copy_goes_on(
         patch.setattr(Watcher, "on_step_end", interrupt)
         instruct(world, checkpoints["tokens"], tmp_path / "cut", lora_rank=rank, steps=8)
     cut = instruct(world, checkpoints["tokens"], tmp_path / "cut", lora_rank=rank, steps=8, resume=True)
-    assert metrics(cut) == metrics(whole)
+    assert loss_curve(cut) == loss_curve(whole)
     for file in ("model.safetensors", "language/model.safetensors"):
         expected, found = load_file(whole / file), load_file(cut / file)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -315,9 +316,15 @@ def test_two_processes_train_what_one_does(
     one = train_tiny(world, towers, tmp_path / "one", memory=memory, reconstruct=reconstruct)
     ran = in_two_processes(
         *training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory,
-        "--reconstruct", str(reconstruct),
+        "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    for told in (
+        "note: caching the features of 80 pictures",
+        "Reading pictures: 80 of 80",
+        "Encoding pictures: 40 of 40",
+    ):
+        assert ran.stderr.count(told) == 1, ran.stderr  # the first process alone says so
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)

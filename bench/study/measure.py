@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part,
 from tinyalign_edge.bench.study.score import ask, summarise
 from tinyalign_edge.bench.study.store import Results, is_done, keep, results
 from tinyalign_edge.bench.teach import teach_accuracies
-from tinyalign_edge.bench.trained import difference, trained
+from tinyalign_edge.bench.trained import difference, loss_curve, trained
 from tinyalign_edge.config import from_json, to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
@@ -30,7 +29,7 @@ from tinyalign_edge.memory.search import Neighbours
 from tinyalign_edge.runtime.answerer import BundleAnswerer
 from tinyalign_edge.runtime.model import load
 from tinyalign_edge.train.answer import TorchAnswerer
-from tinyalign_edge.train.checkpoint import METRICS, Checkpoint
+from tinyalign_edge.train.checkpoint import Checkpoint
 from tinyalign_edge.train.options import TrainOptions
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, TrainSettings
 
@@ -135,7 +134,6 @@ def scores(bench: Bench, run: Run) -> Result:
     """The curve of the training, loss and scores of all test questions; of a memory also with an empty bank."""
     answerer = bench.answerer(run)
     rows, config = bench.rows(run), answerer.checkpoint.config
-    lines = (answerer.checkpoint.folder / METRICS).read_text("utf-8").splitlines()
     own: MemoryMode = "shuffled" if config.memory.shuffled else "own"
     result = summarise(ask(answerer, rows, memory=own))
     if answerer.has_memory and run.share == 100:
@@ -147,7 +145,7 @@ def scores(bench: Bench, run: Run) -> Result:
     bank = answerer.checkpoint.bank
     return {
         **result,
-        "curve": [json.loads(line) for line in lines],
+        "curve": loss_curve(answerer.checkpoint.folder),
         "settings": settings,
         "bank": None if bank is None else {"entries": len(bank), "entry_bytes": bank.stats().entry_bytes},
     }

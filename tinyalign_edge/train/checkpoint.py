@@ -4,7 +4,7 @@ config.json         CheckpointConfig
 model.safetensors   connector, key projection, memory connector, value encoder
 tokenizer.json      the language model's
 memory/             the bank (not with `--memory none`)
-metrics.jsonl       one line an evaluation: step, held-out loss, training loss
+metrics.jsonl       one line an evaluation: step, held-out loss, training loss, tokens a second
 language/           the trained language model, adapters merged, in Hugging Face format (after stage "instruct")
 curves.png          losses against steps
 samples/            held-out and calibration pictures with their questions, for the exporter's gate

@@ -70,8 +70,8 @@ class FeatureCache:
             blocks.append(block)
         return Known(blocks, places)
 
-    def check_room(self, needed: int, pictures: int) -> None:
-        """Say how much is to be written, and refuse if the disk has not the room.
+    def check_room(self, needed: int, pictures: int, *, told: bool) -> None:
+        """Say how much is to be written, where that is to be `told`, and refuse if the disk has not the room.
 
         Raises:
             InputError: says how much is needed and how much is free.
@@ -83,7 +83,7 @@ class FeatureCache:
                 f"{needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another folder or fewer "
                 "--visual-tokens"
             )
-        if pictures:
+        if pictures and told:
             size = f"{needed / 1e9:.3f} GB"
             print(f"note: caching the features of {pictures} pictures, {size}, in {self.folder}", file=sys.stderr)
 

@@ -85,29 +85,31 @@ def find_features(
         paths: of all pictures, by number.
         encode: up to `BATCH` pictures, by number, to their pooled and region features.
         skip_bad: leave out pictures that cannot be read, instead of raising.
-        share: number of this process and how many there are: each encodes a part, and they meet in the cache.
+        share: number of this process and how many there are: each encodes a part, and they meet in the cache;
+            the first alone says how far it is.
         wait: until all processes have come so far.
 
     Raises:
         InputError: a picture cannot be read, or the features do not fit into memory or on the disk.
     """
+    first = share[0] == 0
     places = np.full((len(paths), 2), -1, np.int64)
     if cache is None:
         _check_memory(len(wanted) * record.itemsize, len(wanted))
         block = np.zeros(len(wanted), record)
-        good = _encode(block, wanted, encode, skip_bad)
+        good = _encode(block, wanted, encode, skip_bad, shown=first)
         places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
         return Features([block], places, record)
-    digests = _digests(paths, wanted)
+    digests = _digests(paths, wanted, shown=first)
     known = cache.known(record)
-    first = {digest: i for i, digest in reversed(digests.items())}  # pictures with the same content share a record
-    missing = [i for digest, i in first.items() if digest not in known.places]
-    cache.check_room(len(missing) * record.itemsize, len(missing))
+    unique = {digest: i for i, digest in reversed(digests.items())}  # pictures with the same content share a record
+    missing = [i for digest, i in unique.items() if digest not in known.places]
+    cache.check_room(len(missing) * record.itemsize, len(missing), told=first)
     wait()
     for part in cache.parts(missing[share[0] :: share[1]], record):
         block = np.zeros(len(part), record)
         block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
-        good = _encode(block, part, encode, skip_bad)
+        good = _encode(block, part, encode, skip_bad, shown=first)
         cache.write(block[good])
     wait()
     known = cache.known(record) if missing else known
@@ -116,19 +118,21 @@ def find_features(
     return Features(known.blocks, places, record)
 
 
-def _digests(paths: Sequence[Path], wanted: Sequence[int]) -> dict[int, bytes]:
+def _digests(paths: Sequence[Path], wanted: Sequence[int], *, shown: bool) -> dict[int, bytes]:
     digests = {}
-    with progress("Reading pictures", len(wanted)) as advance:
+    with progress("Reading pictures", len(wanted), shown=shown) as advance:
         for i in wanted:
             digests[i] = content_digest(paths[i])
             advance()
     return digests
 
 
-def _encode(block: Records, pictures: Sequence[int], encode: Encoder, skip_bad: bool) -> npt.NDArray[np.bool_]:
+def _encode(
+    block: Records, pictures: Sequence[int], encode: Encoder, skip_bad: bool, *, shown: bool
+) -> npt.NDArray[np.bool_]:
     """Fill the records of `pictures`; true for those that could be read."""
     good = np.ones(len(pictures), np.bool_)
-    with progress("Encoding pictures", len(pictures)) as advance:
+    with progress("Encoding pictures", len(pictures), shown=shown) as advance:
         for start in range(0, len(pictures), BATCH):
             part = range(start, min(start + BATCH, len(pictures)))
             try:

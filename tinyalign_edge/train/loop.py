@@ -63,7 +63,7 @@ def fit(
         stack.enter_context(out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings)))
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes)
-        advance = stack.enter_context(progress(label, settings.steps)) if processes.first else _silent
+        advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
         watcher = Watcher(collate, held_out, settings, metrics, advance, before)
         trainer = AlignTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watcher]
@@ -224,7 +224,3 @@ def _less_at_once(settings: TrainSettings) -> str:
     return (
         f"--resume --micro-batch {smaller} {same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
     )
-
-
-def _silent(*_: Any) -> None:
-    pass

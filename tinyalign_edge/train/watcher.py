@@ -40,7 +40,7 @@ class Watcher(TrainerCallback):
     ) -> None:
         self.collate, self.held_out, self.settings = collate, held_out, settings
         self.metrics, self.advance, self.before = metrics, advance, before
-        self.loss, self.note = float("nan"), ""
+        self.loss, self.tokens_per_second = float("nan"), 0.0
         self.seen_tokens: Callable[[], int] = lambda: 0
         self.since = time.monotonic()
         self.board: Any = None
@@ -60,7 +60,7 @@ class Watcher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         """Move the bar. The last step is logged, whatever the interval."""
-        self.advance(1, f"loss {self.loss:.3f}{self.note}" if math.isfinite(self.loss) else "")
+        self.advance()
         control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
@@ -68,9 +68,8 @@ class Watcher(TrainerCallback):
         if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         self.loss = float(logs["loss"])
-        now = time.monotonic()
-        speed = self.seen_tokens() / max(now - self.since, 1e-9)
-        self.note = f", {speed:,.0f} tokens/s"
+        speed = self.tokens_per_second = self.seen_tokens() / max(time.monotonic() - self.since, 1e-9)
+        self.advance(0, f"loss {self.loss:.3f}, {speed:,.0f} tokens/s")
         self._show(state.global_step, train_loss=self.loss, tokens_per_second=speed, **_figures(logs))
         if state.global_step % self.settings.eval_every == 0 or state.global_step >= state.max_steps:
             self._evaluate(state.global_step, model)
@@ -91,6 +90,7 @@ class Watcher(TrainerCallback):
             "step": self.before + step,
             "held_out_loss": loss,
             "train_loss": round(self.loss, 6) if known else None,
+            "tokens_per_second": round(self.tokens_per_second) if known else None,
         }
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
