@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from itertools import pairwise
@@ -46,7 +47,7 @@ def weights(checkpoint: Path) -> dict[str, Any]:
 def test_rows_are_read_from_several_files_by_number(world: Path, tmp_path: Path) -> None:
     rows = rows_of(world)
     files = [write(tmp_path / "a.json", rows[:30]), write(tmp_path / "b.jsonl", rows[30:])]
-    corpus = open_corpus([Source(str(file)) for file in files], world)
+    corpus = open_corpus([Source(str(file)) for file in files], world, tmp_path)
     whole = read_rows(world / "train.json", world)
     assert [row.id for row in corpus] == [row.id for row in whole]
     assert corpus[-1].turns == whole[-1].turns
@@ -56,7 +57,7 @@ def test_rows_are_read_from_several_files_by_number(world: Path, tmp_path: Path)
 def test_an_epoch_goes_through_each_file_as_often_as_its_weight_says(world: Path, tmp_path: Path) -> None:
     rows = rows_of(world)
     files = [write(tmp_path / "a.json", rows[:20]), write(tmp_path / "b.json", rows[20:40])]
-    corpus = open_corpus([Source(str(files[0]), 2.0), Source(str(files[1]), 0.5)], world)
+    corpus = open_corpus([Source(str(files[0]), 2.0), Source(str(files[1]), 0.5)], world, tmp_path)
     first, second = corpus.epoch(0, seed=1), corpus.epoch(1, seed=1)
     assert np.bincount(first, minlength=40)[:20].tolist() == [2] * 20
     assert sorted(np.bincount(first, minlength=40)[20:]) == [0] * 10 + [1] * 10
@@ -78,24 +79,24 @@ def test_a_bad_row_stops_the_run_or_is_counted(world: Path, tmp_path: Path, caps
     rows = rows_of(world)
     file = write(tmp_path / "a.jsonl", [rows[0], {"id": "x", "image": "gone.png"}, rows[1], 7])
     with pytest.raises(InputError, match=r"a\.jsonl row 2 \(id x\)"):
-        open_corpus([Source(str(file))], world)
-    assert len(open_corpus([Source(str(file))], world, skip_bad=True)) == 2
+        open_corpus([Source(str(file))], world, tmp_path)
+    assert len(open_corpus([Source(str(file))], world, tmp_path, skip_bad=True)) == 2
     assert "note: 2 bad rows skipped" in capsys.readouterr().err
     with pytest.raises(InputError, match="all 2 rows are bad; the first"):
-        open_corpus([Source(str(write(tmp_path / "b.json", [7, 8])))], world, skip_bad=True)
+        open_corpus([Source(str(write(tmp_path / "b.json", [7, 8])))], world, tmp_path, skip_bad=True)
 
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
-def test_a_hub_id_needs_the_package_that_reads_it(world: Path) -> None:
+def test_a_hub_id_needs_the_package_that_reads_it(world: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingExtraError, match="pip install datasets"):
-        open_corpus([Source("org/name")], world)
+        open_corpus([Source("org/name")], world, tmp_path)
 
 
 def test_held_out_pictures_are_in_no_training_row(world: Path, tmp_path: Path) -> None:
     rows = rows_of(world)
     names = [row["image"] for row in rows]
     pairs = [{**rows[0], "id": f"pair{i}", "image": [a, b]} for i, (a, b) in enumerate(pairwise(names))]
-    corpus = open_corpus([Source(str(write(tmp_path / "a.json", rows + pairs)))], world)
+    corpus = open_corpus([Source(str(write(tmp_path / "a.json", rows + pairs)))], world, tmp_path)
     training, held_out = split(corpus, held_out=256, fraction=1.0, seed=0)
     held = set(held_out.used())
     assert len(held) == 8
@@ -165,7 +166,7 @@ def test_a_picture_that_cannot_be_read_stops_the_run_or_is_counted(world: Path, 
 
 def test_held_out_pictures_may_all_be_bad_and_training_ones_may_not(world: Path, towers: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.json", rows_of(world)[:20])
-    training, held_out = split(open_corpus([Source(str(data))], world), held_out=256, fraction=1.0, seed=0)
+    training, held_out = split(open_corpus([Source(str(data))], world, tmp_path), held_out=256, fraction=1.0, seed=0)
     for part, name in ((held_out, "held-out"), (training, "training")):
         folder = tmp_path / name
         shutil.copytree(world / "images", folder / "images")
@@ -288,3 +289,31 @@ def test_pictures_of_every_make_are_trained_on_and_bombs_are_not(world: Path, to
     bomb = write(tmp_path / "b.json", [*rows, {**rows[0], "id": "bomb", "image": "bomb.png"}])
     with pytest.raises(InputError, match=r"\(id bomb\): .*bomb\.png: .* pixels.* allowed"):
         train_tiny(folder, towers, tmp_path / "d", data=bomb)
+
+
+def test_pictures_that_are_skipped_are_told_with_the_reason(
+    world: Path, towers: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = rows_of(world)
+    Image.new("1", (20_000, 20_000)).save(world / "bomb.png")
+    (world / "cut.png").write_bytes((world / rows[0]["image"]).read_bytes()[:60])
+    bad = [{**rows[0], "id": name, "image": f"{name}.png"} for name in ("bomb", "cut")]
+    data = write(tmp_path / "a.json", [*rows, *bad])
+    for cache in (None, tmp_path / "cache"):
+        out = tmp_path / f"c{cache is None}"
+        train_tiny(world, towers, out, data=data, skip_bad=True, steps=1, cache_features=cache)
+        said = capsys.readouterr().err
+        for reason in (r"row 81 \(id bomb\): .*bomb\.png: .* pixels.* allowed", r"row 82 .*cut\.png: truncated"):
+            assert re.search(reason, said), said
+
+
+def test_bad_pictures_alone_leave_no_shard_in_the_cache(world: Path, towers: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(world / "images", folder / "images")
+    for number, picture in enumerate(sorted((folder / "images").iterdir())):
+        picture.write_bytes(b"cut" + bytes([number]))
+    data, cache = write(tmp_path / "a.json", rows_of(world)[:20]), tmp_path / "cache"
+    with pytest.raises(InputError, match="0 pictures to train on that can be read"):
+        train_tiny(folder, towers, tmp_path / "c", data=data, skip_bad=True, cache_features=cache)
+    assert not list(cache.rglob("*.features"))
+    assert "damaged or foreign" not in capsys.readouterr().err

@@ -60,8 +60,8 @@ def run_command(command: TrainCommand) -> bool:
                 raise InputError(f"{name} {given[name]}: with --vlm it is the model's own; leave it out")
     data = command.data or stage.data
     images = command.images or (Path(stage.images) if stage.images else None)
-    if not data or images is None:
-        raise InputError("--data and --images: give both, on the command line or in the recipe")
+    if not data:
+        raise InputError("--data: give it on the command line or in the recipe")
     towers = recipe if recipe and command.stage == "align" and command.vlm is None else None
     train(
         data=data,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,7 @@ SHOWN_ROWS = 20_000  # fewer are read within a second
 Numbers = npt.NDArray[np.int64]
 
 
-class Items(Protocol):
-    """Parsed rows by number: a file's, or a hub data set's."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Any: ...
+Items = RowFile | HubRows  # parsed rows by number
 
 
 @dataclass(frozen=True)
@@ -66,19 +61,21 @@ class Corpus(Sequence[Row]):
 
     Attributes:
         sources, files: where the rows are.
+        folders: of every source, where its pictures are.
         source, item: of every row, which file and which row of it: (R,).
         pictures: of every row, the numbers of its pictures.
-        names: of every picture.
+        names, homes: of every picture, its name in a folder and a source that has this folder.
         turn: of every row, the one turn that it is taken for; None: all turns.
     """
 
     sources: tuple[Source, ...]
     files: tuple[Items, ...]
-    images: Path
+    folders: tuple[Path, ...]
     source: Numbers
     item: Numbers
     pictures: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
+    homes: tuple[int, ...]
     turn: Numbers | None = None
 
     def __len__(self) -> int:
@@ -94,7 +91,7 @@ class Corpus(Sequence[Row]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         which, item = int(self.source[number]), int(self.item[number])
-        row = parse_row(self.files[which][item], _where(self.sources[which], item), self.images)
+        row = parse_row(self.files[which][item], _where(self.sources[which], item), self.folders[which])
         return row if self.turn is None else replace(row, turns=(row.turns[self.turn[number]],))
 
     def select(self, numbers: Sequence[int] | Numbers) -> Corpus:
@@ -113,7 +110,7 @@ class Corpus(Sequence[Row]):
 
     def path(self, picture: int) -> Path:
         """Where a picture is."""
-        return self.images / self.names[picture]
+        return self.folders[self.homes[picture]] / self.names[picture]
 
     def where(self, picture: int) -> str:
         """The first row that has a picture, for messages."""
@@ -137,31 +134,40 @@ class Corpus(Sequence[Row]):
         return np.concatenate(parts)
 
 
-def open_corpus(sources: Iterable[Source], images: Path, *, skip_bad: bool = False) -> Corpus:
+def open_corpus(sources: Iterable[Source], images: Path | None, kept: Path, *, skip_bad: bool = False) -> Corpus:
     """Go through all files once, and look at every row.
 
     Args:
+        images: the folder of the pictures that rows name; None where data sets hold all of them.
+        kept: the folder for pictures that data sets hold.
         skip_bad: count bad rows and leave them out, instead of raising.
 
     Raises:
         InputError: a file that is missing or not a list of rows, a bad row (with its file and number), no rows, or
-            bad ones only.
+            bad ones only; no `images` where rows name them.
+        TinyAlignError: a picture cannot be written to `kept`.
     """
-    check_images(images)
+    if images is not None:
+        check_images(images)
     sources = tuple(sources)
-    files = tuple(_open(source.data) for source in sources)
+    files = tuple(_open(source.data, kept) for source in sources)
+    folders = tuple(_folder(source, file, images) for source, file in zip(sources, files, strict=True))
     if not sum(map(len, files)):
         raise InputError(f"{sources[0].data}: holds no rows")
     which, items, pictures, bad = [], [], [], []
-    names: dict[str, int] = {}
+    names: dict[tuple[Path, str], int] = {}
+    homes: list[int] = []
     with progress("Reading rows", sum(map(len, files)), least=SHOWN_ROWS) as advance:
         for number, (source, file) in enumerate(zip(sources, files, strict=True)):
             for item in range(len(file)):
                 try:
-                    row = parse_row(file[item], _where(source, item), images)
+                    row = parse_row(file[item], _where(source, item), folders[number])
                     which.append(number)
                     items.append(item)
-                    pictures.append(tuple(names.setdefault(p.name, len(names)) for p in row.pictures))
+                    pictures.append(
+                        tuple(names.setdefault((folders[number], p.name), len(names)) for p in row.pictures)
+                    )
+                    homes += [number] * (len(names) - len(homes))
                 except InputError as error:
                     if not skip_bad:
                         raise
@@ -172,7 +178,8 @@ def open_corpus(sources: Iterable[Source], images: Path, *, skip_bad: bool = Fal
         raise InputError(f"all {len(bad)} rows are bad; the first: {bad[0]}")
     _say_skipped(bad)
     return Corpus(
-        sources, files, images, np.array(which, np.int64), np.array(items, np.int64), tuple(pictures), tuple(names)
+        sources, files, folders, np.array(which, np.int64), np.array(items, np.int64), tuple(pictures),
+        tuple(name for _, name in names), tuple(homes),
     )  # fmt: skip
 
 
@@ -200,9 +207,9 @@ def split(corpus: Corpus, *, held_out: int, fraction: float, seed: int) -> tuple
 
 
 def data_refs(corpus: Corpus) -> tuple[DataRef, ...]:
-    """The sources with the hashes of those that are files."""
+    """The sources with the hashes of the files, or of the data sets' rows."""
     return tuple(
-        DataRef(source.data, file_sha256(file.path) if isinstance(file, RowFile) else "", source.weight)
+        DataRef(source.data, file.sha256() if isinstance(file, HubRows) else file_sha256(file.path), source.weight)
         for source, file in zip(corpus.sources, corpus.files, strict=True)
     )
 
@@ -236,8 +243,16 @@ def drop_bad(corpus: Corpus, reasons: dict[int, str], *, skip_bad: bool) -> Corp
     return corpus.select([i for i in range(len(corpus)) if i not in reasons])
 
 
-def _open(data: str) -> Items:
-    return HubRows(data) if is_hub_id(data) else RowFile(Path(data))
+def _open(data: str, kept: Path) -> Items:
+    return HubRows(data, kept) if is_hub_id(data) else RowFile(Path(data))
+
+
+def _folder(source: Source, file: Items, images: Path | None) -> Path:
+    if isinstance(file, HubRows) and file.holds_pictures:
+        return file.folder
+    if images is None:
+        raise InputError(f"{source.data}: names its pictures; give the folder that they are in with --images")
+    return images
 
 
 def _where(source: Source, item: int) -> str:

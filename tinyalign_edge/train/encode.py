@@ -73,7 +73,7 @@ class PictureEncoder:
         try:
             return preprocess(open_image(path), self.image)
         except InputError as error:
-            raise InputError(f"{self.where(path)}: {error}") from None
+            raise InputError(f"{self.where(path)}: {error}") from error  # the reason, without the row
 
 
 Encode = Callable[..., Encoded]  # what is called as `encode_rows` is

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ class Features:
     Attributes:
         blocks: in memory, or mapped from files.
         places: of every picture, its block and its record in it: (P, 2); (-1, -1) for a picture that is not there.
+        lost: why a picture is not there, where it was this process that could not read it.
     """
 
     blocks: Sequence[Records]
     places: npt.NDArray[np.int64]
     record: np.dtype[np.void]
+    lost: dict[int, str] = field(default_factory=dict)
 
     def __contains__(self, picture: int) -> bool:
         return bool(self.places[picture, 0] >= 0)
@@ -94,12 +96,13 @@ def find_features(
     """
     first = share[0] == 0
     places = np.full((len(paths), 2), -1, np.int64)
+    lost: dict[int, str] = {}
     if cache is None:
         _check_memory(len(wanted) * record.itemsize, len(wanted))
         block = np.zeros(len(wanted), record)
-        good = _encode(block, wanted, encode, skip_bad, shown=first)
+        good = _encode(block, wanted, encode, lost if skip_bad else None, shown=first)
         places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
-        return Features([block], places, record)
+        return Features([block], places, record, lost)
     digests = _digests(paths, wanted, shown=first)
     known = cache.known(record)
     unique = {digest: i for i, digest in reversed(digests.items())}  # pictures with the same content share a record
@@ -109,13 +112,14 @@ def find_features(
     for part in cache.parts(missing[share[0] :: share[1]], record):
         block = np.zeros(len(part), record)
         block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
-        good = _encode(block, part, encode, skip_bad, shown=first)
-        cache.write(block[good])
+        good = _encode(block, part, encode, lost if skip_bad else None, shown=first)
+        if good.any():
+            cache.write(block[good])
     wait()
     known = cache.known(record) if missing else known
     for i, digest in digests.items():
         places[i] = known.places.get(digest, (-1, -1))
-    return Features(known.blocks, places, record)
+    return Features(known.blocks, places, record, lost)
 
 
 def _digests(paths: Sequence[Path], wanted: Sequence[int], *, shown: bool) -> dict[int, bytes]:
@@ -128,9 +132,10 @@ def _digests(paths: Sequence[Path], wanted: Sequence[int], *, shown: bool) -> di
 
 
 def _encode(
-    block: Records, pictures: Sequence[int], encode: Encoder, skip_bad: bool, *, shown: bool
+    block: Records, pictures: Sequence[int], encode: Encoder, lost: dict[int, str] | None, *, shown: bool
 ) -> npt.NDArray[np.bool_]:
-    """Fill the records of `pictures`; true for those that could be read."""
+    """Fill the records of `pictures`; true for those that could be read. Why others could not is put into `lost`, or
+    raised where that is None."""
     good = np.ones(len(pictures), np.bool_)
     with progress("Encoding pictures", len(pictures), shown=shown) as advance:
         for start in range(0, len(pictures), BATCH):
@@ -138,13 +143,14 @@ def _encode(
             try:
                 _fill(block, part, pictures, encode)
             except InputError:
-                if not skip_bad:
+                if lost is None:
                     raise
                 for i in part:
                     try:
                         _fill(block, range(i, i + 1), pictures, encode)
-                    except InputError:
+                    except InputError as error:
                         good[i] = False
+                        lost[pictures[i]] = str(error.__cause__ or error)
             advance(len(part))
     return good
 

@@ -285,14 +285,14 @@ def steps_of(options: TrainOptions, rows: int) -> int:
 
 
 def train_settings(
-    options: TrainOptions, data: tuple[DataRef, ...], images: Path, rows: int, device: Device, *, processes: int,
+    options: TrainOptions, data: tuple[DataRef, ...], images: Path | None, rows: int, device: Device, *, processes: int,
     start: Path | None, episodes: float, whole: bool,
 ) -> TrainSettings:  # fmt: skip
     """The settings that the checkpoint keeps, for `rows` training rows an epoch."""
     tuned = options.stage == "instruct"
     return TrainSettings(
         data=data,
-        images=str(images),
+        images=str(images or ""),
         steps=steps_of(options, rows),
         batch_size=options.batch_size,
         micro_batch=rows_at_once(options, processes),

@@ -266,7 +266,7 @@ def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel)
 
 def _without_lost(corpus: Corpus, features: Features) -> Corpus:
     lost = {
-        i: f"{corpus[i].where}: image {corpus.path(picture)} cannot be read"
+        i: f"{corpus[i].where}: {features.lost.get(picture, f'image {corpus.path(picture)} cannot be read')}"
         for i, pictures in enumerate(corpus.pictures)
         for picture in pictures
         if picture not in features

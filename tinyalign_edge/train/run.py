@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ import torch
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.batches import Collate
 from tinyalign_edge.train.checkpoint import METRICS
-from tinyalign_edge.train.corpus import data_refs, of_one_picture, open_corpus, parse_source, split
+from tinyalign_edge.train.corpus import Source, data_refs, of_one_picture, open_corpus, parse_source, split
 from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.harm import warn_of_harm
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
+    Device,
     TrainOptions,
     check_options,
     check_values,
@@ -31,6 +32,7 @@ from tinyalign_edge.train.options import (
     train_settings,
 )
 from tinyalign_edge.train.out_of_memory import out_of_memory
+from tinyalign_edge.train.picture_files import FOLDER
 from tinyalign_edge.train.prepare import (
     examples,
     fingerprint,
@@ -61,7 +63,7 @@ FEATURES = "features"  # below the run's state: where several processes meet
 def train(
     *,
     data: str | Path | Sequence[str | Path],
-    images: Path,
+    images: Path | None = None,
     vision: str | None = None,
     lm: str | None = None,
     vlm: Path | None = None,
@@ -78,7 +80,7 @@ def train(
 
     Args:
         data: LLaVA conversations, JSON or JSON lines, or hub data sets; `FILE:0.5` goes through half of it an epoch.
-        images: the folder that the rows' `image` is relative to.
+        images: the folder that the rows' `image` is relative to; None where hub data sets hold all pictures.
         vision: folder or hub id of the vision encoder, in stage "align".
         lm: folder or hub id of the language model, in stage "align".
         vlm: folder of a whole vision-language model that is given a memory, instead of `vision` and `lm`: nothing
@@ -99,12 +101,34 @@ def train(
     state = RunState(out, resume=resume)
     processes.wait()  # before the first one writes there
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
-    corpus = open_corpus(sources, images, skip_bad=options.skip_bad)
+    with state.nothing_left():
+        return _train(
+            sources, images, out, options, partial(_start, vision, lm, vlm, chat_template, start, options),
+            started_from=start, resume=resume, label=label, device=device, processes=processes, state=state,
+        )  # fmt: skip
+
+
+def _train(
+    sources: Sequence[Source],
+    images: Path | None,
+    out: Path,
+    options: TrainOptions,
+    start: Callable[[], Start],
+    *,
+    started_from: Path | None,
+    resume: bool,
+    label: str,
+    device: Device,
+    processes: Processes,
+    state: RunState,
+) -> CheckpointConfig:
+    kept = options.cache_features / FOLDER if options.cache_features else state.pictures
+    corpus = open_corpus(sources, images, kept, skip_bad=options.skip_bad)
     if not corpus.used():
         raise InputError(f"{sources[0].data}: no row has a picture; key 'image' must name some")
     training, held_out = split(corpus, held_out=MAX_HELD_OUT, fraction=options.fraction, seed=options.seed)
     torch.manual_seed(options.seed)
-    begun = _start(vision, lm, vlm, chat_template, start, options)
+    begun = start()
     if begun.whole:
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
@@ -124,7 +148,7 @@ def train(
         len(training),
         device,
         processes=processes.count,
-        start=start,
+        start=started_from,
         episodes=share,
         whole=begun.whole,
     )

@@ -104,7 +104,8 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class DataRef:
-    """What a run was trained on: a file (with its hash) or hub data set, and how often an epoch goes through it."""
+    """What a run was trained on: a file or hub data set, the hash of the file or of the rows, and how often an epoch
+    goes through it."""
 
     path: str
     sha256: str
@@ -116,7 +117,7 @@ class TrainSettings:
     """The training run."""
 
     data: tuple[DataRef, ...]
-    images: str
+    images: str  # empty where data sets hold all pictures
     steps: int
     batch_size: int = 32
     micro_batch: int = 32  # rows that one process computes at once

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from tinyalign_edge.config import read_json, to_json, write_json
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.picture_files import FOLDER
 from tinyalign_edge.train.settings import CheckpointConfig
 
 STATE = "state"
@@ -48,6 +50,23 @@ class RunState:
             model.load_own_state({**model.own_state(), **state})
         else:  # a new run, or one with other settings, which `begin` refuses
             fit()
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """Remove the data sets' pictures again where the block ends before `begin`, and folders that are empty then."""
+        try:
+            yield
+        finally:
+            if self.pictures.is_dir() and not (self.folder / RUN).is_file():
+                shutil.rmtree(self.pictures, ignore_errors=True)
+                with suppress(OSError):  # not empty
+                    self.folder.rmdir()
+                    self.out.rmdir()
+
+    @property
+    def pictures(self) -> Path:
+        """Where pictures that data sets hold are until the run is finished."""
+        return self.folder / FOLDER
 
     @property
     def resumed(self) -> bool:
