@@ -46,7 +46,7 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
              "caption": datasets.Value("string"), "license": datasets.Value("string")}
         )  # fmt: skip
         # a row that names the file of a picture keeps the name: `to_parquet` would put the file's bytes in
-        table = datasets.Dataset.from_list(rows, features=features).data.table
+        table = datasets.Dataset.from_list([{"license": None, **row} for row in rows], features=features).data.table
         (folder / ID).mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata(features.arrow_schema.metadata), folder / ID / "train.parquet")
 
