@@ -179,7 +179,7 @@ def test_training_errors_name_the_fault_and_leave_nothing(run, tmp_path: Path, w
     fails(train(data=missing_image), 2, "row 13 (id lost)", "lost.png does not exist")
     fails(train(data=truncated), 2, "row 13 (id cut)", "cut.png", "truncated or damaged")
     fails(train(vision=tmp_path / "nowhere"), 2, "nowhere", "no such folder")
-    fails(train(memory="text"), 2, "--memory text: not one of tokens, latents, paper, none")
+    fails(train(memory="text"), 2, "--memory text: not one of tokens, latents, hybrid, paper, none")
     fails(train(fraction=0), 2, "--fraction 0.0", "must be above 0")
 
 
