@@ -41,9 +41,9 @@ def bench(world: Path, towers: Path, tmp_path: Path) -> Bench:
     tiny = DataSet(
         "tiny", world / "train.json", world / "train.json", world, (world / "test.json",), world,
         vision=str(towers / "vit"), lm=str(towers / "lm"),
-        options=TrainOptions(steps=2, batch_size=4, visual_tokens=4, k=2, device="cpu", eval_every=1),
     )  # fmt: skip
-    return Bench(tmp_path / "study", {"tiny": tiny}.__getitem__)
+    options = TrainOptions(steps=2, batch_size=4, visual_tokens=4, k=2, device="cpu", eval_every=1)
+    return Bench(tmp_path / "study", {"tiny": tiny}.__getitem__, {"tiny": options})
 
 
 def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> None:
@@ -63,8 +63,7 @@ def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> No
 
 
 def test_both_arms_take_the_learning_rate_with_which_the_baseline_ends_lowest(bench: Bench) -> None:
-    tiny = bench.dataset("tiny")
-    bench.dataset = lambda name: tiny
+    bench.settings = {"caltech": bench.settings["tiny"]}
     with pytest.raises(InputError, match=r"its learning rate comes from caltech\.baseline-lr-0\.001"):
         bench.options(Run("caltech", "memory"))
     for (rate, trial), loss in zip(plan.rate_trials("caltech").items(), (0.3, 0.2, 0.25), strict=True):
@@ -93,7 +92,7 @@ def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_setting
         "32": {"latents": 32},
     }.items():
         assert made[f"latents-{name}"] == replace(made["latents"], **changes)  # type: ignore[arg-type]
-        assert f"latents-{name}" in plan.ABLATIONS
+        assert f"latents-{name}" in (*plan.ABLATIONS, *plan.TRIED_ONCE)
     assert (made["memory"].fraction, made["memory"].seed, made["half"].steps, made["paper"].batch_size) == (
         0.4,
         1,
@@ -134,8 +133,8 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
     assert_taken_up(done, bench, parts)
-    tiny = bench.dataset("tiny")
-    bench.dataset = lambda name: replace(tiny, options=replace(tiny.options, steps=3))
+    options = bench.settings["tiny"]
+    bench.settings = {"tiny": replace(options, steps=3)}
     assert_taken_up({}, bench, parts, held=done)
     with pytest.raises(InputError, match="was trained with steps 2, not 3 as wanted"):
         bench.checkpoint(run)
@@ -146,7 +145,7 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
         ({"episodes": 0.2}, r"was trained with episodes 0\.1, not 0\.2 as wanted"),
         ({"weight_decay": 0.2}, r"was trained with weight_decay 0\.01, not 0\.2 as wanted"),
     ):
-        bench.dataset = lambda name, changes=changes: replace(tiny, options=replace(tiny.options, **changes))
+        bench.settings = {"tiny": replace(options, **changes)}
         with pytest.raises(InputError, match=message):
             bench.checkpoint(run)
     assert "0 of 5" in runner.time_left(bench.out, parts)
@@ -162,7 +161,7 @@ def assert_taken_up(
         json.dumps({"parts": {**(held or wanted), "tiny.unplanned.100.0.scores": {}}}), "utf-8"
     )
     with tempfile.TemporaryDirectory(dir=bench.out) as scratch:
-        other = Bench(Path(scratch), bench.dataset)
+        other = Bench(Path(scratch), bench.dataset, bench.settings)
         other.take_up(recorded(folder, parts), parts)
         assert results(other.out, parts) == wanted
         keep(other.out, SCORES, {"loss": 3.0})

@@ -35,7 +35,6 @@ class DataSet:
     Attributes:
         train: rows whose entry in the bank is what they answer (see `with_captions` and `apart`).
         turns: the same rows, whose entries are their questions with their answers.
-        options: of every arm, before what the arm changes.
     """
 
     name: str
@@ -46,7 +45,6 @@ class DataSet:
     test_images: Path
     vision: str
     lm: str
-    options: TrainOptions
 
     def test_rows(self) -> list[Row]:
         """The questions of the test files, one a row, or evenly spaced ones of many."""
@@ -103,7 +101,6 @@ def _shared(
         return DataSet(
             name, captioned, turns, source, tuple(source / test for test in tests), source,
             vision=str(shared("models", "mobilenet-v2-imagenet")), lm=str(shared("models", "caption-lm")),
-            options=SETTINGS[name],
         )  # fmt: skip
 
     return make
@@ -127,7 +124,7 @@ def _scenes(name: str, prepared: Path) -> DataSet:
         whole.touch()
     return DataSet(
         name, prepared / "train.json", prepared / "turns.json", prepared, (prepared / "test.json",), prepared,
-        vision=str(prepared / "vision"), lm=str(prepared / "language"), options=SETTINGS[name],
+        vision=str(prepared / "vision"), lm=str(prepared / "language"),
     )  # fmt: skip
 
 

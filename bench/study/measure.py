@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.bench.study.datasets import DataSet
+from tinyalign_edge.bench.study.datasets import SETTINGS, DataSet
 from tinyalign_edge.bench.study.eye import Eye
 from tinyalign_edge.bench.study.plan import BANK_SHARES, DATASETS, TAUGHT, Part, Run, rate_trials
 from tinyalign_edge.bench.study.score import ask, summarise
@@ -47,10 +47,12 @@ class Bench:
     Attributes:
         out: `checkpoints/` and `features/` are made in it.
         dataset: finds a data set by its name.
+        settings: of every arm of a data set, before what the arm changes.
     """
 
     out: Path
     dataset: Callable[[str], DataSet]
+    settings: Mapping[str, TrainOptions] = field(default_factory=lambda: SETTINGS)
     eyes: dict[str, Eye] = field(default_factory=dict)
 
     def measure(self, part: Part) -> Result:
@@ -80,9 +82,7 @@ class Bench:
         Raises:
             InputError: a trial has no result yet.
         """
-        options = run.of().options(
-            self.dataset(run.dataset).options, dataset=run.dataset, share=run.share, seed=run.seed
-        )
+        options = run.of().options(self.settings[run.dataset], dataset=run.dataset, share=run.share, seed=run.seed)
         if run.dataset not in DATASETS or "learning_rate" in run.of().changes:
             return options
         trials = rate_trials(run.dataset)

@@ -18,6 +18,7 @@ from tinyalign_edge.bench.study.plan import (
     SEEDS,
     SHARES,
     TAUGHT,
+    TRIED_ONCE,
     Kind,
     Run,
     plan,
@@ -152,7 +153,7 @@ def ablations(done: Results, summary: Summary) -> str:
     """One line an arm, seed 0."""
     rows = []
     for name in MAIN:
-        for arm in (*COMPARED, *ABLATIONS):
+        for arm in (*COMPARED, *ABLATIONS, *TRIED_ONCE):
             run = Run(name, arm)
             loss, last = find(done, run, "scores", "loss"), last_loss(done, run)
             if loss is not None:
