@@ -18,11 +18,14 @@ SCENES_SEED = 0
 MOST_ASKED = 5000
 
 # What all arms of a data set share. Steps: where the baseline's held-out loss is flat (trials have twice as many, too).
-# The learning rate is chosen by the plan's trials, and where there are some, when the memory is first read.
+# The learning rate is chosen by the plan's trials, and where there are some, when the memory is first read and whether
+# its words can be copied.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
 SETTINGS = {
     "caltech": replace(COMMON, steps=800, memory_from=0.125),
-    "easy_vqa": replace(COMMON, steps=400, batch_size=64, key="question", memory_from=0.375),
+    "easy_vqa": replace(
+        COMMON, steps=400, batch_size=64, key="question", memory_from=0.375, copy_words=False, episodes=0.0
+    ),
     "scenes": replace(COMMON, steps=300, visual_tokens=4, k=1, key_grid=3),  # as the demo
     "nlvr": replace(COMMON, steps=200),
 }

@@ -49,18 +49,21 @@ class Arm:
 TOKENS: dict[str, Any] = {"memory": "tokens"}
 LATENTS: dict[str, Any] = {"memory": "latents"}
 BASELINE: dict[str, Any] = {"memory": "none"}
+COPYING: dict[str, Any] = {"copy_words": None, "episodes": None}  # as the trainer has it of itself
+NO_COPYING: dict[str, Any] = {"copy_words": False, "episodes": 0.0}
 OWN_LOSS = 0.5  # weight of the latents' own loss
 
 ARMS = {
     "baseline": Arm("no memory", BASELINE),
-    "memory": Arm("memory: token ids that can be copied, k = 4", TOKENS),
+    "memory": Arm("memory: token ids, k = 4", TOKENS),
     "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True}),
     "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
-    "no-copy": Arm("token ids that cannot be copied", {**TOKENS, "copy_words": False, "episodes": 0.0}),
-    "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, "episodes": 0.0}),
+    "copying": Arm("token ids that can be copied", {**TOKENS, **COPYING}),
+    "no-copy": Arm("token ids that cannot be copied", {**TOKENS, **NO_COPYING}),
+    "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, **COPYING, "episodes": 0.0}),
     "from-start": Arm("token ids that are read from the first step", {**TOKENS, "memory_from": 0.0}),
     "after": Arm("token ids that stand after the picture", {**TOKENS, "memory_first": False}),
-    "gate": Arm("token ids that can be copied, with a gate", {**TOKENS, "gate": True}),
+    "gate": Arm("token ids, with a gate", {**TOKENS, "gate": True}),
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
@@ -69,7 +72,7 @@ ARMS = {
     "latents-long": Arm("8 latents of 96, trained for twice the steps", LATENTS, steps=2.0),
     "latents-gate": Arm("8 latents of 96, with a gate", {**LATENTS, "gate": True}),
     **{f"latents-wide-{width}": Arm(f"8 latents of {width}", {**LATENTS, "latent_dim": width}) for width in (48, 192)},
-    "hybrid": Arm("token ids that can be copied, and 2 latents of the picture", {"memory": "hybrid"}),
+    "hybrid": Arm("token ids, and 2 latents of the picture", {"memory": "hybrid"}),
     **{f"k-{k}": Arm(f"token ids, k = {k}", {**TOKENS, "k": k}) for k in (1, 2, 8, 16)},
     "picture": Arm("token ids, key of the picture alone", {**TOKENS, "key": "picture"}),
     "question": Arm("token ids, key of picture and question", {**TOKENS, "key": "question"}),
@@ -83,7 +86,7 @@ ALONE = 0.25  # share of the rows without memory
 DROPOUT = 0.5  # of what the connector reads
 FEW = 40  # per cent of the training pictures, with which the memory is to reach the baseline's score with all
 HIGHER = 3e-2  # than the rates among which one is chosen: the trial that tells whether their edge is the best
-PLAIN = {"learning_rate": RATES[-1], "dropout": 0.0}
+PLAIN: dict[str, Any] = {"learning_rate": RATES[-1], "dropout": 0.0, **COPYING}
 TRIALS = {
     **{f"baseline-lr-{rate:g}": Arm(f"no memory, learning rate {rate:g}",
                                     {**BASELINE, **PLAIN, "learning_rate": rate})
@@ -94,19 +97,20 @@ TRIALS = {
     **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
                                  changes={**ARMS[arm].changes, **PLAIN, "dropout": DROPOUT})
        for arm in ("baseline", "memory")},
+    "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
     "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
 }  # fmt: skip
 ABLATIONS = (
-    "latents", "hybrid", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
+    "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
     "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
 )  # fmt: skip
 TRIED_ONCE = (  # on the data set with classes that no training saw
     "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "half", "from-start", "no-episodes",
     "after", "turns",
 )  # fmt: skip
-OWN_KEY = {"caltech": "picture", "easy_vqa": "question"}  # of the arm "memory", which is no ablation
+OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,8 @@ def trial_runs(name: str) -> list[Run]:
     whole = [*(f"baseline-lr-{rate:g}" for rate in RATES), "baseline-long"]
     few = []
     if name in JOINS:
-        whole += [f"baseline-lr-{HIGHER:g}"]
-        whole += [*(f"memory-from-{share:g}" for share in JOINS[name]), "memory-alone", "memory-dropout"]
+        whole += [f"baseline-lr-{HIGHER:g}", *(f"memory-from-{share:g}" for share in JOINS[name])]
+        whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
         whole += ["baseline-dropout"]
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
@@ -183,9 +187,10 @@ def _ordered() -> Iterator[Part]:
         for seed in SEEDS:
             for name in MAIN:
                 yield from _share(name, share, seed)
+    yield from (Part(Run("easy_vqa", "copying", share, seed), "scores") for share in (100, FEW) for seed in SEEDS)
     for arm in (*ABLATIONS, *TRIED_ONCE):
         names = MAIN if arm in ABLATIONS else (TAUGHT,)
-        yield from (Part(Run(name, arm), "scores") for name in names if arm != OWN_KEY[name])
+        yield from (Part(Run(name, arm), "scores") for name in names if arm not in OWN[name])
         if arm in ("no-copy", "no-episodes"):
             yield Part(Run(TAUGHT, arm), "teach")
     for name in DATASETS:
