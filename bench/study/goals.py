@@ -13,6 +13,7 @@ from tinyalign_edge.bench.study.plan import MAIN, SEEDS, TAUGHT
 from tinyalign_edge.bench.study.seeds import Figure
 from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.study.summary import figures
+from tinyalign_edge.bench.teach import SHOTS
 
 INT8_LOSS = -0.01  # a point
 
@@ -59,6 +60,8 @@ def _of(name: str, part: dict[str, Any]) -> Iterator[Goal]:
     yield Goal(name, "held-out loss with memory / without",
                compared(truediv, "final_loss.memory", "final_loss.baseline"), 0.85, True)  # fmt: skip
     yield Goal(name, "steps to the baseline's loss / its steps", _at(part, "steps_to_baseline_loss_ratio"), 0.5, True)
+    yield Goal(name, "held-out loss with shuffled memory / the baseline's",
+               compared(truediv, "final_loss.shuffled_memory", "final_loss.baseline"), 1.0, False)  # fmt: skip
     for key, kind in (("score", ""), ("score_yes_no", ": yes/no questions")):
         yield Goal(name, f"score with memory and 40 % of the data, minus the baseline's with all{kind}",
                    compared(sub, f"{key}.memory.40", f"{key}.baseline.100"), 0.0, False)  # fmt: skip
@@ -74,11 +77,12 @@ def _of(name: str, part: dict[str, Any]) -> Iterator[Goal]:
                    compared(truediv, "teach.5", "teach_ceiling.5"), 0.7, False)  # fmt: skip
         yield Goal(name, "trained classes after teaching, minus before",
                    compared(sub, "seen.after", "seen.before"), -0.01, False)  # fmt: skip
-        int8 |= {
-            "five taught examples a class": ("teach.int8.5", "teach.5"),
-            "five taught examples a class, among choices": ("teach_choices.int8.5", "teach_choices.5"),
-            "trained classes after teaching": ("seen.int8.after", "seen.after"),
-        }
+        for figure, how in (("teach", "free"), ("teach_choices", "among choices")):
+            int8 |= {
+                f"{shots} taught examples a class, {how}": (f"{figure}.int8.{shots}", f"{figure}.{shots}")
+                for shots in SHOTS[1:]
+            }
+        int8["trained classes after teaching"] = ("seen.int8.after", "seen.after")
     for what, pair in int8.items():
         yield Goal(name, f"int8 minus float32, worst seed: {what}", compared(sub, *pair), INT8_LOSS, False, every=True)
 

@@ -21,7 +21,7 @@ from tinyalign_edge.bench.trained import difference, loss_curve, trained
 from tinyalign_edge.config import from_json, to_json
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.emi import measure
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.evaluate import Asked, MemoryMode, normalize
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.memory import Bank
@@ -107,12 +107,12 @@ class Bench:
         settings = held.get(Part(run, "scores").name, {}).get("settings")
         if settings is None:
             return False
-        training = from_json(TrainSettings, {**settings["training"], "data": [], "images": ""}, run.name)
-        memory = from_json(MemorySettings, settings["memory"], run.name)
-        connector = from_json(ConnectorSettings, settings["connector"], run.name)
         try:
+            training = from_json(TrainSettings, {**settings["training"], "data": [], "images": ""}, run.name)
+            memory = from_json(MemorySettings, settings["memory"], run.name)
+            connector = from_json(ConnectorSettings, settings["connector"], run.name)
             return difference(self.options(run), training, memory, connector) is None
-        except InputError:  # its learning rate is not chosen yet
+        except (BundleError, InputError):  # other settings than there are now, or a learning rate not chosen yet
             return False
 
     def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:

@@ -54,6 +54,12 @@ def last_loss(done: Results, run: Run) -> float | None:
     return points[-1][1] if points else None
 
 
+def loss_before_copying(done: Results, run: Run) -> float | None:
+    """The held-out loss where the copy term's own steps begin, after as many steps as the baseline has."""
+    steps = find(done, run, "scores", "settings", "training", "steps")
+    return dict(curve(done, run)).get(steps)
+
+
 def steps_ratio(done: Results, name: str, seed: int, arm: str = "memory") -> float | None:
     """The share of the baseline's steps after which an arm first has a held-out loss at or below the baseline's last;
     infinite where it never has, None where a part is missing."""
@@ -84,7 +90,11 @@ def figures(done: Results, name: str) -> dict[str, Any]:
         return Figure.of(lambda seed: last_loss(done, Run(name, arm, seed=seed)))
 
     return {
-        "final_loss": {arm: final(arm) for arm in COMPARED},
+        "final_loss": {
+            **{arm: final(arm) for arm in COMPARED},
+            "shuffled_memory": final("shuffled"),
+            "memory_before_copying": Figure.of(lambda seed: loss_before_copying(done, Run(name, "memory", seed=seed))),
+        },
         "test_loss": {
             **{arm: value(arm, "scores", "loss") for arm in COMPARED},
             "shuffled_memory": value("shuffled", "scores", "loss"),

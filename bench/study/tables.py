@@ -87,7 +87,7 @@ def settings(done: Results, summary: Summary) -> str:
     for name in DATASETS:
         used = find(done, Run(name, "memory"), "scores", "settings")
         if used:
-            training = [f"{option} {used['training'][option]}" for option in OPTIONS]
+            training = [f"{option} {_used(done, name, option)}" for option in OPTIONS]
             memory = used["memory"]
             rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}",
                          f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
@@ -95,17 +95,29 @@ def settings(done: Results, summary: Summary) -> str:
     return markdown_table(("data", "training", "visual tokens", "memory"), rows) if rows else "Nothing yet."
 
 
+def _used(done: Results, name: str, option: str) -> str:
+    """What both arms have of an option of the training, with every seed."""
+    runs = (Run(name, arm, seed=seed) for arm in COMPARED for seed in SEEDS)
+    found = (find(done, run, "scores", "settings", "training", option) for run in runs)
+    return " or ".join(sorted({str(value) for value in found if value is not None}))
+
+
 def losses(done: Results, summary: Summary) -> str:
     """Held-out loss at the end of the training, steps to the baseline's, and loss of the test questions."""
     rows = []
     for name in DATASETS:
-        final, ratio = summary[name]["final_loss"], summary[name]["steps_to_baseline_loss_ratio"]
-        test = (summary[name]["test_loss"][arm] for arm in (*COMPARED, "half_the_steps", "empty_bank"))
-        rows.append((name, *(_spread(final[arm], "{:.4f}") for arm in COMPARED),
-                     _change(final["memory"]["mean"], final["baseline"]["mean"]),
-                     _spread(ratio, "{:.2f}"), *(_spread(loss, "{:.4f}") for loss in test)))  # fmt: skip
-    head = ("data", "held-out loss: no memory", "memory", "change", "steps to the baseline's held-out loss / its steps",
-            "test loss: no memory", "memory", "memory, half the steps", "memory, empty bank")  # fmt: skip
+        final, test = summary[name]["final_loss"], summary[name]["test_loss"]
+        ratio = summary[name]["steps_to_baseline_loss_ratio"]
+        rows.append((
+            name, *(_spread(final[arm], "{:.4f}") for arm in COMPARED),
+            _change(final["memory"]["mean"], final["baseline"]["mean"]),
+            *(_spread(final[key], "{:.4f}") for key in ("memory_before_copying", "shuffled_memory")),
+            _spread(ratio, "{:.2f}"),
+            *(_spread(test[arm], "{:.4f}") for arm in (*COMPARED, "half_the_steps", "empty_bank")),
+        ))  # fmt: skip
+    head = ("data", "held-out loss: no memory", "memory", "change", "memory, before the copy term's own steps",
+            "shuffled memory", "steps to the baseline's held-out loss / its steps", "test loss: no memory", "memory",
+            "memory, half the steps", "memory, empty bank")  # fmt: skip
     return markdown_table(head, rows)
 
 
