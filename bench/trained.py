@@ -16,7 +16,7 @@ from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, Tra
 from tinyalign_edge.train.state import STATE
 
 SAME = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "dropout", "bf16", "fraction", "seed",
-        "reconstruct", "freeze_values")  # fmt: skip
+        "reconstruct", "freeze_values", "random_values")  # fmt: skip
 KNOWN_LATER = ("floor", "fingerprint", "copy_end")  # of a memory: the others of its settings have to be the same, too
 
 

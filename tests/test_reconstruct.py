@@ -125,6 +125,31 @@ def test_a_frozen_value_encoder_stays_as_it_begins_and_all_else_trains(
     assert load_checkpoint(tmp_path / "longer").config.training.freeze_values
 
 
+def test_latents_can_begin_in_random_directions_which_the_seed_decides(
+    world: Path, towers: Path, tmp_path: Path
+) -> None:
+    one, same, other, plain = (
+        load_file(
+            train_tiny(world, towers, tmp_path / name, **{**LATENTS, "latent_dim": 16, "learning_rate": 1e-9, **given})
+            / "model.safetensors"
+        )
+        for name, given in {
+            "one": {"random_values": True, "seed": 1},
+            "same": {"random_values": True, "seed": 1},
+            "other": {"random_values": True, "seed": 2},
+            "plain": {"seed": 1},
+        }.items()
+    )
+    said = {}
+    for name, found in {"one": one, "plain": plain}.items():
+        compress, expand = found["value_encoder.compress"], found["memory_connector.expand.weight"]
+        said[name] = (expand @ compress).trace() / len(compress)  # 1: what is compressed comes back as it was
+        assert torch.linalg.norm(compress) == pytest.approx(len(compress) ** 0.5, rel=1e-3)
+    assert said["plain"] == pytest.approx(1.0, abs=1e-3) and abs(said["one"]) < 0.5
+    assert torch.equal(one["value_encoder.compress"], same["value_encoder.compress"])
+    assert not torch.equal(one["value_encoder.compress"], other["value_encoder.compress"])
+
+
 def test_a_run_goes_on_with_the_same_loss_and_the_same_parts_alone(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +187,7 @@ def test_a_run_goes_on_with_the_same_loss_and_the_same_parts_alone(
         ({"reconstruct": 0.5, "memory": "hybrid"}, r"--reconstruct 0\.5: .* this is hybrid"),
         ({"reconstruct": -1.0, "memory": "latents"}, r"--reconstruct -1\.0: must be from 0 to below 10"),
         ({"reconstruct": float("nan"), "memory": "latents"}, "--reconstruct nan: must be"),
+        ({"random_values": True}, "random_values: is for new latents, this is tokens in stage align"),
         ({"freeze_values": True}, "--freeze-values: no value encoder trains with --memory tokens"),
         ({"freeze_values": True, "memory": "paper"}, "--freeze-values: .* --memory paper; use latents or hybrid"),
     ],

@@ -67,6 +67,7 @@ ARMS = {
     "turns": Arm("token ids of questions with answers", TOKENS, text="turns"),
     "latents": Arm("8 latents of 96, trained value encoder", LATENTS),
     **{f"latents-{n}": Arm(f"{n} latents of 96", {**LATENTS, "latents": n}) for n in (2, 4, 16, 32)},
+    "latents-random": Arm("8 latents of 96 that begin in random directions", {**LATENTS, "random_values": True}),
     "latents-untrained": Arm("8 latents of 96, value encoder as it begins", {**LATENTS, "freeze_values": True}),
     "latents-read": Arm("8 latents of 96, with an own loss: they say the text", {**LATENTS, "reconstruct": OWN_LOSS}),
     "latents-long": Arm("8 latents of 96, trained for twice the steps", LATENTS, steps=2.0),
@@ -107,8 +108,8 @@ ABLATIONS = (
     "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
 )  # fmt: skip
 TRIED_ONCE = (  # on the data set with classes that no training saw
-    "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "half", "from-start", "no-episodes",
-    "after", "turns",
+    "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "half", "from-start",
+    "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
 

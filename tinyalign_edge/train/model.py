@@ -100,6 +100,14 @@ class AlignModel(nn.Module):
         assert self.value_encoder is not None
         self.value_encoder.requires_grad_(False)
 
+    def turn_values(self) -> None:
+        """Turn what latents begin as away from the embeddings: other directions at random, of the same length, in what
+        compresses a text and in what brings latents back to the language model's width."""
+        assert isinstance(self.value_encoder, ValueEncoder) and isinstance(self.memory_connector, MemoryConnector)
+        assert self.memory_connector.expand is not None
+        nn.init.orthogonal_(self.value_encoder.compress)
+        nn.init.orthogonal_(self.memory_connector.expand.weight)
+
     def freeze_all_but_copying(self) -> None:
         """From now on the copy term alone trains."""
         for name, weight in self.named_parameters():

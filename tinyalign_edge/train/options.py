@@ -56,6 +56,7 @@ class TrainOptions:
             a connector is trained from its beginning, and none with the memory "paper".
         reconstruct: the weight of an own loss of latents, by which their memory tokens say their entry's text.
         freeze_values: the value encoder of latents stays as it begins.
+        random_values: the control: latents begin in random directions instead of the embeddings' principal axes.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "hybrid" 2, with "paper" 32 of 96.
     """
 
@@ -74,6 +75,7 @@ class TrainOptions:
     memory_from: float | None = None
     reconstruct: float = 0.0
     freeze_values: bool = False
+    random_values: bool = False
     fraction: float = 1.0
     epochs: int | None = None
     steps: int | None = None
@@ -159,6 +161,8 @@ def check_values(options: TrainOptions, kind: TrainedMemory) -> None:
     """
     if options.reconstruct and kind != "latents":
         raise InputError(f"--reconstruct {options.reconstruct}: is for --memory latents, this is {kind}; leave it out")
+    if options.random_values and (kind != "latents" or options.stage != "align"):
+        raise InputError(f"random_values: is for new latents, this is {kind} in stage {options.stage}; leave it out")
     if options.freeze_values and kind not in WITH_LATENTS:
         raise InputError(f"--freeze-values: no value encoder trains with --memory {kind}; use latents or hybrid")
 
@@ -314,4 +318,5 @@ def train_settings(
         memory_from=memory_from(options, whole=whole),
         reconstruct=options.reconstruct,
         freeze_values=options.freeze_values,
+        random_values=options.random_values,
     )

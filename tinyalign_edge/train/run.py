@@ -135,6 +135,8 @@ def _train(
     connector, memory, model = begun.connector, begun.memory, begun.model
     check_values(options, memory.kind)
     model.reconstruct = options.reconstruct
+    if options.random_values:
+        model.turn_values()
     if options.freeze_values:
         model.freeze_values()
     if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all

@@ -140,6 +140,7 @@ class TrainSettings:
     episodes: float = 0.0  # share of the rows then whose names are replaced
     reconstruct: float = 0.0  # weight of the own loss of latents
     freeze_values: bool = False  # the value encoder stays as it begins
+    random_values: bool = False  # which is in random directions
 
 
 @dataclass(frozen=True)
