@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -190,8 +191,13 @@ def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch
     from tinyalign_edge.train.options import TrainOptions
 
     wanted: list[command.TrainCommand] = []
-    monkeypatch.setattr(command, "run_command", lambda given: bool(wanted.append(given)))
-    paths = {
+
+    def run_command(given: command.TrainCommand) -> bool:
+        wanted.append(given)
+        return False  # another process wrote the checkpoint
+
+    monkeypatch.setattr(command, "run_command", run_command)
+    paths: dict[str, Any] = {
         "data": ("a.json", "b.json:0.5"), "images": Path("i"), "vision": "v", "lm": "l", "vlm": Path("whole"),
         "chat_template": Path("t.jinja"), "start": Path("first"), "out": Path("o"),
     }  # fmt: skip
@@ -217,7 +223,7 @@ def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch
         "--stage", "instruct", "--resume", *flags,
         *(item for option, (_, value) in options.items() for item in (option, value)),
     )  # fmt: skip
-    assert (done.code, done.out) == (0, "")  # another process wrote the checkpoint
+    assert (done.code, done.out) == (0, "")
     given = dict([*options.values(), *flags.values()])
     assert wanted == [command.TrainCommand("instruct", given, resume=True, recipe="r", **paths)]
     known = {field.name for field in fields(TrainOptions)}
@@ -231,7 +237,12 @@ def test_what_train_is_not_given_is_left_to_the_recipe(run, monkeypatch: pytest.
     from tinyalign_edge.train import command
 
     wanted: list[command.TrainCommand] = []
-    monkeypatch.setattr(command, "run_command", lambda given: not wanted.append(given))
+
+    def run_command(given: command.TrainCommand) -> bool:
+        wanted.append(given)
+        return True
+
+    monkeypatch.setattr(command, "run_command", run_command)
     done = run("train", "--out", "o", "--no-bf16", "--no-gate", "--copy", "--no-freeze-values", "--neighbours", 2)
     assert "checkpoint: o" in done.out and "tinyalign-edge export o" in done.out
     (one,) = wanted

@@ -30,9 +30,11 @@ def by_hand(picture: Array, text: Array) -> Array:
     for one in sequence:
         alike = np.exp([float(one @ other) for other in sequence])
         weights += alike / alike.sum() / len(sequence)
-    key = sum(weight * token for weight, token in zip(weights, sequence, strict=True))
-    assert isinstance(key, np.ndarray)
-    return key / np.sqrt((key**2).sum())
+    key: Array = np.zeros_like(sequence[0])
+    for weight, token in zip(weights, sequence, strict=True):
+        key += weight * token
+    key /= np.sqrt((key**2).sum())
+    return key
 
 
 def test_a_fused_key_is_what_the_papers_formula_gives() -> None:
