@@ -133,15 +133,15 @@ def test_what_is_given_to_a_row_was_found_for_another_one_and_is_not_its_own_ent
 
 
 def test_another_question_about_the_same_picture_is_no_other_row() -> None:
-    """Rows 0 to 3 are of picture 0 and rows 4 to 7 of pictures 1 and 2; so are the entries."""
+    """Rows and entries 0 to 3 are of picture 0, those from 4 to 7 of pictures 1 and 2; two more entries of others."""
     pictures = [(0,)] * 4 + [(1, 2)] * 2 + [(2,)] * 2
-    near = np.array([[7, 6]] * 4 + [[0, 1]] * 2 + [[0, 5]] * 2)
+    entries = [*pictures, (3,), (4,)]
+    near = np.array([[8, 7]] * 4 + [[9, 0]] * 4)
     neighbours = Neighbours(near, np.full(near.shape, 0.5, np.float32))
     for seed in range(20):
-        given = of_others(neighbours, seed, pictures, pictures)
-        assert all(row.tolist() in ([1, -1], [5, -1], [-1, -1]) or {*row} <= {-1, 5} for row in given.rows[:4])
-        assert (given.rows[4:] == -1).all()  # what was found for picture 0 is of pictures 1 and 2
-    alone = of_others(neighbours, 0, [(0,)] * 8, [(1,)] * 8)
+        given = of_others(neighbours, seed, pictures, entries)
+        assert given.rows.tolist() == [[9, -1]] * 4 + [[8, -1]] * 4
+    alone = of_others(neighbours, 0, [(0,)] * 8, [(1,)] * 10)
     assert (alone.rows == -1).all() and (alone.similarity == -1).all()
     nobody = Neighbours(np.empty((0, 2), np.int64), np.empty((0, 2), np.float32))
     assert of_others(nobody, 0, [], pictures).rows.shape == (0, 2)
