@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
-from tinyalign_edge.bench.study.datasets import find_dataset
+from tinyalign_edge.bench.study.datasets import SETTINGS, find_dataset
+from tinyalign_edge.bench.study.plan import ARMS
 from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
@@ -24,9 +25,11 @@ from tinyalign_edge.evaluate import MemoryMode, Scores, evaluate
 from tinyalign_edge.export.card import CARD
 from tinyalign_edge.export.run import export
 from tinyalign_edge.report import folder_bytes
+from tinyalign_edge.train.options import TrainOptions
 
 COMMAND = "python -m tinyalign_edge.bench.caltech"
 LEARNING_RATE = 1e-2
+STUDY_ARMS = {"none": "baseline", "tokens": "memory", "latents": "latents"}
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
         images=data.train_images,
         vision=data.vision,
         lm=data.lm,
-        options=replace(data.options, memory=arm, steps=steps, learning_rate=LEARNING_RATE),  # type: ignore[arg-type]
+        options=arm_options(arm, steps),
         label=f"Training {arm}",
     )
     export(checkpoint, bundle)
@@ -72,6 +75,12 @@ def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
     if arm != "none":
         result["open"]["int8_shuffled"] = _scores(bundle, "test.json", memory="shuffled")
     return result
+
+
+def arm_options(arm: str, steps: int) -> TrainOptions:
+    """The study's of this kind of memory, for so many steps."""
+    shared_by_all = replace(SETTINGS["caltech"], steps=steps, learning_rate=LEARNING_RATE)
+    return ARMS[STUDY_ARMS[arm]].options(shared_by_all, dataset="caltech", share=100, seed=0)
 
 
 def _scores(target: Path, data: str, *, memory: MemoryMode = "own") -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -181,6 +183,104 @@ def test_training_errors_name_the_fault_and_leave_nothing(run, tmp_path: Path, w
     fails(train(vision=tmp_path / "nowhere"), 2, "nowhere", "no such folder")
     fails(train(memory="text"), 2, "--memory text: not one of tokens, latents, hybrid, paper, none")
     fails(train(fraction=0), 2, "--fraction 0.0", "must be above 0")
+
+
+def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("torch")
+    from tinyalign_edge.train import command
+    from tinyalign_edge.train.options import TrainOptions
+
+    wanted: list[command.TrainCommand] = []
+
+    def run_command(given: command.TrainCommand) -> bool:
+        wanted.append(given)
+        return False  # another process wrote the checkpoint
+
+    monkeypatch.setattr(command, "run_command", run_command)
+    paths: dict[str, Any] = {
+        "data": ("a.json", "b.json:0.5"), "images": Path("i"), "vision": "v", "lm": "l", "vlm": Path("whole"),
+        "chat_template": Path("t.jinja"), "start": Path("first"), "out": Path("o"),
+    }  # fmt: skip
+    options = {
+        "--memory": ("memory", "hybrid"), "--fraction": ("fraction", 0.5), "--epochs": ("epochs", 2),
+        "--steps": ("steps", 7), "--batch-size": ("batch_size", 6), "--micro-batch": ("micro_batch", 3),
+        "--learning-rate": ("learning_rate", 0.25), "--lm-learning-rate": ("lm_learning_rate", 0.125),
+        "--lora": ("lora_rank", 16), "--dropout": ("dropout", 0.375), "--connector": ("connector", "mlp"),
+        "--visual-tokens": ("visual_tokens", 9), "-k": ("k", 5), "--image-size": ("image_size", 64),
+        "--key": ("key", "fused"), "--key-grid": ("key_grid", 2), "--key-dim": ("key_dim", 33),
+        "--value-tokens": ("value_tokens", 11), "--latents": ("latents", 12), "--latent-dim": ("latent_dim", 40),
+        "--episodes": ("episodes", 0.0625), "--memory-dropout": ("memory_dropout", 0.75),
+        "--memory-from": ("memory_from", 0.625), "--reconstruct": ("reconstruct", 1.5), "--device": ("device", "cpu"),
+        "--seed": ("seed", 3), "--eval-every": ("eval_every", 13), "--cache-features": ("cache_features", Path("c")),
+    }  # fmt: skip
+    flags = {
+        "--bf16": ("bf16", True), "--gate": ("gate", True), "--no-copy": ("copy_words", False),
+        "--freeze-values": ("freeze_values", True), "--skip-bad": ("skip_bad", True),
+    }  # fmt: skip
+    done = run(
+        "train", "--data", "a.json", "--data", "b.json:0.5", "--images", "i", "--vision", "v", "--lm", "l",
+        "--vlm", "whole", "--chat-template", "t.jinja", "--from", "first", "--out", "o", "--recipe", "r",
+        "--stage", "instruct", "--resume", *flags,
+        *(item for option, (_, value) in options.items() for item in (option, value)),
+    )  # fmt: skip
+    assert (done.code, done.out) == (0, "")
+    given = dict([*options.values(), *flags.values()])
+    assert wanted == [command.TrainCommand("instruct", given, resume=True, recipe="r", **paths)]
+    known = {field.name for field in fields(TrainOptions)}
+    assert known - given.keys() == {  # of the python function alone, or an argument of its own
+        "stage", "lora_alpha", "warmup", "weight_decay", "shuffle_memory", "memory_first",
+    }  # fmt: skip
+
+
+def test_what_train_is_not_given_is_left_to_the_recipe(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("torch")
+    from tinyalign_edge.train import command
+
+    wanted: list[command.TrainCommand] = []
+
+    def run_command(given: command.TrainCommand) -> bool:
+        wanted.append(given)
+        return True
+
+    monkeypatch.setattr(command, "run_command", run_command)
+    done = run("train", "--out", "o", "--no-bf16", "--no-gate", "--copy", "--no-freeze-values", "--neighbours", 2)
+    assert "checkpoint: o" in done.out and "tinyalign-edge export o" in done.out
+    (one,) = wanted
+    assert one.options == {
+        "bf16": False, "gate": False, "copy_words": True, "freeze_values": False, "k": 2, "skip_bad": False,
+        "device": "auto",
+    }  # fmt: skip
+    nothing = {"data": (), "stage": "align", "resume": False, "out": Path("o"), "options": one.options}
+    assert {field.name: getattr(one, field.name) for field in fields(one)} == {
+        **dict.fromkeys(["images", "vision", "lm", "vlm", "chat_template", "start", "recipe"]), **nothing,
+    }  # fmt: skip
+    for option, value in (("--key", "text"), ("--stage", "align2"), ("--connector", "qformer"), ("--device", "tpu")):
+        fails(run("train", "--out", "o", option, value), 2, f"{option} {value}: not one of")
+    assert len(wanted) == 1
+
+
+def test_eval_with_emi_prints_what_picture_and_memory_tell(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    rows = []
+    for name, answer in (("red.png", "red"), ("blue.png", "blue"), ("green.png", "green")):
+        Image.new("RGB", (32, 32), answer).save(tmp_path / name)
+        said = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": name, "image": name, "conversations": said})
+    (tmp_path / "data.json").write_text(json.dumps(rows), "utf-8")
+    given = ("eval", STORED_BUNDLE, "--data", tmp_path / "data.json", "--images", tmp_path, "--emi")
+    told = run(*given, "--json").json
+    assert set(told) == {
+        "n", "tokens", "image", "memory", "shuffled_memory",
+        "nll_other_image", "nll_image", "nll_memory", "nll_shuffled_memory",
+    }  # fmt: skip
+    assert told["n"] == 3
+    assert told["memory"] == pytest.approx(told["nll_image"] - told["nll_memory"])
+    assert told["shuffled_memory"] == pytest.approx(told["nll_image"] - told["nll_shuffled_memory"])
+    assert told["image"] == pytest.approx(told["nll_other_image"] - told["nll_image"])
+    assert run(*given, "--json", "--limit", 2).json["n"] == 2
+    shown = run(*given).out
+    assert f"{told['memory']:+.4f} nats a token" in shown and f"{told['tokens']} of 3 questions" in shown
+    for other in ("--no-memory", "--shuffle-memory"):
+        fails(run(*given, other), 2, "--emi compares with and without memory itself")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -266,6 +266,40 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused(
     assert not (tmp_path / "c").exists()
 
 
+def test_features_that_memory_has_no_room_for_are_refused_and_a_cache_takes_them(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import features
+
+    record = features.record_type((1024, 1024), 1024)
+    refusal = r"the features of 1000000000 pictures take 2101\d{3}\.\d GB, this machine has \d+\.\d GB of memory; "
+    with pytest.raises(InputError, match=refusal + r"give --cache-features DIR or fewer --visual-tokens$"):
+        features.find_features(
+            [], range(10**9), record, lambda _: pytest.fail("it is refused before the long work"), cache=None
+        )
+    monkeypatch.setattr(features, "SHARE_OF_MEMORY", 0.0)
+    with pytest.raises(InputError, match=r"the features of 80 pictures take .*--cache-features DIR"):
+        train_tiny(world, towers, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", cache_features=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.json", "[]"), ("rows.json", ""), ("rows.json", " \n"), ("rows.jsonl", ""), ("rows.jsonl", "\n\n")],
+)
+def test_files_without_rows_are_named_and_nothing_is_left(
+    world: Path, towers: Path, tmp_path: Path, name: str, text: str, skip_bad: bool
+) -> None:
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path / name))}: holds no rows"):
+        train_tiny(
+            world, towers, tmp_path / "c", data=tmp_path / name, skip_bad=skip_bad, cache_features=tmp_path / "cache"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_pictures_of_every_make_are_trained_on_and_bombs_are_not(world: Path, towers: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(world / "images", folder / "images")

@@ -113,6 +113,40 @@ def test_a_wrong_key_or_value_is_named(more: str, message: str, tmp_path: Path) 
         load_recipe(write(tmp_path / "r.toml", more))
 
 
+@pytest.mark.parametrize(
+    ("at_top", "in_towers", "in_instruct", "message"),
+    [
+        ("colour = 1", "", "", r"r\.toml: unknown key 'colour'; known: description, towers, align, instruct$"),
+        ("", "audio = 'a'", "", r"r\.toml\.towers: unknown key 'audio'; known: vision, lm$"),
+        ("", "", "batchsize = 3", r"r\.toml\.instruct: unknown key 'batchsize'; known: data, images, memory"),
+        ("", "", "[pretrain]\nsteps = 1", r"r\.toml: unknown key 'pretrain'; known: description"),
+        ("", "vision = 'again'", "", "not valid TOML"),
+    ],
+)
+def test_a_wrong_key_is_named_wherever_it_stands(
+    at_top: str, in_towers: str, in_instruct: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f'description = "d"\n{at_top}\n[towers]\nvision = "v"\nlm = "l"\n{in_towers}\n[align]\n'
+        f"[instruct]\n{in_instruct}\n",
+        "utf-8",
+    )
+    with pytest.raises(InputError, match=message):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("missing", ["description", "vision", "lm", "[align]", "[instruct]"])
+def test_a_recipe_that_lacks_a_part_is_refused(missing: str, tmp_path: Path) -> None:
+    lines = ['description = "d"', "[align]", "[instruct]", "[towers]", 'vision = "v"', 'lm = "l"']
+    path = tmp_path / "r.toml"
+    path.write_text("\n".join(lines), "utf-8")
+    load_recipe(str(path))
+    path.write_text("\n".join(line for line in lines if not line.startswith(missing)), "utf-8")
+    with pytest.raises(InputError, match=f"r\\.toml.*: key '{missing.strip('[]')}' is missing"):
+        load_recipe(str(path))
+
+
 def test_an_unknown_recipe_lists_those_that_ship() -> None:
     with pytest.raises(InputError, match=r"--recipe none: no such file.*clip-large-tinyllama, siglip-base"):
         load_recipe("none")

@@ -403,22 +403,38 @@ def test_what_is_trained_on_cuda_in_bf16_is_read_on_the_processor(world: Path, t
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train.batches import Collate
+    from tinyalign_edge.train.loop import AlignTrainer, last_whole, load_trained
 
-    pack, calls = Collate.__call__, []
+    compute_loss = AlignTrainer.compute_loss
 
-    def poisoned(self: Any, examples: Any) -> Any:
-        calls.append(len(examples))
-        if calls.count(8) > 3:
-            examples = [replace(e, features=np.full_like(e.features, np.nan)) for e in examples]
-        return pack(self, examples)
+    def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 3:
+            inputs = {**inputs, "features": torch.full_like(inputs["features"], float("nan"))}
+        return compute_loss(self, model, inputs, *args, **options)
 
-    monkeypatch.setattr(Collate, "__call__", poisoned)
     advice = "a lower --learning-rate and another --out, or remove this one"
-    with pytest.raises(TinyAlignError, match=rf"the loss is nan at step [34]; the last good state is kept, .*{advice}"):
-        train_tiny(world, towers, tmp_path / "c", steps=8)
-    assert list((tmp_path / "c" / "state").glob("checkpoint-2/whole"))
-    monkeypatch.undo()
-    train_tiny(world, towers, tmp_path / "another", steps=1, learning_rate=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignTrainer, "compute_loss", poisoned)
+        message = rf"the loss is nan at step 4; the last good state is kept, .*{advice}"
+        with pytest.raises(TinyAlignError, match=message):
+            train_tiny(world, towers, tmp_path / "c", steps=6, memory="none")
+    kept = last_whole(tmp_path / "c" / "state")
+    assert kept == tmp_path / "c" / "state" / "checkpoint-2"
+    assert [point["step"] for point in metrics(tmp_path / "c")] == [0, 2]
+    options = TrainOptions(steps=6, batch_size=8, visual_tokens=4, eval_every=2, device="cpu", memory="none")
+    model = start_align(str(towers / "vit"), str(towers / "lm"), options).model
+    before = {name: weight.clone() for name, weight in model.trained_state().items()}
+    load_trained(model, kept)
+    after = model.trained_state()
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    whole = train_tiny(world, towers, tmp_path / "whole", steps=6, memory="none")
+    train(
+        data=world / "train.json", images=world, vision=str(towers / "vit"), lm=str(towers / "lm"),
+        out=tmp_path / "c", options=options, resume=True,
+    )  # fmt: skip
+    expected, found = load_file(whole / "model.safetensors"), load_file(tmp_path / "c" / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert loss_curve(tmp_path / "c") == loss_curve(whole)
     shutil.rmtree(tmp_path / "c")
-    train_tiny(world, towers, tmp_path / "c", steps=1, learning_rate=1e-4)
+    train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", learning_rate=1e-4)  # as the message says

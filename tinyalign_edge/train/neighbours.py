@@ -38,7 +38,8 @@ def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySe
         return Retrieved(_none(len(keys.queries)), _none(len(keys.held_out)), -1.0)
     quantised, scales = quantize_keys(keys.entries)
     found = nearest(quantised, scales, keys.queries, settings.k + EXTRA)
-    same = _share_a_picture(pictures, keys.own, found.rows)
+    table = _table(pictures)
+    same = _share_a_picture(table[keys.own], table, found.rows)
     alike = found.similarity if keys.pictures is None else _picture_similarity(keys.pictures, keys.own, found.rows)
     drop = same | (alike >= settings.duplicate_similarity) | (found.rows < 0)
     training = _keep_first(found, ~drop, settings.k)
@@ -48,33 +49,46 @@ def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySe
     return Retrieved(training, nearest(quantised, scales, keys.held_out, settings.k, floor=floor), floor)
 
 
+def of_others(
+    near: Neighbours, seed: int, pictures: Sequence[tuple[int, ...]], entries: Sequence[tuple[int, ...]]
+) -> Neighbours:
+    """Give every example the neighbours of one with other pictures, drawn once: what retrieval is then worth is
+    nothing. Entries with a picture of its own are left out of them; where no other example has other pictures, all are.
+
+    Args:
+        pictures, entries: the numbers of every example's pictures, and of every entry's.
+    """
+    mine, theirs = _table(pictures), _table(entries)
+    drawn = np.random.default_rng(seed).permutation(len(near.rows))
+    source, alike = np.arange(len(drawn)), np.ones(len(drawn), np.bool_)
+    for further in range(1, len(drawn)):  # another question about the same picture is no other example
+        if not alike.any():
+            break
+        next_one = np.empty_like(drawn)
+        next_one[drawn] = np.roll(drawn, further)
+        source = np.where(alike, next_one, source)
+        alike = _share_a_picture(mine, mine, source[:, None])[:, 0]
+    given = Neighbours(near.rows[source], near.similarity[source])
+    keep = (given.rows >= 0) & ~alike[:, None] & ~_share_a_picture(mine, theirs, given.rows)
+    return _keep_first(given, keep, given.rows.shape[1])
+
+
 def _share_a_picture(
-    pictures: Sequence[tuple[int, ...]], own: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Whether entries `rows` (Q, K) and entries `own` (Q,) have a picture in common."""
+    """Whether examples, whose pictures are `mine` (Q, P), and the `rows` (Q, K) of `theirs` (E, P') have one in
+    common."""
     shared = np.zeros(rows.shape, np.bool_)
-    most = max(map(len, pictures), default=0)
-    table = np.array([[*numbers, *[-1] * (most - len(numbers))] for numbers in pictures], np.int64)  # (E, most)
-    for mine in table[own].T:
-        for theirs in table.T:
-            shared |= (theirs[rows] == mine[:, None]) & (mine[:, None] >= 0)
+    for numbers in mine.T:
+        for others in theirs.T:
+            shared |= (others[rows] == numbers[:, None]) & (numbers[:, None] >= 0)
     return shared
 
 
-def of_others(near: Neighbours, seed: int, own: npt.NDArray[np.int64] | None = None) -> Neighbours:
-    """Give every example the neighbours of another one, drawn once: what retrieval is then worth is nothing.
-
-    Args:
-        own: (Q,), the example's own entry, which is left out of them; None: it has none.
-    """
-    drawn = np.random.default_rng(seed).permutation(len(near.rows))
-    source = np.empty_like(drawn)
-    source[drawn] = np.roll(drawn, 1)
-    given = Neighbours(near.rows[source], near.similarity[source])
-    keep = given.rows >= 0
-    if own is not None:
-        keep &= given.rows != own[:, None]
-    return _keep_first(given, keep, given.rows.shape[1])
+def _table(pictures: Sequence[tuple[int, ...]]) -> npt.NDArray[np.int64]:
+    """The numbers of pictures as (E, most), -1 where there are fewer."""
+    most = max(map(len, pictures), default=0)
+    return np.array([[*numbers, *[-1] * (most - len(numbers))] for numbers in pictures], np.int64)
 
 
 def _picture_similarity(

@@ -236,8 +236,11 @@ def examples(
     held_out_keys = make_keys(seen, model, held_out_asked, query)
     found = retrieve(bank.rows.pictures, Keys(bank.keys, queries, own, held_out_keys, pictures), memory)
     if memory.shuffled:
-        others = of_others(found.training, seed, own)
-        found = replace(found, training=others, held_out=of_others(found.held_out, seed))
+        entries = bank.rows.pictures
+        others = of_others(found.training, seed, [entries[i] for i in own], entries)
+        found = replace(
+            found, training=others, held_out=of_others(found.held_out, seed, held_out_asked.pictures, entries)
+        )
     near = _spread(found.training, numbers, len(asked))
     training = Rows(
         asked, prompt, _features_of(seen, asked), near.rows, near.similarity,
