@@ -163,7 +163,8 @@ def test_a_run_goes_on_with_the_same_loss_and_the_same_parts_alone(
         ({"reconstruct": -1.0, "memory": "latents"}, r"--reconstruct -1\.0: must be from 0 to below 10"),
         ({"reconstruct": float("nan"), "memory": "latents"}, "--reconstruct nan: must be"),
         ({"freeze_values": True}, "--freeze-values: no value encoder trains with --memory tokens"),
-        ({"freeze_values": True, "memory": "paper"}, "--freeze-values: .* --memory paper; use latents or hybrid"),
+        ({"freeze_values": True, "memory": "paper"}, "--freeze-values: .* --memory paper; use latents"),
+        ({"freeze_values": True, "memory": "hybrid"}, "--freeze-values: .* --memory hybrid begin at zero .* latents"),
     ],
 )
 def test_what_has_no_latents_to_train_is_refused(
