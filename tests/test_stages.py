@@ -360,25 +360,58 @@ def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("part", "advice"),
+    ("batch_size", "micro_batch", "advice"),
     [
-        (
-            "tinyalign_edge.train.encode.patch_features",
-            r"while pictures are encoded; use fewer pixels \(--image-size\)$",
-        ),
-        (
-            "tinyalign_edge.train.prepare.retrieve",
-            r"beside the training steps; keep features on disk \(--cache-features",
-        ),
-        ("tinyalign_edge.train.finish.encode_values", r"beside the training steps; .* fewer rows \(--fraction\)"),
+        (9, 9, "--resume --micro-batch 3 "),
+        (50, 25, "--resume --micro-batch 10 "),
+        (8, 1, r"in a new run use fewer --visual-tokens or --neighbours, --bf16$"),
     ],
 )
-def test_out_of_memory_beside_the_steps_ends_with_advice_that_fits(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, part: str, advice: str
+def test_fewer_rows_at_once_are_advised_where_a_step_has_them(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, batch_size: int, micro_batch: int, advice: str
 ) -> None:
-    monkeypatch.setattr(part, lambda *_: torch.empty(1 << 50))
+    monkeypatch.setattr("tinyalign_edge.train.model.AlignModel.hidden", out_of_memory)
+    with pytest.raises(TinyAlignError, match=f"out of memory with {micro_batch} rows at once; {advice}"):
+        train_tiny(world, towers, tmp_path / "c", batch_size=batch_size, micro_batch=micro_batch)
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    return torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("part", "cached", "advice"),
+    [
+        ("start.load_language", False, "while the models are loaded; use smaller ones or a machine with more memory$"),
+        ("encode.patch_features", False, r"while pictures are encoded; use fewer pixels \(--image-size\)$"),
+        (
+            "prepare.retrieve",
+            False,
+            r"before the steps; keep features on disk \(--cache-features DIR\) or train on fewer rows \(--fraction\)$",
+        ),
+        ("prepare.retrieve", True, r"before the steps; train on fewer rows \(--fraction\)$"),
+    ],
+)
+def test_out_of_memory_before_the_steps_ends_with_advice_that_fits(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, part: str, cached: bool, advice: str
+) -> None:
+    monkeypatch.setattr(f"tinyalign_edge.train.{part}", out_of_memory)
     with pytest.raises(TinyAlignError, match=f"^out of memory {advice}"):
-        train_tiny(world, towers, tmp_path / "c", memory="latents", steps=1)
+        train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "features" if cached else None)
+
+
+def test_out_of_memory_after_the_steps_costs_none_of_them(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    given: dict[str, Any] = {"memory": "latents", "steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyalign_edge.train.finish.encode_values", out_of_memory)
+        with pytest.raises(
+            TinyAlignError, match=r"^out of memory after the last step; --resume alone makes the checkpoint"
+        ):
+            train_tiny(world, towers, tmp_path / "c", **given)
+    monkeypatch.setattr("tinyalign_edge.train.model.AlignModel.forward", out_of_memory)  # no step is made again
+    assert load_checkpoint(train_tiny(world, towers, tmp_path / "c", resume=True, **given)).config.training.steps == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -60,7 +60,9 @@ def fit(
         load_trained(model, last)
         return
     with ExitStack() as stack:
-        stack.enter_context(out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings)))
+        stack.enter_context(
+            out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes))
+        )
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes)
         advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
@@ -217,10 +219,11 @@ def _own_precision() -> Iterator[None]:
             os.environ[PRECISION] = before
 
 
-def _less_at_once(settings: TrainSettings) -> str:
-    smaller = max(1, settings.micro_batch // 2)
-    other = "" if settings.bf16 else ", --bf16"
+def _less_at_once(settings: TrainSettings, processes: Processes) -> str:
+    share = settings.batch_size // processes.count
+    smaller = max((rows for rows in range(1, settings.micro_batch // 2 + 1) if share % rows == 0), default=None)
+    other = "fewer --visual-tokens or --neighbours" + ("" if settings.bf16 else ", --bf16")
+    if smaller is None:
+        return f"in a new run use {other}"
     same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
-    return (
-        f"--resume --micro-batch {smaller} {same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
-    )
+    return f"--resume --micro-batch {smaller} {same} in less (in a new run: {other})"
