@@ -105,6 +105,27 @@ def test_the_own_loss_is_added_by_its_weight_where_there_is_a_memory(checkpoints
         assert model(**alone)["loss"] == model.answer_losses(**alone).mean()
 
 
+def test_the_own_loss_is_told_apart_from_that_of_the_answers(
+    world: Path, towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(name: str, **given: Any) -> list[dict[str, Any]]:
+        folder = train_tiny(
+            world, towers, tmp_path / name, **LATENTS, steps=2, eval_every=1, learning_rate=1e-9, **given
+        )
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    plain, parts, taught = told("plain"), told("parts", reconstruct=2.0, micro_batch=2), told("taught", reconstruct=2.0)
+    last = taught[-1]
+    assert f"loss {last['train_loss']:.3f}, own loss {last['own_loss']:.3f}, " in capsys.readouterr().err
+    assert "own_loss" not in plain[-1]
+    assert taught[0]["own_loss"] is taught[0]["train_loss"] is None
+    for ours, theirs, in_parts in zip(plain[1:], taught[1:], parts[1:], strict=True):
+        assert theirs["own_loss"] > 0.01
+        assert in_parts["own_loss"] == pytest.approx(theirs["own_loss"], rel=1e-3)
+        assert theirs["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
+        assert in_parts["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
+
+
 def test_a_frozen_value_encoder_stays_as_it_begins_and_all_else_trains(
     world: Path, towers: Path, tmp_path: Path
 ) -> None:

@@ -328,6 +328,8 @@ def test_two_processes_train_what_one_does(
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
+        told = [name for name in ("train_loss", "own_loss") if ours.get(name) is not None]
+        assert [theirs[name] for name in told] == pytest.approx([ours[name] for name in told], rel=1e-2)
     np.testing.assert_allclose(losses(tmp_path / "two", world), losses(one, world), rtol=0.02, atol=0.02)
     assert not (tmp_path / "two" / "state").exists()
 

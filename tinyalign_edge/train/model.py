@@ -257,16 +257,18 @@ class AlignModel(nn.Module):
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step.
 
-        With `reconstruct`, each answer token's loss is that of its row's memory more, times that weight.
+        With `reconstruct`, each answer token's loss is that of its row's memory more, times that weight; that part
+        stands apart, too, as it is before it is weighed.
         """
         losses = self.answer_losses(**batch)
-        loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        count = len(losses) if num_items_in_batch is None else num_items_in_batch
+        loss, own = losses.sum() / count, losses.new_zeros(())
         if self.reconstruct and batch["memory"] is not None:
-            own = self.own_losses(batch["memory"], batch["memory_mask"], batch["labels"])
-            loss = loss + self.reconstruct * own / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+            own = self.own_losses(batch["memory"], batch["memory_mask"], batch["labels"]) / count
+            loss = loss + self.reconstruct * own
         if not loss.requires_grad:  # nobody in the batch has a memory, and nothing else trains
             loss = loss + 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
-        return {"loss": loss}
+        return {"loss": loss, "own_loss": own.detach()}
 
 
 def body_name(language: Any) -> str:
