@@ -303,7 +303,7 @@ def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
 
 def training_command(world: Path, towers: Path, out: Path) -> list[str]:
     return [
-        "train", "--data", str(world / "train.json"), "--images", str(world), "--vision", str(towers / "vit"),
+        "train", "--images", str(world), "--vision", str(towers / "vit"),
         "--lm", str(towers / "lm"), "--out", str(out), "--steps", "4", "--visual-tokens", "4", "--eval-every", "2",
         "--device", "cpu",
     ]  # fmt: skip
@@ -313,16 +313,25 @@ def training_command(world: Path, towers: Path, out: Path) -> list[str]:
 def test_two_processes_train_what_one_does(
     world: Path, towers: Path, tmp_path: Path, memory: str, reconstruct: float
 ) -> None:
-    one = train_tiny(world, towers, tmp_path / "one", memory=memory, reconstruct=reconstruct)
+    rows = json.loads((world / "train.json").read_text("utf-8"))
+    damaged = [f"damaged-{memory}-{number}.png" for number in range(2)]  # each process meets one of them
+    for name in damaged:
+        (world / name).write_text(name, "utf-8")
+    data = tmp_path / "damaged.json"
+    data.write_text(json.dumps([*rows, 7, *({**rows[0], "image": name} for name in damaged)]), "utf-8")
+    one = train_tiny(world, towers, tmp_path / "one", data=data, skip_bad=True, memory=memory, reconstruct=reconstruct)
     ran = in_two_processes(
-        *training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory,
-        "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
+        *training_command(world, towers, tmp_path / "two"), "--data", str(data), "--skip-bad", "--batch-size", "8",
+        "--memory", memory, "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     for told in (
-        "note: caching the features of 80 pictures",
-        "Reading pictures: 80 of 80",
-        "Encoding pictures: 40 of 40",
+        "note: caching the features of 82 pictures",
+        "Reading pictures: 82 of 82",
+        "Encoding pictures: 41 of 41",
+        "Reading texts: ",
+        "damaged.json row 81: ",
+        *(f"{name}: not a picture" for name in damaged),
     ):
         assert ran.stderr.count(told) == 1, ran.stderr  # the first process alone says so
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
@@ -335,7 +344,8 @@ def test_two_processes_train_what_one_does(
 
 
 def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
-    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--batch-size", "9")
+    data = ("--data", str(world / "train.json"))
+    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")
     assert ran.returncode != 0
     assert "--batch-size 9: must be a multiple of 2 process(es)" in ran.stderr
 
