@@ -22,7 +22,7 @@ from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.model import IGNORED, AlignModel  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.recipe import load_recipe  # noqa: E402
-from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses  # noqa: E402
+from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses, vocabulary_of  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,15 +34,51 @@ def test_a_token_is_known_by_the_direction_of_its_embedding() -> None:
     torch.manual_seed(0)
     table, far = torch.randn(50, 16) + 3, torch.randn(2, 3, 16)
     ids, mask = torch.tensor([[7, 8, 9, 4], [5, 0, 0, 0]]), torch.tensor([[True] * 4, [True] + [False] * 3])
-    exact = table[ids[:, :3]]
-    losses, entries = text_losses(exact, ids, mask, table)
+    exact, vocabulary = table[ids[:, :3]], vocabulary_of(table)
+    losses, entries = text_losses(exact, ids, mask, vocabulary)
     assert entries.tolist() == [0, 0, 0, 1]  # three latents say three tokens; after a short text there is no demand
     assert losses.max() < 0.1
     longer = table.mean(dim=0) + 5 * (exact - table.mean(dim=0))
-    torch.testing.assert_close(text_losses(longer, ids, mask, table)[0], losses, atol=1e-4, rtol=0)
-    assert text_losses(far, ids, mask, table)[0].mean() > 5
-    more = text_losses(torch.cat([exact, far], dim=1), ids[:, :2], mask[:, :2], table)[0]
+    torch.testing.assert_close(text_losses(longer, ids, mask, vocabulary)[0], losses, atol=1e-4, rtol=0)
+    assert text_losses(far, ids, mask, vocabulary)[0].mean() > 5
+    more = text_losses(torch.cat([exact, far], dim=1), ids[:, :2], mask[:, :2], vocabulary)[0]
     assert torch.equal(more, losses[[0, 1, 3]])  # more latents than tokens
+
+
+def test_in_parts_the_loss_and_its_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vocabulary, tokens = vocabulary_of(torch.randn(50, 16)), torch.randn(5, 3, 16)
+    ids, mask = torch.randint(50, (5, 4)), torch.ones(5, 4, dtype=torch.bool)
+    found = []
+    for at_once in (100, 4):
+        monkeypatch.setattr("tinyalign_edge.train.reconstruct.AT_ONCE", at_once)
+        read = tokens.clone().requires_grad_()
+        losses, _ = text_losses(read, ids, mask, vocabulary)
+        losses.sum().backward()
+        found.append((losses.detach(), read.grad))
+    assert len(found[0][0]) == 15
+    torch.testing.assert_close(found[1], found[0])
+    assert len(text_losses(tokens, ids, ~mask, vocabulary)[0]) == 0
+
+
+def test_the_vocabulary_is_made_once_while_it_does_not_train(
+    checkpoints: dict[str, Path], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        "tinyalign_edge.train.model.vocabulary_of", lambda table: made.append(table) or vocabulary_of(table)
+    )
+    model, batch = as_in_training(checkpoints["latents"], world)
+    inputs = batch["memory"], batch["memory_mask"], batch["labels"]
+    with torch.inference_mode():
+        first = model.own_losses(*inputs)
+    model.own_losses(*inputs).backward()
+    assert len(made) == 1
+    model.language.requires_grad_(True)
+    with torch.no_grad():
+        model.language.get_input_embeddings().weight.mul_(-1)
+    assert model.own_losses(*inputs) != first
+    assert len(made) == 2
 
 
 def test_each_answer_token_adds_the_mean_of_its_rows_memory() -> None:
