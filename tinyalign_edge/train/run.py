@@ -193,7 +193,7 @@ def _train(
         fit_all(rows=rows.playing(episodes), settings=copying_settings(settings), state=state.folder / COPYING_STATE,
                 label="Training to copy", before=settings.steps)  # fmt: skip
     with out_of_memory("after the last step", "--resume alone makes the checkpoint, in less"):
-        if begun.whole and processes.first:
+        if begun.whole and options.stage == "align" and processes.first:
             warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
         begun.merge()
         if processes.first:
