@@ -147,11 +147,11 @@ LIMITS: dict[str, tuple[str, float]] = {
 
 
 def concerned(result: GateResult) -> frozenset[Component]:
-    """The components whose formats are to blame for what failed; none where it is no matter of formats."""
+    """The components whose formats are to blame for what failed."""
     of: dict[str, set[Component]] = {
         "visual token cosine": {"vision"},
         "memory token cosine": {"memory"},
-        "value cosine": set(),  # in float32 whatever the formats are
+        "value cosine": {"vision", "decoder"},  # the picture's features and the text's embeddings
     }
     most_in_decoder = result.decoder_mean_kl >= result.mean_kl / 2
     whole: set[Component] = {"decoder"} if most_in_decoder else {"vision", "memory"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tinyalign_edge.bundle import MANIFEST, CachePrecision, GateResult, Manifest, Target
+from tinyalign_edge.bundle import MANIFEST, CachePrecision, Component, GateResult, Manifest, Target
 from tinyalign_edge.data import Row, read_rows
 from tinyalign_edge.errors import GateError, InputError, UnsupportedError
 from tinyalign_edge.export.cache_scales import cache_scales
@@ -142,7 +142,10 @@ def _subfolder(scratch: str, name: str) -> Path:
 
 
 def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[GateResult, Plans]:
-    """Give back until the gate passes or nothing more can be given; `folder` holds what was measured last."""
+    """Give back until the gate passes or nothing more can be given; `folder` holds what was measured last.
+
+    What was to blame once stays so, or a later round would undo what mended it.
+    """
 
     def measure() -> GateResult:
         with Model(folder, manifest) as exported:
@@ -150,10 +153,12 @@ def _tune(tuner: Tuner, gate: Gate, folder: Path, manifest: Manifest) -> tuple[G
 
     first = plans = tuner.find(SHARES[0])
     result = measure()
+    blamed: frozenset[Component] = frozenset()
     for share in SHARES[1:]:
         if result.passed:
             break
-        found = tuner.find(share, below=first, of=concerned(result))
+        blamed |= concerned(result)
+        found = tuner.find(share, below=first, of=blamed)
         if found != plans:
             plans, result = found, measure()
     return result, plans

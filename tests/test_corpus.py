@@ -88,7 +88,7 @@ def test_a_bad_row_stops_the_run_or_is_counted(world: Path, tmp_path: Path, caps
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
 def test_a_hub_id_needs_the_package_that_reads_it(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingExtraError, match="pip install datasets"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'tinyalign-edge\[hub\]'"):
         open_corpus([Source("org/name")], world, tmp_path)
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 import tinyalign_edge as ta
 from tests.towers import train_tiny
 from tinyalign_edge import cli
-from tinyalign_edge.bundle import open_bundle
+from tinyalign_edge.bundle import GateResult, open_bundle
 from tinyalign_edge.data import read_rows
 from tinyalign_edge.evaluate import evaluate
 from tinyalign_edge.export import components, gate, search, tune
@@ -151,6 +151,29 @@ def test_a_whole_that_fails_though_no_component_loses_much_has_matrices_given_ba
     assert any(entry.component == "decoder" for entry in manifest.given_back)
 
 
+def test_what_one_round_mends_the_next_does_not_undo(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The language model is to blame in the first round only, vision in all."""
+    results: list[GateResult] = []
+    measure = gate.Gate.measure
+
+    def kept(self: gate.Gate, exported: Any) -> GateResult:
+        results.append(measure(self, exported))
+        return results[-1]
+
+    before = open_bundle(bundles["none"]).gate
+    assert before is not None
+    monkeypatch.setattr(gate.Gate, "measure", kept)
+    monkeypatch.setitem(gate.LIMITS, "mean KL", ("<=", 0.999 * before.mean_kl))
+    monkeypatch.setitem(gate.LIMITS, "visual token cosine", (">=", 2.0))
+    monkeypatch.setitem(tune.LIMITS, "decoder", 1.0)
+    monkeypatch.setattr(search, "MAX_GROWTH", 4.0)  # matrices this small grow more
+    export(checkpoints["none"], tmp_path / "b", ExportOptions(allow_degraded=True))
+    blamed = [gate.concerned(result) for result in results]
+    assert blamed == [{"vision", "decoder"}, {"vision"}, {"vision"}, {"vision"}]
+
+
 def test_what_fails_is_laid_to_a_component(bundles: dict[str, Path]) -> None:
     with ta.load(bundles["tokens"]) as model:
         measured = model.manifest.gate
@@ -158,7 +181,7 @@ def test_what_fails_is_laid_to_a_component(bundles: dict[str, Path]) -> None:
     for name, decoder_kl, wanted in (
         ("visual token cosine", 0.0, {"vision"}),
         ("memory token cosine", 0.0, {"memory"}),
-        ("value cosine", 0.0, set()),
+        ("value cosine", 0.0, {"vision", "decoder"}),
         ("mean KL", 0.004, {"decoder"}),
         ("NLL change", 0.0001, {"vision", "memory"}),
     ):

@@ -35,8 +35,8 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
 
     load_dataset, folder = datasets.load_dataset, tmp_path / "hub"
 
-    def load(name: str, *, split: str) -> Any:
-        return load_dataset(str(folder / name), split=split, cache_dir=str(tmp_path / "cached"))
+    def load(name: str, config: str | None = None, *, split: str) -> Any:
+        return load_dataset(str(folder / name), config, split=split, cache_dir=str(tmp_path / "cached"))
 
     def write(rows: list[dict[str, Any]], image: Any = None) -> None:
         image = image or datasets.Image()
@@ -195,6 +195,49 @@ def test_the_hash_of_a_data_set_is_that_of_its_rows(world: Path, kept: Path, pub
     first, second = (data_refs(opened(kept, world))[0].sha256 for _ in range(2))
     assert first == second
     assert first not in found
+
+
+@pytest.mark.parametrize("column", ["caption", "image"])
+def test_text_that_is_not_utf8_is_a_bad_row(
+    world: Path, tmp_path: Path, kept: Path, publish: Publish, column: str
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    publish(holding(world, 3))
+    file = tmp_path / "hub" / ID / "train.parquet"
+    table = pq.read_table(file)
+    spoiled = pa.array([b"fine", b"\xff", b"fine"]).view(pa.string())
+    if column == "image":
+        contents = table["image"].combine_chunks().field("bytes")
+        spoiled = pa.StructArray.from_arrays([contents, spoiled], names=["bytes", "path"])
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, table.schema.field(column), spoiled), file)
+    with pytest.raises(InputError, match=f"{ID} row 2.*: cannot be read .*utf-8"):
+        opened(kept)
+    corpus = opened(kept, skip_bad=True)
+    assert [int(item) for item in corpus.item] == [0, 2]
+    assert len(bytes.fromhex(data_refs(corpus)[0].sha256)) == 32
+
+
+def test_a_configuration_and_a_split_may_be_named(
+    world: Path, tmp_path: Path, kept: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    publish(holding(world, 3))
+    folder = tmp_path / "hub" / ID
+    files = [{"config_name": name, "data_files": [{"split": "val", "path": "train.parquet"}]} for name in ("a", "b")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(files)}\n---\n", "utf-8")
+    assert len(open_corpus([Source(f"{ID}/b@val")], None, kept)) == 3
+    for given, choices in (
+        ("", r"\['a', 'b'\]"),
+        ("/c", r"\['a', 'b'\]"),
+        ("/b", r"\['val'\]"),
+        ("/b@c", r"\['val'\]"),
+    ):
+        with pytest.raises(InputError, match=rf"--data {ID}{given}: .*{choices}.* ORG/NAME/CONFIG@SPLIT") as found:
+            open_corpus([Source(f"{ID}{given}")], None, kept)
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["in memory", "cached"])

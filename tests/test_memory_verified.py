@@ -56,6 +56,16 @@ def test_a_bank_is_hashed_once_and_the_record_lies_outside_of_it(folder: Path, c
     assert len(list(cache.rglob("*.json"))) == 1
 
 
+def test_what_older_checks_passed_is_checked_again(
+    folder: Path, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Bank(folder)
+    monkeypatch.setattr(segment_module, "CHECKS", segment_module.CHECKS + 1)
+    for _ in range(2):
+        Bank(folder)
+    assert hashed == ["segment-1-0.bin"] * 2
+
+
 def test_a_byte_that_changes_after_that_is_found(folder: Path, cache: Path) -> None:
     Bank(folder)
     path = folder / "segment-1-0.bin"

@@ -164,6 +164,8 @@ def test_what_stage_one_made_is_not_chosen_in_stage_two(
     world: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = write(tmp_path / "r.toml", "")
-    wanted = command(world, tmp_path / "c", recipe, "instruct", start=checkpoints["none"], options={"k": 3})
-    with pytest.raises(InputError, match="k 3: belongs to stage align"):
-        run_command(wanted)
+    for options in ({"k": 3}, {"memory_dropout": 0.5}):
+        wanted = command(world, tmp_path / "c", recipe, "instruct", start=checkpoints["none"], options=options)
+        (name, value), *_ = options.items()
+        with pytest.raises(InputError, match=f"{name} {value}: belongs to stage align"):
+            run_command(wanted)

@@ -22,7 +22,7 @@ from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.model import IGNORED, AlignModel  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.recipe import load_recipe  # noqa: E402
-from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses  # noqa: E402
+from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses, vocabulary_of  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,15 +34,51 @@ def test_a_token_is_known_by_the_direction_of_its_embedding() -> None:
     torch.manual_seed(0)
     table, far = torch.randn(50, 16) + 3, torch.randn(2, 3, 16)
     ids, mask = torch.tensor([[7, 8, 9, 4], [5, 0, 0, 0]]), torch.tensor([[True] * 4, [True] + [False] * 3])
-    exact = table[ids[:, :3]]
-    losses, entries = text_losses(exact, ids, mask, table)
+    exact, vocabulary = table[ids[:, :3]], vocabulary_of(table)
+    losses, entries = text_losses(exact, ids, mask, vocabulary)
     assert entries.tolist() == [0, 0, 0, 1]  # three latents say three tokens; after a short text there is no demand
     assert losses.max() < 0.1
     longer = table.mean(dim=0) + 5 * (exact - table.mean(dim=0))
-    torch.testing.assert_close(text_losses(longer, ids, mask, table)[0], losses, atol=1e-4, rtol=0)
-    assert text_losses(far, ids, mask, table)[0].mean() > 5
-    more = text_losses(torch.cat([exact, far], dim=1), ids[:, :2], mask[:, :2], table)[0]
+    torch.testing.assert_close(text_losses(longer, ids, mask, vocabulary)[0], losses, atol=1e-4, rtol=0)
+    assert text_losses(far, ids, mask, vocabulary)[0].mean() > 5
+    more = text_losses(torch.cat([exact, far], dim=1), ids[:, :2], mask[:, :2], vocabulary)[0]
     assert torch.equal(more, losses[[0, 1, 3]])  # more latents than tokens
+
+
+def test_in_parts_the_loss_and_its_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vocabulary, tokens = vocabulary_of(torch.randn(50, 16)), torch.randn(5, 3, 16)
+    ids, mask = torch.randint(50, (5, 4)), torch.ones(5, 4, dtype=torch.bool)
+    found = []
+    for at_once in (100, 4):
+        monkeypatch.setattr("tinyalign_edge.train.reconstruct.AT_ONCE", at_once)
+        read = tokens.clone().requires_grad_()
+        losses, _ = text_losses(read, ids, mask, vocabulary)
+        losses.sum().backward()
+        found.append((losses.detach(), read.grad))
+    assert len(found[0][0]) == 15
+    torch.testing.assert_close(found[1], found[0])
+    assert len(text_losses(tokens, ids, ~mask, vocabulary)[0]) == 0
+
+
+def test_the_vocabulary_is_made_once_while_it_does_not_train(
+    checkpoints: dict[str, Path], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        "tinyalign_edge.train.model.vocabulary_of", lambda table: made.append(table) or vocabulary_of(table)
+    )
+    model, batch = as_in_training(checkpoints["latents"], world)
+    inputs = batch["memory"], batch["memory_mask"], batch["labels"]
+    with torch.inference_mode():
+        first = model.own_losses(*inputs)
+    model.own_losses(*inputs).backward()
+    assert len(made) == 1
+    model.language.requires_grad_(True)
+    with torch.no_grad():
+        model.language.get_input_embeddings().weight.mul_(-1)
+    assert model.own_losses(*inputs) != first
+    assert len(made) == 2
 
 
 def test_each_answer_token_adds_the_mean_of_its_rows_memory() -> None:
@@ -103,6 +139,27 @@ def test_the_own_loss_is_added_by_its_weight_where_there_is_a_memory(checkpoints
         assert float(part) == pytest.approx((float(mean) + 2 * own) / 4, rel=1e-5)
         alone = without_memory(batch)
         assert model(**alone)["loss"] == model.answer_losses(**alone).mean()
+
+
+def test_the_own_loss_is_told_apart_from_that_of_the_answers(
+    world: Path, towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(name: str, **given: Any) -> list[dict[str, Any]]:
+        folder = train_tiny(
+            world, towers, tmp_path / name, **LATENTS, steps=2, eval_every=1, learning_rate=1e-9, **given
+        )
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    plain, parts, taught = told("plain"), told("parts", reconstruct=2.0, micro_batch=2), told("taught", reconstruct=2.0)
+    last = taught[-1]
+    assert f"loss {last['train_loss']:.3f}, own loss {last['own_loss']:.3f}, " in capsys.readouterr().err
+    assert "own_loss" not in plain[-1]
+    assert taught[0]["own_loss"] is taught[0]["train_loss"] is None
+    for ours, theirs, in_parts in zip(plain[1:], taught[1:], parts[1:], strict=True):
+        assert theirs["own_loss"] > 0.01
+        assert in_parts["own_loss"] == pytest.approx(theirs["own_loss"], rel=1e-3)
+        assert theirs["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
+        assert in_parts["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
 
 
 def test_a_frozen_value_encoder_stays_as_it_begins_and_all_else_trains(
@@ -189,7 +246,8 @@ def test_a_run_goes_on_with_the_same_loss_and_the_same_parts_alone(
         ({"reconstruct": float("nan"), "memory": "latents"}, "--reconstruct nan: must be"),
         ({"random_values": True}, "random_values: is for new latents, this is tokens in stage align"),
         ({"freeze_values": True}, "--freeze-values: no value encoder trains with --memory tokens"),
-        ({"freeze_values": True, "memory": "paper"}, "--freeze-values: .* --memory paper; use latents or hybrid"),
+        ({"freeze_values": True, "memory": "paper"}, "--freeze-values: .* --memory paper; use latents"),
+        ({"freeze_values": True, "memory": "hybrid"}, "--freeze-values: .* --memory hybrid begin at zero .* latents"),
     ],
 )
 def test_what_has_no_latents_to_train_is_refused(

@@ -303,7 +303,7 @@ def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
 
 def training_command(world: Path, towers: Path, out: Path) -> list[str]:
     return [
-        "train", "--data", str(world / "train.json"), "--images", str(world), "--vision", str(towers / "vit"),
+        "train", "--images", str(world), "--vision", str(towers / "vit"),
         "--lm", str(towers / "lm"), "--out", str(out), "--steps", "4", "--visual-tokens", "4", "--eval-every", "2",
         "--device", "cpu",
     ]  # fmt: skip
@@ -313,27 +313,39 @@ def training_command(world: Path, towers: Path, out: Path) -> list[str]:
 def test_two_processes_train_what_one_does(
     world: Path, towers: Path, tmp_path: Path, memory: str, reconstruct: float
 ) -> None:
-    one = train_tiny(world, towers, tmp_path / "one", memory=memory, reconstruct=reconstruct)
+    rows = json.loads((world / "train.json").read_text("utf-8"))
+    damaged = [f"damaged-{memory}-{number}.png" for number in range(2)]  # each process meets one of them
+    for name in damaged:
+        (world / name).write_text(name, "utf-8")
+    data = tmp_path / "damaged.json"
+    data.write_text(json.dumps([*rows, 7, *({**rows[0], "image": name} for name in damaged)]), "utf-8")
+    one = train_tiny(world, towers, tmp_path / "one", data=data, skip_bad=True, memory=memory, reconstruct=reconstruct)
     ran = in_two_processes(
-        *training_command(world, towers, tmp_path / "two"), "--batch-size", "8", "--memory", memory,
-        "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
+        *training_command(world, towers, tmp_path / "two"), "--data", str(data), "--skip-bad", "--batch-size", "8",
+        "--memory", memory, "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     for told in (
-        "note: caching the features of 80 pictures",
-        "Reading pictures: 80 of 80",
-        "Encoding pictures: 40 of 40",
+        "note: caching the features of 82 pictures",
+        "Reading pictures: 82 of 82",
+        "Encoding pictures: 41 of 41",
+        "Reading texts: ",
+        "damaged.json row 81: ",
+        *(f"{name}: not a picture" for name in damaged),
     ):
         assert ran.stderr.count(told) == 1, ran.stderr  # the first process alone says so
     assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
+        told = [name for name in ("train_loss", "own_loss") if ours.get(name) is not None]
+        assert [theirs[name] for name in told] == pytest.approx([ours[name] for name in told], rel=1e-2)
     np.testing.assert_allclose(losses(tmp_path / "two", world), losses(one, world), rtol=0.02, atol=0.02)
     assert not (tmp_path / "two" / "state").exists()
 
 
 def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
-    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--batch-size", "9")
+    data = ("--data", str(world / "train.json"))
+    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")
     assert ran.returncode != 0
     assert "--batch-size 9: must be a multiple of 2 process(es)" in ran.stderr
 
@@ -360,25 +372,58 @@ def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("part", "advice"),
+    ("batch_size", "micro_batch", "advice"),
     [
-        (
-            "tinyalign_edge.train.encode.patch_features",
-            r"while pictures are encoded; use fewer pixels \(--image-size\)$",
-        ),
-        (
-            "tinyalign_edge.train.prepare.retrieve",
-            r"beside the training steps; keep features on disk \(--cache-features",
-        ),
-        ("tinyalign_edge.train.finish.encode_values", r"beside the training steps; .* fewer rows \(--fraction\)"),
+        (9, 9, "--resume --micro-batch 3 "),
+        (50, 25, "--resume --micro-batch 10 "),
+        (8, 1, r"in a new run use fewer --visual-tokens or --neighbours, --bf16$"),
     ],
 )
-def test_out_of_memory_beside_the_steps_ends_with_advice_that_fits(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, part: str, advice: str
+def test_fewer_rows_at_once_are_advised_where_a_step_has_them(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, batch_size: int, micro_batch: int, advice: str
 ) -> None:
-    monkeypatch.setattr(part, lambda *_: torch.empty(1 << 50))
+    monkeypatch.setattr("tinyalign_edge.train.model.AlignModel.hidden", out_of_memory)
+    with pytest.raises(TinyAlignError, match=f"out of memory with {micro_batch} rows at once; {advice}"):
+        train_tiny(world, towers, tmp_path / "c", batch_size=batch_size, micro_batch=micro_batch)
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    return torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("part", "cached", "advice"),
+    [
+        ("start.load_language", False, "while the models are loaded; use smaller ones or a machine with more memory$"),
+        ("encode.patch_features", False, r"while pictures are encoded; use fewer pixels \(--image-size\)$"),
+        (
+            "prepare.retrieve",
+            False,
+            r"before the steps; keep features on disk \(--cache-features DIR\) or train on fewer rows \(--fraction\)$",
+        ),
+        ("prepare.retrieve", True, r"before the steps; train on fewer rows \(--fraction\)$"),
+    ],
+)
+def test_out_of_memory_before_the_steps_ends_with_advice_that_fits(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, part: str, cached: bool, advice: str
+) -> None:
+    monkeypatch.setattr(f"tinyalign_edge.train.{part}", out_of_memory)
     with pytest.raises(TinyAlignError, match=f"^out of memory {advice}"):
-        train_tiny(world, towers, tmp_path / "c", memory="latents", steps=1)
+        train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "features" if cached else None)
+
+
+def test_out_of_memory_after_the_steps_costs_none_of_them(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    given: dict[str, Any] = {"memory": "latents", "steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyalign_edge.train.finish.encode_values", out_of_memory)
+        with pytest.raises(
+            TinyAlignError, match=r"^out of memory after the last step; --resume alone makes the checkpoint"
+        ):
+            train_tiny(world, towers, tmp_path / "c", **given)
+    monkeypatch.setattr("tinyalign_edge.train.model.AlignModel.forward", out_of_memory)  # no step is made again
+    assert load_checkpoint(train_tiny(world, towers, tmp_path / "c", resume=True, **given)).config.training.steps == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -46,6 +46,17 @@ def test_a_checkpoint_holds_config_weights_bank_and_metrics(checkpoints: dict[st
         assert [point["step"] for point in metrics(folder)] == [0, 2, 4, *([5] if kind == "tokens" else [])]
 
 
+def test_tensorboard_shows_what_the_metrics_say(checkpoints: dict[str, Path]) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for folder in checkpoints.values():
+        board = events.EventAccumulator(str(folder / "tensorboard")).Reload()
+        for name in ("held_out_loss", "train_loss", "tokens_per_second"):
+            shown = {event.step: event.value for event in board.Scalars(name)}
+            known = {point["step"]: point[name] for point in metrics(folder) if point[name] is not None}
+            assert {step: shown[step] for step in known} == pytest.approx(known, rel=1e-2)  # speeds are whole there
+        assert {"learning_rate", "grad_norm"} <= set(board.Tags()["scalars"])
+
+
 def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: Path) -> None:
     points = metrics(train_tiny(world, towers, tmp_path / "c", steps=40, learning_rate=3e-3, eval_every=40))
     assert points[-1]["held_out_loss"] < points[0]["held_out_loss"] - 0.1

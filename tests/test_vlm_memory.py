@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import tinyalign_edge as ta  # noqa: E402
 from tests.vlms import load_processor, load_vlm, processor_inputs  # noqa: E402
 from tinyalign_edge.errors import InputError, UnsupportedError  # noqa: E402
 from tinyalign_edge.export.run import ExportOptions, export  # noqa: E402
+from tinyalign_edge.train import harm  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
@@ -97,6 +99,19 @@ def test_a_memory_that_makes_a_whole_model_worse_is_told(vlms: Path, world: Path
     assert re.search(r"warning: the held-out loss is \d\.\d+ with the memory and \d\.\d+ without", said)
 
 
+def test_a_memory_that_helps_or_changes_nothing_is_not_told(
+    vlms: Path, world: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"memory": "latents", "steps": 20, "memory_from": 0.0, "learning_rate": 3e-3}
+    remember(world, vlms / "llava-gemma2", tmp_path / "c", **given)
+    assert "makes the model worse" not in capsys.readouterr().err
+    losses = iter([1.0, 1.0009])
+    monkeypatch.setattr(harm, "held_out_loss", lambda *_: next(losses))
+    remember(world, vlms / "llava-siglip", tmp_path / "d", steps=1, episodes=0.0)
+    assert "makes the model worse" not in capsys.readouterr().err
+    assert not list(losses)
+
+
 def test_nothing_of_the_model_itself_is_trained(vlms: Path, world: Path, tmp_path: Path) -> None:
     """Also where whole batches find no memory, and in bfloat16."""
     folder = remember(world, vlms / "idefics3", tmp_path / "c", batch_size=1, steps=12, bf16=True)
@@ -109,12 +124,17 @@ def test_nothing_of_the_model_itself_is_trained(vlms: Path, world: Path, tmp_pat
     assert not any(weight.requires_grad for weight in checkpoint.model.connector.parameters())
 
 
-def test_the_language_model_may_be_trained_afterwards(vlms: Path, world: Path, tmp_path: Path) -> None:
+def test_the_language_model_may_be_trained_afterwards(
+    vlms: Path, world: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "few.json"
     data.write_text(json.dumps(json.loads((world / "train.json").read_text("utf-8"))[:20]), "utf-8")
     first = remember(world, vlms / "smolvlm", tmp_path / "c", data=data, steps=1)
     options = TrainOptions(stage="instruct", steps=4, batch_size=8, lm_learning_rate=1e-3, device="cpu", eval_every=4)
+    monkeypatch.setattr(harm, "LEAST", -math.inf)
+    capsys.readouterr()
     train(data=data, images=world, start=first, out=tmp_path / "tuned", options=options)
+    assert "makes the model worse" not in capsys.readouterr().err  # without the memory it is not what it was
     tuned = load_checkpoint(tmp_path / "tuned")
     assert tuned.config.whole
     assert tuned.config.language.sha256 != tuned.config.vision.sha256

@@ -87,6 +87,7 @@ def train_tiny(
     vision: str = "vit",
     lm: str = "lm",
     data: Path | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Path:
     """Train for a few steps and return the checkpoint's folder."""
@@ -101,6 +102,7 @@ def train_tiny(
         lm=str(towers / lm),
         out=out,
         options=TrainOptions(**chosen),
+        resume=resume,
     )
     return out
 

@@ -47,7 +47,8 @@ def demo(
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="Conversations, .json or .jsonl; repeatable; FILE:WEIGHT.")
+        list[str] | None,
+        typer.Option(help="Conversations: FILE, or ORG/NAME[/CONFIG][@SPLIT] on the hub; repeatable; FILE:WEIGHT."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that the rows' image paths start from.")] = None,
     vision: Annotated[str | None, typer.Option(help="Vision encoder: a folder, or a hub id.")] = None,

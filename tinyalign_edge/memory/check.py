@@ -13,6 +13,7 @@ from tinyalign_edge.memory.search import UNIT
 from tinyalign_edge.memory.table import Array, Table
 from tinyalign_edge.memory.value import Ints
 
+CHECKS = 2  # raised when `check_table` looks for more: what was verified by fewer checks is read again
 BLOCK = 4096  # keys in float32 at once
 LARGEST_SCALE = np.finfo(np.float32).max / np.float32(128)  # times any int8 it is still finite
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinyalign_edge.files import FileEntry, check_files, inside
 from tinyalign_edge.folders import sync
-from tinyalign_edge.memory.check import check_table
+from tinyalign_edge.memory.check import CHECKS, check_table
 from tinyalign_edge.memory.layout import BankSpec, SegmentEntry, aligned, sections
 from tinyalign_edge.memory.table import Table
 from tinyalign_edge.memory.verified import VerifiedFiles
@@ -37,7 +37,8 @@ def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec, verified: Ve
         BundleError: missing or changed, or as `check_table`.
     """
     path = inside(folder, entry.file)
-    known = verified.holds(path, (entry, spec))
+    meaning = entry, spec, CHECKS
+    known = verified.holds(path, meaning)
     if not known:
         check_files(folder, {entry.file: FileEntry(entry.bytes, entry.sha256)})
     data = np.asarray(np.memmap(path, np.uint8, "r"))
@@ -48,5 +49,5 @@ def open_segment(folder: Path, entry: SegmentEntry, spec: BankSpec, verified: Ve
     table = Table(**arrays)
     if not known:
         check_table(table, spec, str(path))
-        verified.add(path, (entry, spec))
+        verified.add(path, meaning)
     return table

@@ -15,7 +15,7 @@ from tinyalign_edge.train.settings import Stage
 
 MADE_IN_ALIGN = (
     "memory", "connector", "visual_tokens", "k", "image_size", "key", "key_grid", "key_dim", "value_tokens", "gate",
-    "latents", "latent_dim", "copy_words", "memory_first", "dropout",
+    "latents", "latent_dim", "copy_words", "memory_first", "memory_dropout", "dropout",
 )  # fmt: skip
 
 OF_THE_VLM = ("connector", "visual_tokens", "image_size", "dropout")

@@ -17,6 +17,7 @@ from tinyalign_edge.files import file_sha256
 from tinyalign_edge.jsonrows import RowFile
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.hub_rows import HubRows, is_hub_id
+from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import DataRef
 
 MAX_WEIGHT = 100.0
@@ -157,7 +158,7 @@ def open_corpus(sources: Iterable[Source], images: Path | None, kept: Path, *, s
     which, items, pictures, bad = [], [], [], []
     names: dict[tuple[Path, str], int] = {}
     homes: list[int] = []
-    with progress("Reading rows", sum(map(len, files)), least=SHOWN_ROWS) as advance:
+    with progress("Reading rows", sum(map(len, files)), least=SHOWN_ROWS, shown=is_first()) as advance:
         for number, (source, file) in enumerate(zip(sources, files, strict=True)):
             for item in range(len(file)):
                 try:
@@ -260,6 +261,6 @@ def _where(source: Source, item: int) -> str:
 
 
 def _say_skipped(bad: Sequence[str]) -> None:
-    if bad:
+    if bad and is_first():
         shown = "; ".join(bad[:SHOWN_BAD])
         print(f"note: {len(bad)} bad rows skipped: {shown}{' ...' if len(bad) > SHOWN_BAD else ''}", file=sys.stderr)

@@ -39,7 +39,7 @@ class Features:
     Attributes:
         blocks: in memory, or mapped from files.
         places: of every picture, its block and its record in it: (P, 2); (-1, -1) for a picture that is not there.
-        lost: why a picture is not there, where it was this process that could not read it.
+        lost: why a picture is not there, of those that this process was to read.
     """
 
     blocks: Sequence[Records]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ AT_ONCE = 1000  # rows that are hashed
 
 
 def is_hub_id(data: str) -> bool:
-    """Whether `org/name` or `org/name@split` is meant rather than a file."""
+    """Whether `org/name`, with `/config` or `@split` behind it or both, is meant rather than a file."""
     path = Path(data)
-    return (
-        not path.exists() and path.suffix not in (".json", ".jsonl") and data.count("/") == 1 and data[0] not in "./~"
-    )
+    slashes = data.count("/")
+    return not path.exists() and path.suffix not in (".json", ".jsonl") and slashes in (1, 2) and data[0] not in "./~"
 
 
 class HubRows:
@@ -35,8 +35,8 @@ class HubRows:
 
     Raises:
         MissingExtraError: `datasets` is not installed.
-        InputError: the hub could not give it; a row, when it is asked for, that cannot be read or lacks the bytes of a
-            picture.
+        InputError: the hub could not give it, or has several configurations or other splits, which are named; a row,
+            when it is asked for, that cannot be read or lacks the bytes of a picture.
         TinyAlignError: a picture cannot be written.
     """
 
@@ -45,13 +45,17 @@ class HubRows:
             from datasets import load_dataset
         except ModuleNotFoundError:
             raise MissingExtraError(
-                f"--data {data}: no such file, and a hub id needs the package datasets: pip install datasets"
+                f"--data {data}: no such file, and a hub id needs datasets: pip install 'tinyalign-edge[hub]'"
             ) from None
-        name, _, split = data.partition("@")
+        named, _, split = data.partition("@")
+        owner, name, *config = named.split("/")
         try:
-            rows = load_dataset(name, split=split or SPLIT)
+            rows = load_dataset(f"{owner}/{name}", *config, split=split or SPLIT)
         except Exception as error:  # many kinds, of several libraries
-            raise InputError(f"--data {data}: the hub could not give it ({first_line(error)})") from None
+            said = " ".join(str(error).splitlines()[:2]) or first_line(error)  # the second line may name the choices
+            raise InputError(
+                f"--data {data}: the hub could not give it ({said}); ORG/NAME/CONFIG@SPLIT names one of several"
+            ) from None
         self.data, self.folder = data, folder
         self.holds_pictures = _is_picture(rows.features.get(IMAGE))
         self._files = PictureFiles(folder)
@@ -64,14 +68,14 @@ class HubRows:
         return len(self._texts)
 
     def __getitem__(self, number: int) -> Any:
-        try:
-            row = {key: value for key, value in self._texts[number].items() if value is not None}
-        except Exception as error:  # a column of another kind than it should be, a damaged file
-            raise InputError(f"{self.data} row {number + 1}: cannot be read ({first_line(error)})") from None
+        where = f"{self.data} row {number + 1}"
+        texts = _read(lambda: self._texts[number], where)
+        row = {key: value for key, value in texts.items() if value is not None}
         if self._pictures is not None:
             if number not in self._names:
-                where = f"{self.data} row {number + 1}" + (f" (id {row['id']})" if "id" in row else "")
-                (held,) = self._pictures[number][IMAGE].to_pylist()
+                where += f" (id {row['id']})" if "id" in row else ""
+                pictures = self._pictures
+                (held,) = _read(lambda: pictures[number][IMAGE].to_pylist(), where)
                 if held is None:
                     return row
                 self._names[number] = self._write(held, where)
@@ -79,12 +83,13 @@ class HubRows:
         return row
 
     def sha256(self) -> str:
-        """Of all rows; pictures count by their content, where they could be written."""
-        digest, number = hashlib.sha256(), 0
-        for part in self._texts.with_format("arrow").iter(AT_ONCE):
-            for row in part.to_pylist():
+        """Of all rows; pictures count by their content, where they could be written, and bad rows not at all."""
+        digest, number, texts = hashlib.sha256(), 0, self._texts.with_format("arrow")
+        for start in range(0, len(self), AT_ONCE):
+            for row in _texts_of(texts, range(start, min(start + AT_ONCE, len(self)))):
                 held = {IMAGE: self._names.get(number)} if self.holds_pictures else {}
-                digest.update(json.dumps({**row, **held}, sort_keys=True, default=repr).encode() + b"\n")
+                said = None if row is None else {**row, **held}
+                digest.update(json.dumps(said, sort_keys=True, default=repr).encode() + b"\n")
                 number += 1
         return digest.hexdigest()
 
@@ -94,6 +99,28 @@ class HubRows:
         if len(held) > MAX_PICTURES:
             raise InputError(f"{where}: {len(held)} pictures, a row may have {MAX_PICTURES}")
         return [self._files.add(picture) for picture in [_content(one, where) for one in held]]
+
+
+def _read(read: Callable[[], Any], where: str) -> Any:
+    """What `read` gives.
+
+    Raises:
+        InputError: it cannot be read: a column of another kind than it should be, a damaged file, text that is none.
+    """
+    try:
+        return read()
+    except Exception as error:  # many kinds, of several libraries
+        raise InputError(f"{where}: cannot be read ({first_line(error)})") from None
+
+
+def _texts_of(rows: Any, part: range) -> list[dict[str, Any] | None]:
+    """A part of the rows of a data set in arrow's format; None for each that cannot be read."""
+    try:
+        texts: list[dict[str, Any] | None] = _read(lambda: rows[part.start : part.stop].to_pylist(), f"rows {part}")
+    except InputError:
+        half = len(part) // 2
+        return [*_texts_of(rows, part[:half]), *_texts_of(rows, part[half:])] if half else [None]
+    return texts
 
 
 def _is_picture(feature: Any) -> bool:

@@ -60,7 +60,9 @@ def fit(
         load_trained(model, last)
         return
     with ExitStack() as stack:
-        stack.enter_context(out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings)))
+        stack.enter_context(
+            out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes))
+        )
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes)
         advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
@@ -70,6 +72,7 @@ def fit(
         )
         trainer.lm_learning_rate = settings.lm_learning_rate
         trainer.memory_from = min(settings.steps - 1, round(settings.memory_from * settings.steps))
+        trainer.own_losses = {}
         watcher.seen_tokens = trainer.take_tokens
         trainer.remove_callback(PrinterCallback)
         stack.enter_context(warnings.catch_warnings())
@@ -113,6 +116,7 @@ class AlignTrainer(Trainer):
     lm_learning_rate = 0.0
     memory_from = 0  # the first step whose rows see their neighbours
     tokens = 0
+    own_losses: dict[int, Any]  # of the latents, by step, since the last log
 
     def create_optimizer(self) -> Any:
         """AdamW with a learning rate of its own for the language model, and no decay of norms and biases."""
@@ -133,19 +137,32 @@ class AlignTrainer(Trainer):
         self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **options: Any) -> Any:
         """The loss of a pass.
 
         Raises:
             TinyAlignError: it is not finite.
         """
-        if self.state.global_step < self.memory_from:
+        step = self.state.global_step
+        if step < self.memory_from:
             inputs = without_memory(inputs)
         self.tokens = self.tokens + (inputs["block"] >= 0).sum()
-        loss = super().compute_loss(model, inputs, *args, **options)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if not torch.isfinite(loss):
-            raise TinyAlignError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {LOWER_RATE}")
+            raise TinyAlignError(f"the loss is {loss.item()} at step {step + 1}; {LOWER_RATE}")
+        own = outputs["own_loss"] * self.args.world_size  # as the loss is
+        self.own_losses[step] = self.own_losses.get(step, 0) + own
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Tell the loss of the answers and the latents' own one apart."""
+        weight = self._own().reconstruct
+        if weight and "loss" in logs:
+            own = torch.stack(list(self.own_losses.values())).mean()
+            logs["own_loss"] = float(self._nested_gather(own).mean())
+            logs["loss"] -= weight * logs["own_loss"]
+        self.own_losses.clear()
+        super().log(logs, *args, **options)
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **options: Any) -> Any:
         # a resumed run would take the rows of a pass from the state, and with other passes to a step another batch
@@ -217,10 +234,11 @@ def _own_precision() -> Iterator[None]:
             os.environ[PRECISION] = before
 
 
-def _less_at_once(settings: TrainSettings) -> str:
-    smaller = max(1, settings.micro_batch // 2)
-    other = "" if settings.bf16 else ", --bf16"
+def _less_at_once(settings: TrainSettings, processes: Processes) -> str:
+    share = settings.batch_size // processes.count
+    smaller = max((rows for rows in range(1, settings.micro_batch // 2 + 1) if share % rows == 0), default=None)
+    other = "fewer --visual-tokens or --neighbours" + ("" if settings.bf16 else ", --bf16")
+    if smaller is None:
+        return f"in a new run use {other}"
     same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
-    return (
-        f"--resume --micro-batch {smaller} {same} in less (in a new run: fewer --visual-tokens or --neighbours{other})"
-    )
+    return f"--resume --micro-batch {smaller} {same} in less (in a new run: {other})"

@@ -26,7 +26,7 @@ from tinyalign_edge.train.connector import (
 from tinyalign_edge.train.copying import CopyHead, Texts, label_losses, memory_texts, mix
 from tinyalign_edge.train.paper import FusedKey, RandomPerceiver, SideBySideConnector
 from tinyalign_edge.train.question_key import QuestionKey
-from tinyalign_edge.train.reconstruct import sum_over_answers, text_losses
+from tinyalign_edge.train.reconstruct import Vocabulary, sum_over_answers, text_losses, vocabulary_of
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
 
 SHARED = 0  # block number of the part before the turns; turn t has block t + 1, padding -1
@@ -53,6 +53,7 @@ class AlignModel(nn.Module):
 
     accepts_loss_kwargs = True  # for the Trainer: it gives `forward` the answer tokens of a whole step
     reconstruct = 0.0  # weight of the own loss of latents in `forward`
+    _kept_vocabulary: Vocabulary | None = None
 
     def __init__(
         self,
@@ -255,26 +256,38 @@ class AlignModel(nn.Module):
         The memory tokens are made anew for it: that is little beside the language model's pass.
         """
         size = self.memory_settings.latents
-        embeddings = self.language.get_input_embeddings()
-        table = embeddings(torch.arange(len(embeddings.weight), device=labels.device))  # as they are read: some scale
         tokens = self.memory_tokens(memory).unflatten(0, (-1, size))  # (E, L, D)
-        losses, entries = text_losses(tokens, memory["token_ids"], memory["token_mask"], table)
+        losses, entries = text_losses(tokens, memory["token_ids"], memory["token_mask"], self._vocabulary())
         row_of = torch.arange(len(labels), device=labels.device).repeat_interleave(memory_mask.sum(dim=1) // size)
         return sum_over_answers(losses, row_of[entries], (labels != IGNORED).sum(dim=1))
+
+    def _vocabulary(self) -> Vocabulary:
+        """The language model's input embeddings as `text_losses` reads them, kept while they do not train."""
+        embeddings = self.language.get_input_embeddings()
+        weight: Tensor = embeddings.weight
+        kept = self._kept_vocabulary
+        if kept is not None and not weight.requires_grad and kept.mean.device == weight.device:
+            return kept
+        with torch.inference_mode(False), torch.no_grad():  # whoever asks first, a pass backwards may follow
+            made = vocabulary_of(embeddings(torch.arange(len(weight), device=weight.device)))  # as read: some scale
+        self._kept_vocabulary = None if weight.requires_grad else made
+        return made
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Any) -> dict[str, Tensor]:
         """Mean loss over the answer tokens of a batch, or its part of the mean over all tokens of a step.
 
-        With `reconstruct`, each answer token's loss is that of its row's memory more, times that weight.
+        With `reconstruct`, each answer token's loss is that of its row's memory more, times that weight; that part
+        stands apart, too, as it is before it is weighed.
         """
         losses = self.answer_losses(**batch)
-        loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        count = len(losses) if num_items_in_batch is None else num_items_in_batch
+        loss, own = losses.sum() / count, losses.new_zeros(())
         if self.reconstruct and batch["memory"] is not None:
-            own = self.own_losses(batch["memory"], batch["memory_mask"], batch["labels"])
-            loss = loss + self.reconstruct * own / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+            own = self.own_losses(batch["memory"], batch["memory_mask"], batch["labels"]) / count
+            loss = loss + self.reconstruct * own
         if not loss.requires_grad:  # nobody in the batch has a memory, and nothing else trains
             loss = loss + 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
-        return {"loss": loss}
+        return {"loss": loss, "own_loss": own.detach()}
 
 
 def body_name(language: Any) -> str:

@@ -55,7 +55,7 @@ class TrainOptions:
         memory_from: the share of the steps, the first ones, in which no row sees its neighbours; None: a quarter where
             a connector is trained from its beginning, and none with the memory "paper".
         reconstruct: the weight of an own loss of latents, by which their memory tokens say their entry's text.
-        freeze_values: the value encoder of latents stays as it begins.
+        freeze_values: the value encoder stays as it begins; in stage "align" for the memory "latents" alone.
         random_values: the control: latents begin in random directions instead of the embeddings' principal axes.
         latents, latent_dim: of an entry; None: 8 of 96 numbers, with the memory "hybrid" 2, with "paper" 32 of 96.
     """
@@ -164,7 +164,12 @@ def check_values(options: TrainOptions, kind: TrainedMemory) -> None:
     if options.random_values and (kind != "latents" or options.stage != "align"):
         raise InputError(f"random_values: is for new latents, this is {kind} in stage {options.stage}; leave it out")
     if options.freeze_values and kind not in WITH_LATENTS:
-        raise InputError(f"--freeze-values: no value encoder trains with --memory {kind}; use latents or hybrid")
+        raise InputError(f"--freeze-values: no value encoder trains with --memory {kind}; use latents")
+    if options.freeze_values and kind == "hybrid" and options.stage == "align":
+        raise InputError(
+            "--freeze-values: the latents of --memory hybrid begin at zero and would say nothing; use latents, or "
+            "leave it out before --stage instruct"
+        )
 
 
 def memory_settings(options: TrainOptions, connector: ConnectorSettings, *, whole: bool) -> MemorySettings:

@@ -29,7 +29,7 @@ from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.neighbours import of_others, retrieve
 from tinyalign_edge.train.out_of_memory import out_of_memory
-from tinyalign_edge.train.processes import Processes
+from tinyalign_edge.train.processes import Processes, is_first
 from tinyalign_edge.train.settings import MemorySettings
 from tinyalign_edge.train.start import Start
 from tinyalign_edge.train.towers import LanguageTower, VisionTower
@@ -96,6 +96,7 @@ def see(
         share=(processes.rank, processes.count),
         wait=processes.wait,
     )
+    features = replace(features, lost=processes.joined(features.lost))
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)
 
@@ -163,7 +164,7 @@ class Bank:
         if memory.kind == "none":
             return None
         ids = []
-        with progress("Reading texts", len(self.rows)) as advance:
+        with progress("Reading texts", len(self.rows), shown=is_first()) as advance:
             for row in self.rows:
                 ids.append(prompt.memory_ids(row.memory_turns, memory.value_tokens))
                 advance()

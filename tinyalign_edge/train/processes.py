@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 class Processes:
@@ -31,6 +31,11 @@ class Processes:
     def of_first(self, value: Any) -> Any:
         """The first process's value, in all of them."""
         return broadcast_object_list([value])[0] if self._state else value
+
+    def joined(self, own: dict[int, str]) -> dict[int, str]:
+        """What each process has, in all of them."""
+        parts = gather_object([own]) if self._state else [own]
+        return {number: said for part in parts for number, said in part.items()}
 
 
 def is_first() -> bool:

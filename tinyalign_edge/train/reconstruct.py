@@ -6,33 +6,54 @@ the whole vocabulary: that is the table that a frozen language model reads. Its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TEMPERATURE = 0.05  # of the cosines: a token's own embedding is then known among tens of thousands
+AT_ONCE = 128  # tokens, whose cosines with a whole vocabulary are in memory
 
 
-def text_losses(tokens: Tensor, token_ids: Tensor, token_mask: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Vocabulary:
+    """The mean (D,) of the input embeddings, and the directions (V, D) in which they lie from it, of unit length."""
+
+    mean: Tensor
+    directions: Tensor
+
+
+def vocabulary_of(table: Tensor) -> Vocabulary:
+    """Of input embeddings (V, D); nothing is computed backwards through them."""
+    table = table.detach().float()
+    mean = table.mean(dim=0)
+    return Vocabulary(mean, nn.functional.normalize(table - mean, dim=-1))
+
+
+def text_losses(tokens: Tensor, token_ids: Tensor, token_mask: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """How surely the texts' first tokens are known from the memory tokens at their places.
 
     Args:
         tokens: (E, L, D) memory tokens of E entries.
         token_ids, token_mask: (E, T) int64 and bool, the entries' texts. What is longer than L is not asked for, and
             what is left of the L after a shorter text may say anything.
-        table: (V, D) input embeddings; nothing is computed backwards through them.
+        vocabulary: `vocabulary_of` the input embeddings.
 
     Returns:
         Negative log-likelihoods (P,), in nats, of all tokens that are asked for, and (P,) int64 of which entry each is.
     """
     size = min(tokens.shape[1], token_ids.shape[1])
     asked = token_mask[:, :size]
-    table = table.detach().float()
-    mean = table.mean(dim=0)
-    vocabulary = nn.functional.normalize(table - mean, dim=-1)
-    found = nn.functional.normalize(tokens[:, :size][asked].float() - mean, dim=-1)  # (P, D)
-    logits = (found @ vocabulary.T).float() / TEMPERATURE
-    losses = nn.functional.cross_entropy(logits, token_ids[:, :size][asked], reduction="none")
-    return losses, asked.nonzero()[:, 0]
+    found = nn.functional.normalize(tokens[:, :size][asked].float() - vocabulary.mean, dim=-1)  # (P, D)
+
+    def losses(some: Tensor, ids: Tensor) -> Tensor:
+        logits = (some @ vocabulary.directions.T).float() / TEMPERATURE
+        return nn.functional.cross_entropy(logits, ids, reduction="none")
+
+    parts = zip(found.split(AT_ONCE), token_ids[:, :size][asked].split(AT_ONCE), strict=True)
+    kept = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(kept), asked.nonzero()[:, 0]
 
 
 def sum_over_answers(losses: Tensor, rows: Tensor, answer_tokens: Tensor) -> Tensor:

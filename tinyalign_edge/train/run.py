@@ -57,9 +57,6 @@ COPYING_STATE = "copying"  # below the run's state
 FEATURES = "features"  # below the run's state: where several processes meet
 
 
-@out_of_memory(
-    "beside the training steps", "keep features on disk (--cache-features DIR) or train on fewer rows (--fraction)"
-)
 def train(
     *,
     data: str | Path | Sequence[str | Path],
@@ -101,7 +98,7 @@ def train(
     state = RunState(out, resume=resume)
     processes.wait()  # before the first one writes there
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
-    with state.nothing_left():
+    with state.nothing_left(), out_of_memory("before the steps", _less_before(options, state)):
         return _train(
             sources, images, out, options, partial(_start, vision, lm, vlm, chat_template, start, options),
             started_from=start, resume=resume, label=label, device=device, processes=processes, state=state,
@@ -128,7 +125,8 @@ def _train(
         raise InputError(f"{sources[0].data}: no row has a picture; key 'image' must name some")
     training, held_out = split(corpus, held_out=MAX_HELD_OUT, fraction=options.fraction, seed=options.seed)
     torch.manual_seed(options.seed)
-    begun = start()
+    with out_of_memory("while the models are loaded", "use smaller ones or a machine with more memory"):
+        begun = start()
     if begun.whole:
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
@@ -196,15 +194,25 @@ def _train(
         model.freeze_all_but_copying()
         fit_all(rows=rows.playing(episodes), settings=copying_settings(settings), state=state.folder / COPYING_STATE,
                 label="Training to copy", before=settings.steps)  # fmt: skip
-    if begun.whole and processes.first:
-        warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
-    begun.merge()
-    if processes.first:
-        config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,
-                                  keys=bank.keys, values=values)  # fmt: skip
-        state.clear()
+    with out_of_memory("after the last step", "--resume alone makes the checkpoint, in less"):
+        if begun.whole and options.stage == "align" and processes.first:
+            warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
+        begun.merge()
+        if processes.first:
+            config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,
+                                      keys=bank.keys, values=values)  # fmt: skip
+            state.clear()
     processes.wait()
     return config
+
+
+def _less_before(options: TrainOptions, state: RunState) -> str:
+    """What takes less memory before the steps; an interrupted run goes on with its share of the rows."""
+    ways = [
+        *("keep features on disk (--cache-features DIR)",) * (options.cache_features is None),
+        *("train on fewer rows (--fraction)",) * (not state.resumed),
+    ]
+    return " or ".join(ways) or "use a machine with more memory"
 
 
 def _start(

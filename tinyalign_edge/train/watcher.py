@@ -24,6 +24,8 @@ class Watcher(TrainerCallback):
 
     TensorBoard's files are written beside `metrics`, where that package is installed.
 
+    The training loss is that of the answers; that of the latents' own stands beside it where there is one.
+
     Args:
         before: steps that came before the loop's first one; the loss of rows with made-up names, which are trained
             after others, is not that of training and not noted in `metrics`.
@@ -40,7 +42,7 @@ class Watcher(TrainerCallback):
     ) -> None:
         self.collate, self.held_out, self.settings = collate, held_out, settings
         self.metrics, self.advance, self.before = metrics, advance, before
-        self.loss, self.tokens_per_second = float("nan"), 0.0
+        self.loss, self.own_loss, self.tokens_per_second = float("nan"), float("nan"), 0.0
         self.seen_tokens: Callable[[], int] = lambda: 0
         self.since = time.monotonic()
         self.board: Any = None
@@ -64,12 +66,16 @@ class Watcher(TrainerCallback):
         control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, model: Any = None, **_: Any) -> None:
-        """Note the training loss and the speed; evaluate when it is time, before the step's state is written."""
+        """Note the training losses and the speed; evaluate when it is time, before the step's state is written."""
         if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         self.loss = float(logs["loss"])
         speed = self.tokens_per_second = self.seen_tokens() / max(time.monotonic() - self.since, 1e-9)
-        self.advance(0, f"loss {self.loss:.3f}, {speed:,.0f} tokens/s")
+        own = ""
+        if "own_loss" in logs:
+            self.own_loss = float(logs["own_loss"])
+            own = f"own loss {self.own_loss:.3f}, "
+        self.advance(0, f"loss {self.loss:.3f}, {own}{speed:,.0f} tokens/s")
         self._show(state.global_step, train_loss=self.loss, tokens_per_second=speed, **_figures(logs))
         if state.global_step % self.settings.eval_every == 0 or state.global_step >= state.max_steps:
             self._evaluate(state.global_step, model)
@@ -92,6 +98,8 @@ class Watcher(TrainerCallback):
             "train_loss": round(self.loss, 6) if known else None,
             "tokens_per_second": round(self.tokens_per_second) if known else None,
         }
+        if self.settings.reconstruct:
+            point["own_loss"] = round(self.own_loss, 6) if known else None
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
@@ -128,7 +136,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def _figures(logs: dict[str, Any]) -> dict[str, float]:
-    return {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
+    return {name: float(logs[name]) for name in ("own_loss", "learning_rate", "grad_norm") if name in logs}
 
 
 def _points(metrics: Path, last: int) -> list[str]:
