@@ -101,7 +101,8 @@ TRIALS = {
     "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
-    "baseline-long": replace(ARMS["baseline"], title="no memory, twice the steps", steps=2.0),
+    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
+       for arm in ("baseline", "memory")},
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
@@ -164,7 +165,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += [f"baseline-lr-{HIGHER:g}", *(f"memory-from-{share:g}" for share in JOINS[name])]
         whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
-        whole += ["baseline-dropout"]
+        whole += ["baseline-dropout", "memory-long"]
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 

@@ -91,7 +91,7 @@ def settings(done: Results, summary: Summary) -> str:
             memory = used["memory"]
             rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}",
                          f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
-                         f"{memory['value_tokens']} token ids an entry, dropout {memory['dropout']}"))  # fmt: skip
+                         f"{memory['value_tokens']} token ids an entry, fewer or none in {memory['dropout']:.0%} of the rows"))  # fmt: skip
     return markdown_table(("data", "training", "visual tokens", "memory"), rows) if rows else "Nothing yet."
 
 
