@@ -89,9 +89,12 @@ def settings(done: Results, summary: Summary) -> str:
         if used:
             training = [f"{option} {_used(done, name, option)}" for option in OPTIONS]
             memory = used["memory"]
-            rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}",
-                         f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
-                         f"{memory['value_tokens']} token ids an entry, fewer or none in {memory['dropout']:.0%} of the rows"))  # fmt: skip
+            read = (
+                f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
+                f"{memory['value_tokens']} token ids an entry, {'' if memory['copy_dim'] else 'not '}copied, "
+                f"fewer or none in {memory['dropout']:.0%} of the rows"
+            )
+            rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}", read))
     return markdown_table(("data", "training", "visual tokens", "memory"), rows) if rows else "Nothing yet."
 
 
