@@ -17,8 +17,8 @@ CLOSED = ("yes", "no", "true", "false")  # answers of questions that are reporte
 SCENES_SEED = 0
 MOST_ASKED = 5000
 
-# What all arms of a data set share. Steps: where the baseline's held-out loss flattens; on caltech a trial with twice as
-# many shows that it falls further (docs/study.md).
+# What all arms of a data set share. Steps: where the baseline's held-out loss flattens; on caltech a trial with twice
+# as many shows that it falls further (docs/study.md).
 # The learning rate is chosen by the plan's trials, and where there are some, when the memory is first read and whether
 # its words can be copied.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
