@@ -59,8 +59,8 @@ def difference(
     if training.copying_steps:
         wanted["copying_steps"] = copying_steps(training.steps)
     if not whole:
-        wanted |= {"connector.kind": options.connector}
-        wanted |= {"connector.visual_tokens": options.visual_tokens} if options.visual_tokens is not None else {}
+        wanted["connector.kind"] = options.connector
+        wanted["connector.visual_tokens"] = options.visual_tokens or connector.visual_tokens
     found = {f"memory.{name}": value for name, value in asdict(memory).items()} | asdict(training)
     found |= {f"connector.{name}": value for name, value in asdict(connector).items()}
     return next(((name, found[name], value) for name, value in wanted.items() if found[name] != value), None)

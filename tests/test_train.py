@@ -149,6 +149,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     monkeypatch.setattr(watcher.Watcher, "on_step_end", on_step_end)
     with pytest.raises(InputError, match="--resume"):
         train_tiny(world, towers, tmp_path / "cut", steps=6)
+    begun = tmp_path / "cut" / "state" / "run.json"
+    older = json.loads(begun.read_text("utf-8"))
+    del older["training"]["random_values"]  # of before there was this setting
+    begun.write_text(json.dumps(older), "utf-8")
     given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "cut", "resume": True}
     given |= {"vision": str(towers / "vit"), "lm": str(towers / "lm")}
     options = {"batch_size": 8, "visual_tokens": 4, "eval_every": 2, "device": "cpu"}

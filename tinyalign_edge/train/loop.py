@@ -150,8 +150,9 @@ class AlignTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if not torch.isfinite(loss):
             raise TinyAlignError(f"the loss is {loss.item()} at step {step + 1}; {LOWER_RATE}")
-        own = outputs["own_loss"] * self.args.world_size  # as the loss is
-        self.own_losses[step] = self.own_losses.get(step, 0) + own
+        if self._own().reconstruct:
+            own = outputs["own_loss"] * self.args.world_size  # as the loss is
+            self.own_losses[step] = self.own_losses.get(step, 0) + own
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:

@@ -208,10 +208,11 @@ def _train(
 
 def _less_before(options: TrainOptions, state: RunState) -> str:
     """What takes less memory before the steps; an interrupted run goes on with its share of the rows."""
-    ways = [
-        *("keep features on disk (--cache-features DIR)",) * (options.cache_features is None),
-        *("train on fewer rows (--fraction)",) * (not state.resumed),
-    ]
+    ways = []
+    if options.cache_features is None:
+        ways.append("keep features on disk (--cache-features DIR)")
+    if not state.resumed:
+        ways.append("train on fewer rows (--fraction)")
     return " or ".join(ways) or "use a machine with more memory"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tinyalign_edge.config import read_json, to_json, write_json
+from tinyalign_edge.config import from_json, read_json, to_json, write_json
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.model import AlignModel
@@ -76,18 +75,21 @@ class RunState:
     def check(self, config: CheckpointConfig, *, but: tuple[str, ...] = ()) -> None:
         """Compare the settings of a resumed run, but some that are not known yet, with the interrupted one's.
 
+        A setting that those lack, of before there was one, has its default.
+
         Raises:
+            BundleError: the interrupted run's are damaged.
             InputError: they differ; the message names those that do.
         """
         if not self.resumed:
             return
-        before, now = read_json(self.folder / RUN), to_json(config)
+        run = self.folder / RUN
+        before, now = (to_json(made) for made in (from_json(CheckpointConfig, read_json(run), str(run)), config))
         changed = sorted(
             f"{part}.{key}"
             for part in now
             for key in (now[part] if isinstance(now[part], dict) else {})
-            if before.get(part, {}).get(key) != json.loads(json.dumps(now[part][key]))
-            and f"{part}.{key}" not in (*FREE, *but)
+            if before[part][key] != now[part][key] and f"{part}.{key}" not in (*FREE, *but)
         )
         if changed:
             raise InputError(f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same")
