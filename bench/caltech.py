@@ -17,7 +17,7 @@ from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.datasets import SETTINGS, find_dataset
-from tinyalign_edge.bench.study.plan import ARMS
+from tinyalign_edge.bench.study.plan import Run
 from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
@@ -79,8 +79,9 @@ def run_arm(arm: str, out: Path, steps: int) -> dict[str, Any]:
 
 def arm_options(arm: str, steps: int) -> TrainOptions:
     """The study's of this kind of memory, for so many steps."""
-    shared_by_all = replace(SETTINGS["caltech"], steps=steps, learning_rate=LEARNING_RATE)
-    return ARMS[STUDY_ARMS[arm]].options(shared_by_all, dataset="caltech", share=100, seed=0)
+    return replace(
+        Run("caltech", STUDY_ARMS[arm]).options(SETTINGS["caltech"]), steps=steps, learning_rate=LEARNING_RATE
+    )
 
 
 def _scores(target: Path, data: str, *, memory: MemoryMode = "own") -> dict[str, Any]:

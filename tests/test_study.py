@@ -57,7 +57,9 @@ def test_the_plan_begins_with_what_matters_most_and_names_each_part_once() -> No
     for name in plan.MAIN:
         for arm in ("baseline", "memory"):
             done = {
-                (p.run.share, p.run.seed) for p in parts if (p.run.dataset, p.run.arm, p.kind) == (name, arm, "scores")
+                (p.run.share, p.run.seed)
+                for p in parts
+                if (p.run.dataset, p.run.arm, p.kind) == (name, arm, "scores") and p.run.seed != plan.TUNING_SEED
             }
             assert done == {(share, seed) for share in plan.SHARES for seed in plan.SEEDS}
 
@@ -75,10 +77,7 @@ def test_both_arms_take_the_learning_rate_with_which_the_baseline_ends_lowest(be
 
 def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_settings() -> None:
     shared = TrainOptions(steps=400)
-    made = {
-        name: arm.options(shared, dataset="caltech", share=40, seed=1)
-        for name, arm in {**plan.ARMS, **plan.TRIALS}.items()
-    }
+    made = {name: Run("caltech", name, 40, 1).options(shared) for name in (*plan.ARMS, *plan.TRIALS)}
     for options in made.values():
         check_options(options)
     assert replace(made["memory"], memory="none") == made["baseline"]
@@ -93,12 +92,24 @@ def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_setting
     }.items():
         assert made[f"latents-{name}"] == replace(made["latents"], **changes)  # type: ignore[arg-type]
         assert f"latents-{name}" in (*plan.ABLATIONS, *plan.TRIED_ONCE)
-    assert (made["memory"].fraction, made["memory"].seed, made["half"].steps, made["paper"].batch_size) == (
-        0.4,
-        1,
-        200,
-        96,
-    )
+    assert (made["memory"].fraction, made["memory"].seed, made["paper"].batch_size) == (0.4, 1, 96)
+
+
+def test_ablations_and_trials_may_have_fewer_steps_and_are_read_beside_runs_with_as_many() -> None:
+    names = {part.name for part in plan.plan()}
+
+    def steps(dataset: str, *arms: str) -> list[int | None]:
+        return [Run(dataset, arm).options(TrainOptions(steps=1200)).steps for arm in arms]
+
+    for arm in plan.MAIN_ARMS:
+        beside = plan.short("caltech", arm)
+        assert steps("caltech", arm, beside, "k-1", "latents-long", "baseline-long") == [1200, 800, 800, 1600, 1600]
+        assert steps("easy_vqa", arm, "k-1", "baseline-long") == [1200, 1200, 2400]
+        assert plan.short("easy_vqa", arm) == arm
+        assert f"caltech.{beside}.100.2.scores" in names and f"easy_vqa.{beside}-short.100.0.scores" not in names
+        options = Run("caltech", arm).options(TrainOptions(steps=1200))
+        assert replace(options, steps=800) == Run("caltech", beside).options(TrainOptions(steps=1200))
+    assert Run("caltech", "k-1").options(TrainOptions(steps=2)).steps == 2
 
 
 def test_an_entry_keeps_what_its_row_answers_openly() -> None:
@@ -233,7 +244,7 @@ def goal_of(done: dict[str, dict[str, Any]], text: str) -> Goal:
 def test_a_loss_that_is_never_reached_misses_the_goal(reached: int) -> None:
     memory = [scores(0.5)] * reached + [scores(0.9)] * (3 - reached)
     done = seeds_of("caltech", "baseline", *[scores(0.6)] * 3) | seeds_of("caltech", "memory", *memory)
-    done |= seeds_of("caltech", "k-1", scores(0.9))
+    done |= seeds_of("caltech", "k-1", scores(0.9)) | seeds_of("caltech", "baseline-short", scores(0.8))
     summary = summarise(done)
     never = 3 - reached
     assert summary["caltech"]["steps_to_baseline_loss_ratio"] == {"mean": None, "std": None, "seeds": 3, "never": never}
@@ -244,6 +255,25 @@ def test_a_loss_that_is_never_reached_misses_the_goal(reached: int) -> None:
     assert f" {text} |" in tables.losses(done, summary)
     (line,) = (line for line in tables.ablations(done, summary).splitlines() if "| k-1 |" in line)
     assert line.endswith(" not reached |")
+
+
+def test_short_runs_are_told_beside_the_others_and_compared_with_each_other() -> None:
+    done = seeds_of("caltech", "baseline", *[scores(0.6)] * 3) | seeds_of("caltech", "memory", *[scores(0.55)] * 3)
+    done |= seeds_of("caltech", "baseline-short", *[scores(0.8, 0.25)] * 3)
+    done |= seeds_of("caltech", "memory-short", *[scores(0.65, 0.75, test=0.5)] * 3)
+    done[Part(Run("caltech", "memory-short", plan.FEW, 1), "scores").name] = scores(0.7, 0.375, kind="yes_no")
+    summary = summarise(done)
+    short = summary["caltech"]["short"]
+    assert "short" not in summary["easy_vqa"]
+    assert short["final_loss"]["baseline"]["mean"] == pytest.approx(0.8)
+    assert short["final_loss"]["shuffled_memory"]["seeds"] == 0
+    assert short["test_loss"]["memory"]["mean"] == 0.5
+    assert short["steps_to_baseline_loss_ratio"]["mean"] == 0.5
+    assert summary["caltech"]["steps_to_baseline_loss_ratio"]["mean"] == 1.0
+    assert short["score"]["100"]["memory"]["mean"] == 0.75
+    assert short["score_yes_no"][f"{plan.FEW}"]["memory"] == {"mean": 0.375, "std": None, "seeds": 1}
+    (line,) = (line for line in tables.fewer_steps(done, summary).splitlines() if "| memory |" in line)
+    assert line.startswith("| caltech | 800 | memory | 0.6500 ± 0.0000 | 0.5000 ± 0.0000 | 0.50 ± 0.00 | 75.0")
 
 
 def test_one_seed_that_never_reaches_the_loss_decides_and_a_missing_one_does_not() -> None:

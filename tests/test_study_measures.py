@@ -19,7 +19,7 @@ from tests.banks import key_of, make_bank, unit
 from tinyalign_edge.bench.study import measure
 from tinyalign_edge.bench.study.datasets import SETTINGS, DataSet, apart
 from tinyalign_edge.bench.study.measure import Bench
-from tinyalign_edge.bench.study.plan import ABLATIONS, ARMS, DATASETS, MAIN, OWN, Run, plan
+from tinyalign_edge.bench.study.plan import ABLATIONS, DATASETS, MAIN, OWN, Run, plan, short
 from tinyalign_edge.bench.study.summary import summarise
 from tinyalign_edge.config import read_json
 from tinyalign_edge.data import IMAGE, Turn, read_rows
@@ -185,19 +185,19 @@ def test_every_ablation_that_is_asked_for_is_planned_on_both_data_sets(arm: str,
     names = {part.name for part in plan()}
     for name in ("caltech", "easy_vqa"):
         assert f"{name}.{arm}.100.0.scores" in names
-        options = ARMS[arm].options(SETTINGS[name], dataset=name, share=100, seed=0)
+        options = Run(name, arm).options(SETTINGS[name])
         assert {option: getattr(options, option) for option in differs} == differs
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_an_ablation_is_left_out_where_the_data_sets_own_settings_are_the_same(name: str) -> None:
     def made(arm: str) -> TrainOptions:
-        options = ARMS[arm].options(SETTINGS[name], dataset=name, share=100, seed=0)
+        options = Run(name, arm).options(SETTINGS[name])
         return replace(options, key=options.key or "picture", copy_words=options.copy_words is not False)
 
     names = {part.name for part in plan()}
     for arm in ABLATIONS:
-        same = made(arm) == made("memory")
+        same = made(arm) == made(short(name, "memory"))
         assert (f"{name}.{arm}.100.0.scores" not in names) == same == (arm in OWN[name]), arm
 
 

@@ -10,9 +10,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tinyalign_edge.bench.study.plan import ARMS, DATASETS, MAIN, SEEDS, SHARES, Run
+from tinyalign_edge.bench.study.plan import (
+    ARMS,
+    DATASETS,
+    MAIN,
+    MAIN_ARMS,
+    SEEDS,
+    SHARES,
+    SHORT,
+    SHORT_STEPS,
+    Run,
+    short,
+)
 from tinyalign_edge.bench.study.store import Results
-from tinyalign_edge.bench.study.summary import Summary, curve, find
+from tinyalign_edge.bench.study.summary import COMPARED, Summary, curve, find
 
 COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}
 LABELS = {"baseline": "no memory", "memory": "memory", "shuffled": "other pictures' memory",
@@ -93,16 +104,19 @@ def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
     for axes, name in zip(_panels(figure, names), names, strict=True):
         found = _ablated(done, name)
         places = range(len(found))
-        colours = [COLOURS.get(arm, "tab:olive") for arm, _ in found]
+        colours = [COLOURS.get(arm.removesuffix(SHORT), "tab:olive") for arm, _ in found]
         axes.barh(places, [loss for _, loss in found], color=colours)
         axes.set_yticks(places, [arm for arm, _ in found])
         axes.invert_yaxis()
-        axes.set(title=name, xlabel="loss of the test questions, nats a token")
+        steps = f", {SHORT_STEPS[name]} steps" if name in SHORT_STEPS else ""
+        axes.set(title=f"{name}{steps}", xlabel="loss of the test questions, nats a token")
     return bool(names)
 
 
 def _ablated(done: Results, name: str) -> list[tuple[str, float]]:
-    losses = [(arm, find(done, Run(name, arm), "scores", "loss")) for arm in ARMS if arm not in ("shuffled", "half")]
+    others = (arm for arm in ARMS if arm.removesuffix(SHORT) not in MAIN_ARMS)
+    shown = (*(short(name, arm) for arm in COMPARED), *others)
+    losses = [(arm, find(done, Run(name, arm), "scores", "loss")) for arm in shown]
     return sorted([(arm, loss) for arm, loss in losses if loss is not None], key=lambda pair: pair[1])
 
 

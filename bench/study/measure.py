@@ -82,7 +82,7 @@ class Bench:
         Raises:
             InputError: a trial has no result yet.
         """
-        options = run.of().options(self.settings[run.dataset], dataset=run.dataset, share=run.share, seed=run.seed)
+        options = run.options(self.settings[run.dataset])
         if run.dataset not in DATASETS or "learning_rate" in run.of().changes:
             return options
         trials = rate_trials(run.dataset)

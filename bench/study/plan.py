@@ -17,6 +17,7 @@ SHARES = (10, 20, 40, 70, 100)  # per cent of the training pictures
 SEEDS = (0, 1, 2)
 TUNING_SEED = 1000
 BANK_SHARES = (1, 10, 100)  # per cent of the entries, of a model that was trained with all
+SHORT_STEPS = {"caltech": 800}  # of all arms but those of `MAIN_ARMS`, and of the trials: fewer than its settings have
 QUESTIONS_A_ROW = {"caltech": 3}  # of the training rows, which a key that tells what is asked takes apart
 
 
@@ -27,23 +28,13 @@ class Arm:
     Attributes:
         changes: of `TrainOptions`.
         text: what the entries of the bank keep: "answers" alone, or all "turns".
-        steps: times the data set's.
+        steps: times those of the data set, or of its short runs.
     """
 
     title: str
     changes: dict[str, Any]
     text: Literal["answers", "turns"] = "answers"
     steps: float = 1.0
-
-    def options(self, of: TrainOptions, *, dataset: str, share: int, seed: int) -> TrainOptions:
-        """The run's options."""
-        steps = round((of.steps or 0) * self.steps)
-        options = replace(of, **{"fraction": share / 100, "seed": seed, "steps": steps, **self.changes})
-        if options.memory == "none":
-            options = replace(options, key=None, memory_from=None)
-        if options.key in ("question", "fused"):  # as many questions a step
-            options = replace(options, batch_size=of.batch_size * QUESTIONS_A_ROW.get(dataset, 1))
-        return options
 
 
 TOKENS: dict[str, Any] = {"memory": "tokens"}
@@ -53,11 +44,15 @@ COPYING: dict[str, Any] = {"copy_words": None, "episodes": None}  # as the train
 NO_COPYING: dict[str, Any] = {"copy_words": False, "episodes": 0.0}
 OWN_LOSS = 0.5  # weight of the latents' own loss
 
-ARMS = {
+MAIN_ARMS = {
     "baseline": Arm("no memory", BASELINE),
     "memory": Arm("memory: token ids, k = 4", TOKENS),
     "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True}),
-    "half": Arm("memory, trained for half the steps", TOKENS, steps=0.5),
+}
+SHORT = "-short"  # ends the names of their runs with fewer steps, beside which the other arms are read
+ARMS = {
+    **MAIN_ARMS,
+    **{f"{name}{SHORT}": arm for name, arm in MAIN_ARMS.items()},
     "copying": Arm("token ids that can be copied", {**TOKENS, **COPYING}),
     "no-copy": Arm("token ids that cannot be copied", {**TOKENS, **NO_COPYING}),
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, **COPYING, "episodes": 0.0}),
@@ -103,13 +98,14 @@ TRIALS = {
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
     **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
        for arm in ("baseline", "memory")},
+    "baseline-x1.5": replace(ARMS["baseline"], title=f"{ARMS['baseline'].title}, 1.5 times the steps", steps=1.5),
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
     "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
 )  # fmt: skip
 TRIED_ONCE = (  # on the data set with classes that no training saw
-    "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "half", "from-start",
+    "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
     "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
@@ -133,6 +129,19 @@ class Run:
         """Its arm."""
         return {**ARMS, **TRIALS}[self.arm]
 
+    def options(self, of: TrainOptions) -> TrainOptions:
+        """Its options, given those that its data set's arms share."""
+        arm, steps = self.of(), of.steps or 0
+        if self.arm not in MAIN_ARMS:
+            steps = min(steps, SHORT_STEPS.get(self.dataset, steps))
+        changes = {"fraction": self.share / 100, "seed": self.seed, "steps": round(steps * arm.steps), **arm.changes}
+        options = replace(of, **changes)
+        if options.memory == "none":
+            options = replace(options, key=None, memory_from=None)
+        if options.key in ("question", "fused"):  # as many questions a step
+            options = replace(options, batch_size=of.batch_size * QUESTIONS_A_ROW.get(self.dataset, 1))
+        return options
+
 
 @dataclass(frozen=True)
 class Part:
@@ -145,6 +154,11 @@ class Part:
     def name(self) -> str:
         """Its file's name, without suffix."""
         return f"{self.run.name}.{self.kind}"
+
+
+def short(name: str, arm: str) -> str:
+    """The arm of `MAIN_ARMS` beside which the others of a data set are read: as many steps as they have."""
+    return f"{arm}{SHORT}" if name in SHORT_STEPS else arm
 
 
 def plan() -> list[Part]:
@@ -165,7 +179,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += [f"baseline-lr-{HIGHER:g}", *(f"memory-from-{share:g}" for share in JOINS[name])]
         whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
-        whole += ["baseline-dropout", "memory-long"]
+        whole += ["baseline-dropout", "baseline-x1.5", "memory-long"]
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
@@ -189,6 +203,11 @@ def _ordered() -> Iterator[Part]:
         for seed in SEEDS:
             for name in MAIN:
                 yield from _share(name, share, seed)
+    for name in SHORT_STEPS:
+        for seed in SEEDS:
+            yield from (Part(Run(name, short(name, arm), seed=seed), "scores") for arm in MAIN_ARMS)
+            yield from (Part(Run(name, short(name, arm), FEW, seed), "scores") for arm in ("baseline", "memory"))
+    yield from (Part(Run(TAUGHT, short(TAUGHT, "memory"), seed=seed), "teach") for seed in SEEDS)
     yield from (Part(Run("easy_vqa", "copying", share, seed), "scores") for share in (100, FEW) for seed in SEEDS)
     for arm in (*ABLATIONS, *TRIED_ONCE):
         names = MAIN if arm in ABLATIONS else (TAUGHT,)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from tinyalign_edge.bench.study.plan import DATASETS, SHARES, TAUGHT, Kind, Part, Run
+from tinyalign_edge.bench.study.plan import DATASETS, FEW, SHARES, SHORT_STEPS, TAUGHT, Kind, Part, Run, short
 from tinyalign_edge.bench.study.seeds import Figure, Spread
 from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.teach import SHOTS
@@ -60,10 +61,12 @@ def loss_before_copying(done: Results, run: Run) -> float | None:
     return dict(curve(done, run)).get(steps)
 
 
-def steps_ratio(done: Results, name: str, seed: int, arm: str = "memory") -> float | None:
-    """The share of the baseline's steps after which an arm first has a held-out loss at or below the baseline's last;
+def steps_ratio(
+    done: Results, name: str, seed: int, arm: str = "memory", *, baseline_arm: str = "baseline"
+) -> float | None:
+    """The share of a baseline's steps after which an arm first has a held-out loss at or below the baseline's last;
     infinite where it never has, None where a part is missing."""
-    baseline, other = curve(done, Run(name, "baseline", seed=seed)), curve(done, Run(name, arm, seed=seed))
+    baseline, other = curve(done, Run(name, baseline_arm, seed=seed)), curve(done, Run(name, arm, seed=seed))
     if not baseline or not other:
         return None
     steps, last = baseline[-1]
@@ -99,7 +102,6 @@ def figures(done: Results, name: str) -> dict[str, Any]:
             **{arm: value(arm, "scores", "loss") for arm in COMPARED},
             "shuffled_memory": value("shuffled", "scores", "loss"),
             "empty_bank": value("memory", "scores", "empty_bank", "loss"),
-            "half_the_steps": value("half", "scores", "loss"),
             "int8": {arm: value(arm, "int8", "loss") for arm in COMPARED},
             "int8_in_torch": {arm: value(arm, "int8", "fp32", "loss") for arm in COMPARED},
         },
@@ -108,6 +110,35 @@ def figures(done: Results, name: str) -> dict[str, Any]:
         "score_yes_no": _scores(done, name, "yes_no"),
         "emi": _told(value),
         **(_taught(value) if name == TAUGHT else {}),
+        **({"short": _short(done, name)} if name in SHORT_STEPS else {}),
+    }
+
+
+def _short(done: Results, name: str) -> dict[str, Any]:
+    """The runs with fewer steps."""
+    baseline, memory, shuffled = (short(name, arm) for arm in (*COMPARED, "shuffled"))
+    arms = {"baseline": baseline, "memory": memory, "shuffled_memory": shuffled}
+
+    def figures(of: Callable[[Run], float | None], share: int = 100) -> dict[str, Figure]:
+        def one(arm: str) -> Figure:
+            return Figure.of(lambda seed: of(Run(name, arm, share, seed)))
+
+        return {key: one(arm) for key, arm in arms.items()}
+
+    def scores(kind: str) -> dict[str, dict[str, Figure]]:
+        return {
+            str(share): figures(lambda run: score_of(done, run, "scores", questions=kind), share)
+            for share in (FEW, 100)
+        }
+
+    return {
+        "final_loss": figures(partial(last_loss, done)),
+        "test_loss": figures(lambda run: find(done, run, "scores", "loss")),
+        "steps_to_baseline_loss_ratio": Figure.of(
+            lambda seed: steps_ratio(done, name, seed, memory, baseline_arm=baseline)
+        ),
+        "score": scores("open"),
+        "score_yes_no": scores("yes_no"),
     }
 
 

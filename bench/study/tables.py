@@ -14,14 +14,17 @@ from tinyalign_edge.bench.study.plan import (
     ARMS,
     BANK_SHARES,
     DATASETS,
+    FEW,
     MAIN,
     SEEDS,
     SHARES,
+    SHORT_STEPS,
     TAUGHT,
     TRIED_ONCE,
     Kind,
     Run,
     plan,
+    short,
     trial_runs,
 )
 from tinyalign_edge.bench.study.seeds import Spread
@@ -116,11 +119,26 @@ def losses(done: Results, summary: Summary) -> str:
             _change(final["memory"]["mean"], final["baseline"]["mean"]),
             *(_spread(final[key], "{:.4f}") for key in ("memory_before_copying", "shuffled_memory")),
             _spread(ratio, "{:.2f}"),
-            *(_spread(test[arm], "{:.4f}") for arm in (*COMPARED, "half_the_steps", "empty_bank")),
+            *(_spread(test[arm], "{:.4f}") for arm in (*COMPARED, "empty_bank")),
         ))  # fmt: skip
     head = ("data", "held-out loss: no memory", "memory", "change", "memory, before the copy term's own steps",
             "shuffled memory", "steps to the baseline's held-out loss / its steps", "test loss: no memory", "memory",
-            "memory, half the steps", "memory, empty bank")  # fmt: skip
+            "memory, empty bank")  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def fewer_steps(done: Results, summary: Summary) -> str:
+    """What the memory buys where the training is short."""
+    rows = []
+    for name, steps in SHORT_STEPS.items():
+        part = summary[name]["short"]
+        for arm, title in (("baseline", "no memory"), ("memory", "memory"), ("shuffled_memory", "shuffled memory")):
+            scores = (part[key][str(share)][arm] for key in ("score", "score_yes_no") for share in (100, FEW))
+            ratio = _spread(part["steps_to_baseline_loss_ratio"], "{:.2f}") if arm == "memory" else NONE
+            losses = (_spread(part[key][arm], "{:.4f}") for key in ("final_loss", "test_loss"))
+            rows.append((name, f"{steps}", title, *losses, ratio, *map(_share, scores)))
+    head = ("data", "steps", "arm", "held-out loss", "test loss", "steps to the baseline's held-out loss / its steps",
+            "open", f"open, {FEW} % of the data", "yes/no", f"yes/no, {FEW} % of the data")  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -168,7 +186,8 @@ def ablations(done: Results, summary: Summary) -> str:
     """One line an arm, seed 0."""
     rows = []
     for name in MAIN:
-        for arm in (*COMPARED, *ABLATIONS, *TRIED_ONCE):
+        baseline, memory = (short(name, arm) for arm in COMPARED)
+        for arm in (baseline, memory, *ABLATIONS, *TRIED_ONCE):
             run = Run(name, arm)
             loss, last = find(done, run, "scores", "loss"), last_loss(done, run)
             if loss is not None:
@@ -176,7 +195,7 @@ def ablations(done: Results, summary: Summary) -> str:
                 scores = (find(done, run, "scores", group, "exact_match") for group in ("open", "yes_no"))
                 rows.append((name, arm, ARMS[arm].title, NONE if size is None else f"{size:.0f}",
                              NONE if last is None else f"{last:.4f}", f"{loss:.4f}", *map(_percent, scores),
-                             _reached(steps_ratio(done, name, 0, arm))))  # fmt: skip
+                             _reached(steps_ratio(done, name, 0, arm, baseline_arm=baseline))))  # fmt: skip
     head = ("data", "arm", "", "bytes an entry", "held-out loss", "test loss", "open", "yes/no",
             "steps to the baseline's held-out loss / its steps")  # fmt: skip
     return markdown_table(head, rows)
@@ -204,8 +223,12 @@ def taught(done: Results, summary: Summary) -> str:
     """Right answers about classes that no training saw, after so many examples of each, and about trained ones."""
     rows = []
     measured: list[tuple[str, str, tuple[Kind, *tuple[str, ...]]]] = [
-        *((arm, ARMS[arm].title, ("teach",)) for arm in ("memory", "no-copy", "no-episodes")),
+        ("memory", ARMS["memory"].title, ("teach",)),
         ("memory", "memory, int8 bundle", ("int8", "teach")),
+        *(
+            (arm, f"{ARMS[arm].title}, {SHORT_STEPS[TAUGHT]} steps", ("teach",))
+            for arm in (short(TAUGHT, "memory"), "no-copy", "no-episodes")
+        ),
     ]
     seen = []
     for arm, title, place in measured:
@@ -280,6 +303,7 @@ TABLES: dict[str, Callable[[Results, Summary], str]] = {
     "goals": goal_table,
     "settings": settings,
     "losses": losses,
+    "fewer_steps": fewer_steps,
     "shares": shares,
     "controls": controls,
     "information": information,
