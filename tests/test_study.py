@@ -321,8 +321,8 @@ def test_int8_is_judged_by_its_worst_seed() -> None:
 
 
 def test_the_final_loss_is_the_held_out_one_and_the_test_questions_stand_beside_it() -> None:
-    done = seeds_of("caltech", "baseline", scores(0.6, test=0.7))
-    summary = summarise(done)["caltech"]
+    done = seeds_of("easy_vqa", "baseline", scores(0.6, test=0.7))
+    summary = summarise(done)["easy_vqa"]
     assert (summary["final_loss"]["baseline"]["mean"], summary["test_loss"]["baseline"]["mean"]) == (0.6, 0.7)
     for table in (tables.losses, tables.ablations):
         assert {"0.6000", "0.7000"} <= set(table(done, summarise(done)).split())
