@@ -42,5 +42,10 @@ def test_every_arm_is_the_studys_with_the_steps_that_are_asked_for(
     joins = None if arm == "none" else SETTINGS["caltech"].memory_from
     same = replace(options, memory="tokens", memory_from=joins)
     assert same == replace(
-        SETTINGS["caltech"], steps=40, learning_rate=caltech.LEARNING_RATE, memory_from=joins, memory="tokens"
+        SETTINGS["caltech"],
+        steps=40,
+        eval_every=25,
+        learning_rate=caltech.LEARNING_RATE,
+        memory_from=joins,
+        memory="tokens",
     )

@@ -240,6 +240,13 @@ def test_a_configuration_and_a_split_may_be_named(
         assert "\n" not in str(found.value)
 
 
+def test_a_wrong_path_is_named_as_one(publish: Publish, kept: Path) -> None:
+    for wrong in ("data/train.csv", "data/missing/rows.parquet"):
+        with pytest.raises(InputError, match=rf"^--data {wrong}: no such file, and the hub could not give it") as found:
+            open_corpus([Source(wrong)], None, kept)
+        assert "@SPLIT" not in str(found.value)
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["in memory", "cached"])
 def test_a_data_set_that_holds_its_pictures_is_trained_on(
     world: Path, towers: Path, tmp_path: Path, publish: Publish, cached: bool

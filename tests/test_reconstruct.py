@@ -145,9 +145,8 @@ def test_the_own_loss_is_told_apart_from_that_of_the_answers(
     world: Path, towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(name: str, **given: Any) -> list[dict[str, Any]]:
-        folder = train_tiny(
-            world, towers, tmp_path / name, **LATENTS, steps=2, eval_every=1, learning_rate=1e-9, **given
-        )
+        given = {"eval_every": 1, **given}
+        folder = train_tiny(world, towers, tmp_path / name, **LATENTS, steps=2, learning_rate=1e-9, **given)
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
     plain, parts, taught = told("plain"), told("parts", reconstruct=2.0, micro_batch=2), told("taught", reconstruct=2.0)
@@ -160,6 +159,9 @@ def test_the_own_loss_is_told_apart_from_that_of_the_answers(
         assert in_parts["own_loss"] == pytest.approx(theirs["own_loss"], rel=1e-3)
         assert theirs["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
         assert in_parts["train_loss"] == pytest.approx(ours["train_loss"], abs=1e-3)
+    both = told("both", reconstruct=2.0, eval_every=2)[-1]
+    for key in ("own_loss", "train_loss"):  # of several steps: their mean
+        assert both[key] == pytest.approx(sum(point[key] for point in taught[1:]) / 2, abs=1e-3)
 
 
 def test_a_frozen_value_encoder_stays_as_it_begins_and_all_else_trains(

@@ -28,8 +28,10 @@ from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError 
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
-from tinyalign_edge.train.run import train  # noqa: E402
+from tinyalign_edge.train.processes import Processes  # noqa: E402
+from tinyalign_edge.train.run import _less_before, train  # noqa: E402
 from tinyalign_edge.train.start import start_align  # noqa: E402
+from tinyalign_edge.train.state import RunState  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -410,6 +412,24 @@ def test_out_of_memory_before_the_steps_ends_with_advice_that_fits(
     monkeypatch.setattr(f"tinyalign_edge.train.{part}", out_of_memory)
     with pytest.raises(TinyAlignError, match=f"^out of memory {advice}"):
         train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "features" if cached else None)
+
+
+def test_advice_when_memory_runs_out_before_the_steps_is_of_ways_that_are_left(tmp_path: Path) -> None:
+    def advice(processes: int, cached: bool, resumed: bool) -> str:
+        state = RunState(tmp_path / f"{resumed}", resume=resumed)
+        options = TrainOptions(cache_features=tmp_path if cached else None)
+        among = Processes("cpu")
+        among.count = processes
+        return _less_before(options, state, among)
+
+    begun = tmp_path / "True" / "state" / "run.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}", "utf-8")
+    fewer, on_disk = "train on fewer rows (--fraction)", "keep features on disk (--cache-features DIR)"
+    assert advice(1, False, False) == f"{on_disk} or {fewer}"
+    assert advice(2, False, False) == advice(1, True, False) == fewer  # several processes have them there
+    assert advice(1, False, True) == on_disk
+    assert advice(1, True, True) == advice(2, False, True) == "use a machine with more memory"
 
 
 def test_out_of_memory_after_the_steps_costs_none_of_them(

@@ -108,8 +108,11 @@ def test_ablations_and_trials_may_have_fewer_steps_and_are_read_beside_runs_with
         assert plan.short("easy_vqa", arm) == arm
         assert f"caltech.{beside}.100.2.scores" in names and f"easy_vqa.{beside}-short.100.0.scores" not in names
         options = Run("caltech", arm).options(TrainOptions(steps=1200))
-        assert replace(options, steps=800) == Run("caltech", beside).options(TrainOptions(steps=1200))
+        beside_it = Run("caltech", beside).options(TrainOptions(steps=1200))
+        assert replace(options, steps=800, eval_every=beside_it.eval_every) == beside_it
     assert Run("caltech", "k-1").options(TrainOptions(steps=2)).steps == 2
+    for arm, every in (("memory", 50), ("memory-short", 25), ("k-1", 25)):  # losses are known equally often
+        assert Run("caltech", arm).options(TrainOptions(steps=1600, eval_every=50)).eval_every == every
 
 
 def test_an_entry_keeps_what_its_row_answers_openly() -> None:
@@ -144,9 +147,17 @@ def test_a_part_that_is_there_is_not_repeated_and_a_checkpoint_serves_several(
     told = done[parts[1].name]
     assert told["memory"] == pytest.approx(told["nll_image"] - first[SCORES.name]["loss"], abs=1e-6)
     assert_taken_up(done, bench, parts)
+    bench.check(parts)
+    newer = json.loads(json.dumps(done))
+    newer[SCORES.name]["settings"]["memory"]["of_later_code"] = 1
+    assert_taken_up({name: result for name, result in done.items() if ".memory." not in name}, bench, parts, held=newer)
     options = bench.settings["tiny"]
     bench.settings = {"tiny": replace(options, steps=3)}
     assert_taken_up({}, bench, parts, held=done)
+    with pytest.raises(
+        InputError, match=r"tiny\.memory\.100\.0 was trained with other settings .* remove .*100\.0\.\*"
+    ):
+        bench.check(parts)
     with pytest.raises(InputError, match="was trained with steps 2, not 3 as wanted"):
         bench.checkpoint(run)
     for changes, message in (
@@ -289,7 +300,7 @@ def test_goals_compare_each_seed_with_itself_and_are_met_by_all_seeds_alone() ->
     goal = goal_of(done, "minus the baseline's with all")
     assert goal.measured == pytest.approx(-0.02)
     assert goal.met is None
-    assert "| -0.020 | 1 of 3 | at least 0 | not known |" in tables.goal_table(done, summarise(done))
+    assert "| -0.0200 | 1 of 3 | at least 0 | not known |" in tables.goal_table(done, summarise(done))
     done |= {Part(Run("caltech", "memory", 40, seed), "scores").name: scores(0.5, 0.91) for seed in (0, 2)}
     assert goal_of(done, "minus the baseline's with all").met is True
 
@@ -388,7 +399,8 @@ def test_the_report_is_made_from_the_parts_there_are(tmp_path: Path) -> None:
     assert summary["steps_to_baseline_loss_ratio"]["mean"] == 0.5
     text = report.read_text("utf-8")
     assert (
-        text.count("| caltech | held-out loss with memory / without | 0.833 | 1 of 3 | at most 0.85 | not known |") == 1
+        text.count("| caltech | held-out loss with memory / without | 0.8333 | 1 of 3 | at most 0.85 | not known |")
+        == 1
     )
     assert "Not finished" in text and "of easy_vqa" in text
     missing = read_json(tmp_path / "results" / "summary.json")["missing_parts"]

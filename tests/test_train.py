@@ -152,6 +152,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     begun = tmp_path / "cut" / "state" / "run.json"
     older = json.loads(begun.read_text("utf-8"))
     del older["training"]["random_values"]  # of before there was this setting
+    begun.write_text(json.dumps({**older, "of_later_code": 1}), "utf-8")
+    with pytest.raises(BundleError, match=r"run\.json.*'of_later_code'.* train anew with another --out$"):
+        train_tiny(world, towers, tmp_path / "cut", steps=6, resume=True)
     begun.write_text(json.dumps(older), "utf-8")
     given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "cut", "resume": True}
     given |= {"vision": str(towers / "vit"), "lm": str(towers / "lm")}

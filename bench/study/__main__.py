@@ -3,9 +3,10 @@
     python -m tinyalign_edge.bench.study [--out runs/study] [--parts PATTERN ...] [--list | --report]
 
 Needs `TINYALIGN_SHARED`. Every part is a file below `--out`, which begins with what `bench/results/study/` holds of
-runs with the present settings; parts that are there are not repeated, and a training that was killed goes on.
-Afterwards, or with `--report` alone, the results are gathered in `bench/results/study/` and the figures and tables of
-`docs/study.md` are made anew, from whatever parts there are. To measure a part again, delete it in both places.
+runs with the present settings; parts that are there are not repeated, those of other settings are refused, and a
+training that was killed goes on. Afterwards, or with `--report` alone, the results are gathered in
+`bench/results/study/` and the figures and tables of `docs/study.md` are made anew, from whatever parts there are. To
+measure a part again, delete it in both places.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     bench = Bench(given.out, partial(find_dataset, out=given.out))
     bench.take_up(recorded(Places().results, plan()), plan())
+    bench.check(plan())
     parts = chosen(plan(), given.parts)
     if given.list:
         done = results(given.out, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,20 @@ class Bench:
                     current[part.run] = self._is_current(part.run, held)
                 if current[part.run]:
                     keep(self.out, part, held[part.name])
+
+    def check(self, parts: Iterable[Part]) -> None:
+        """Compare the settings of the runs that have results in `out` with those that they have here.
+
+        Raises:
+            InputError: they differ.
+        """
+        for run in dict.fromkeys(part.run for part in parts):
+            scores = Part(run, "scores")
+            if is_done(self.out, scores) and not self._is_current(run, results(self.out, [scores])):
+                raise InputError(
+                    f"{self.out}: {run.name} was trained with other settings than the study has now; "
+                    f"remove {self.out / 'checkpoints' / run.name} and {self.out / 'parts' / f'{run.name}.*'}"
+                )
 
     def _is_current(self, run: Run, held: Results) -> bool:
         settings = held.get(Part(run, "scores").name, {}).get("settings")

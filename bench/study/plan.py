@@ -96,9 +96,10 @@ TRIALS = {
     "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
-    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, twice the steps", steps=2.0)
+    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, longer", steps=2.0)
        for arm in ("baseline", "memory")},
-    "baseline-x1.5": replace(ARMS["baseline"], title=f"{ARMS['baseline'].title}, 1.5 times the steps", steps=1.5),
+    **{f"baseline-x{times:g}": replace(ARMS["baseline"], title=f"{ARMS['baseline'].title}, longer", steps=times)
+       for times in (1.5, 3)},
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
@@ -134,8 +135,14 @@ class Run:
         arm, steps = self.of(), of.steps or 0
         if self.arm not in MAIN_ARMS:
             steps = min(steps, SHORT_STEPS.get(self.dataset, steps))
-        changes = {"fraction": self.share / 100, "seed": self.seed, "steps": round(steps * arm.steps), **arm.changes}
-        options = replace(of, **changes)
+        every = max(1, round(of.eval_every * steps / (of.steps or 1)))  # as often in a run, whatever its steps
+        own: dict[str, Any] = {
+            "fraction": self.share / 100,
+            "seed": self.seed,
+            "steps": round(steps * arm.steps),
+            "eval_every": every,
+        }
+        options = replace(of, **own, **arm.changes)
         if options.memory == "none":
             options = replace(options, key=None, memory_from=None)
         if options.key in ("question", "fused"):  # as many questions a step
@@ -179,7 +186,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += [f"baseline-lr-{HIGHER:g}", *(f"memory-from-{share:g}" for share in JOINS[name])]
         whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
-        whole += ["baseline-dropout", "baseline-x1.5", "memory-long"]
+        whole += ["baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 

@@ -81,7 +81,7 @@ def goal_table(done: Results, summary: Summary) -> str:
 def _measured(goal: Goal) -> str:
     if goal.figure.never:
         return _not_reached(goal.figure.spread)
-    return NONE if goal.measured is None else f"{goal.measured:.3f}"
+    return NONE if goal.measured is None else f"{goal.measured:.4f}"
 
 
 def settings(done: Results, summary: Summary) -> str:
@@ -95,7 +95,7 @@ def settings(done: Results, summary: Summary) -> str:
             read = (
                 f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
                 f"{memory['value_tokens']} token ids an entry, {'' if memory['copy_dim'] else 'not '}copied, "
-                f"fewer or none in {memory['dropout']:.0%} of the rows"
+                f"any number of them, or none, in {memory['dropout']:.0%} of the rows"
             )
             rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}", read))
     return markdown_table(("data", "training", "visual tokens", "memory"), rows) if rows else "Nothing yet."

@@ -53,9 +53,8 @@ class HubRows:
             rows = load_dataset(f"{owner}/{name}", *config, split=split or SPLIT)
         except Exception as error:  # many kinds, of several libraries
             said = " ".join(str(error).splitlines()[:2]) or first_line(error)  # the second line may name the choices
-            raise InputError(
-                f"--data {data}: the hub could not give it ({said}); ORG/NAME/CONFIG@SPLIT names one of several"
-            ) from None
+            choice = "; ORG/NAME/CONFIG@SPLIT names one of several" if isinstance(error, ValueError) else ""
+            raise InputError(f"--data {data}: no such file, and the hub could not give it ({said}){choice}") from None
         self.data, self.folder = data, folder
         self.holds_pictures = _is_picture(rows.features.get(IMAGE))
         self._files = PictureFiles(folder)

@@ -98,7 +98,7 @@ def train(
     state = RunState(out, resume=resume)
     processes.wait()  # before the first one writes there
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
-    with state.nothing_left(), out_of_memory("before the steps", _less_before(options, state)):
+    with state.nothing_left(), out_of_memory("before the steps", _less_before(options, state, processes)):
         return _train(
             sources, images, out, options, partial(_start, vision, lm, vlm, chat_template, start, options),
             started_from=start, resume=resume, label=label, device=device, processes=processes, state=state,
@@ -206,10 +206,11 @@ def _train(
     return config
 
 
-def _less_before(options: TrainOptions, state: RunState) -> str:
-    """What takes less memory before the steps; an interrupted run goes on with its share of the rows."""
+def _less_before(options: TrainOptions, state: RunState, processes: Processes) -> str:
+    """What takes less memory before the steps; an interrupted run goes on with its share of the rows, and several
+    processes have their features on disk."""
     ways = []
-    if options.cache_features is None:
+    if options.cache_features is None and processes.count == 1:
         ways.append("keep features on disk (--cache-features DIR)")
     if not state.resumed:
         ways.append("train on fewer rows (--fraction)")

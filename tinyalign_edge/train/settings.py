@@ -59,8 +59,8 @@ class ConnectorSettings:
 @dataclass(frozen=True)
 class MemorySettings:
     """The bank and how it is read. `memory_dropout` is the share of training examples that see no neighbours, so
-    that the model learns to see by itself, and `dropout` the share of the others that see fewer, or none; with `gate`
-    each memory token can be closed, from what it says and how similar its entry is.
+    that the model learns to see by itself, and `dropout` the share of the others that see any number from none to k;
+    with `gate` each memory token can be closed, from what it says and how similar its entry is.
 
     A "question" key tells what is seen and what is asked, side by side: every question of a row is an entry of its own.
     Of kind "hybrid" an entry has latents that tell of its picture, and after them the token ids of its text.

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from tinyalign_edge.config import from_json, read_json, to_json, write_json
-from tinyalign_edge.errors import InputError
+from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.picture_files import FOLDER
@@ -84,7 +84,11 @@ class RunState:
         if not self.resumed:
             return
         run = self.folder / RUN
-        before, now = (to_json(made) for made in (from_json(CheckpointConfig, read_json(run), str(run)), config))
+        try:
+            interrupted = from_json(CheckpointConfig, read_json(run), str(run))
+        except BundleError as error:
+            raise BundleError(f"{error}; the interrupted run cannot go on: train anew with another --out") from None
+        before, now = to_json(interrupted), to_json(config)
         changed = sorted(
             f"{part}.{key}"
             for part in now
