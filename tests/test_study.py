@@ -335,6 +335,11 @@ def test_the_final_loss_is_the_held_out_one_and_the_test_questions_stand_beside_
     done = seeds_of("easy_vqa", "baseline", scores(0.6, test=0.7))
     summary = summarise(done)["easy_vqa"]
     assert (summary["final_loss"]["baseline"]["mean"], summary["test_loss"]["baseline"]["mean"]) == (0.6, 0.7)
+    assert summary["lowest_loss"]["baseline"]["mean"] == 0.6
+    overfit = scores(0.6) | {
+        "curve": [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2), (1, 0.5), (2, 0.6))]
+    }
+    assert summarise(seeds_of("nlvr", "memory", overfit))["nlvr"]["lowest_loss"]["memory"]["mean"] == 0.5
     for table in (tables.losses, tables.ablations):
         assert {"0.6000", "0.7000"} <= set(table(done, summarise(done)).split())
 

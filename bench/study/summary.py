@@ -55,6 +55,11 @@ def last_loss(done: Results, run: Run) -> float | None:
     return points[-1][1] if points else None
 
 
+def lowest_loss(done: Results, run: Run) -> float | None:
+    """The lowest held-out loss of a training, wherever that is."""
+    return min((loss for _, loss in curve(done, run)), default=None)
+
+
 def loss_before_copying(done: Results, run: Run) -> float | None:
     """The held-out loss where the copy term's own steps begin, after as many steps as the baseline has."""
     steps = find(done, run, "scores", "settings", "training", "steps")
@@ -92,12 +97,16 @@ def figures(done: Results, name: str) -> dict[str, Any]:
     def final(arm: str) -> Figure:
         return Figure.of(lambda seed: last_loss(done, Run(name, arm, seed=seed)))
 
+    def lowest(arm: str) -> Figure:
+        return Figure.of(lambda seed: lowest_loss(done, Run(name, arm, seed=seed)))
+
     return {
         "final_loss": {
             **{arm: final(arm) for arm in COMPARED},
             "shuffled_memory": final("shuffled"),
             "memory_before_copying": Figure.of(lambda seed: loss_before_copying(done, Run(name, "memory", seed=seed))),
         },
+        "lowest_loss": {arm: lowest(arm) for arm in COMPARED},
         "test_loss": {
             **{arm: value(arm, "scores", "loss") for arm in COMPARED},
             "shuffled_memory": value("shuffled", "scores", "loss"),

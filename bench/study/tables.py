@@ -109,22 +109,26 @@ def _used(done: Results, name: str, option: str) -> str:
 
 
 def losses(done: Results, summary: Summary) -> str:
-    """Held-out loss at the end of the training, steps to the baseline's, and loss of the test questions."""
-    rows = []
+    """Held-out losses at the end of the training and where they are lowest; steps to the baseline's, and losses of the
+    test questions."""
+    held, asked = [], []
     for name in DATASETS:
-        final, test = summary[name]["final_loss"], summary[name]["test_loss"]
-        ratio = summary[name]["steps_to_baseline_loss_ratio"]
-        rows.append((
+        final, lowest, test = (summary[name][key] for key in ("final_loss", "lowest_loss", "test_loss"))
+        held.append((
             name, *(_spread(final[arm], "{:.4f}") for arm in COMPARED),
             _change(final["memory"]["mean"], final["baseline"]["mean"]),
             *(_spread(final[key], "{:.4f}") for key in ("memory_before_copying", "shuffled_memory")),
-            _spread(ratio, "{:.2f}"),
+            *(_spread(lowest[arm], "{:.4f}") for arm in COMPARED),
+        ))  # fmt: skip
+        asked.append((
+            name, _spread(summary[name]["steps_to_baseline_loss_ratio"], "{:.2f}"),
             *(_spread(test[arm], "{:.4f}") for arm in (*COMPARED, "empty_bank")),
         ))  # fmt: skip
     head = ("data", "held-out loss: no memory", "memory", "change", "memory, before the copy term's own steps",
-            "shuffled memory", "steps to the baseline's held-out loss / its steps", "test loss: no memory", "memory",
+            "shuffled memory", "lowest on the way: no memory", "memory")  # fmt: skip
+    then = ("data", "steps to the baseline's held-out loss / its steps", "test loss: no memory", "memory",
             "memory, empty bank")  # fmt: skip
-    return markdown_table(head, rows)
+    return f"{markdown_table(head, held)}\n\n{markdown_table(then, asked)}"
 
 
 def fewer_steps(done: Results, summary: Summary) -> str:
