@@ -80,6 +80,8 @@ RATES = (1e-3, 3e-3, 1e-2)
 JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of the steps before memory is read
 ALONE = 0.25  # share of the rows without memory
 DROPOUT = 0.5  # of what the connector reads
+DECAY = 0.01  # of the weights: the trainer's own
+EPISODES = 0.2  # share of the rows: twice the trainer's own
 FEW = 40  # per cent of the training pictures, with which the memory is to reach the baseline's score with all
 HIGHER = 3e-2  # than the rates among which one is chosen: the trial that tells whether their edge is the best
 PLAIN: dict[str, Any] = {"learning_rate": RATES[-1], "dropout": 0.0, **COPYING}
@@ -93,6 +95,11 @@ TRIALS = {
     **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
                                  changes={**ARMS[arm].changes, **PLAIN, "dropout": DROPOUT})
        for arm in ("baseline", "memory")},
+    **{f"{arm}-decay-{DECAY:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, weight decay {DECAY:g}",
+                                         changes={**ARMS[arm].changes, **PLAIN, "weight_decay": DECAY})
+       for arm in ("baseline", "memory")},
+    f"memory-episodes-{EPISODES:g}": Arm(f"{EPISODES:.0%} of the rows with made-up names, in the copy term's own steps",
+                                         {**TOKENS, **PLAIN, "episodes": EPISODES}),
     "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
@@ -187,6 +194,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
         whole += ["baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
+        whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
         few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
