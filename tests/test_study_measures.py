@@ -17,9 +17,9 @@ pytest.importorskip("optimum")
 
 from tests.banks import key_of, make_bank, unit
 from tinyalign_edge.bench.study import measure
-from tinyalign_edge.bench.study.datasets import SETTINGS, DataSet, apart
+from tinyalign_edge.bench.study.datasets import SAME_TEXT, SETTINGS, DataSet, apart
 from tinyalign_edge.bench.study.measure import Bench
-from tinyalign_edge.bench.study.plan import ABLATIONS, DATASETS, MAIN, OWN, Run, plan, short
+from tinyalign_edge.bench.study.plan import ABLATIONS, DATASETS, MAIN, NOTHING_TOLD, OWN, Run, plan, short
 from tinyalign_edge.bench.study.summary import summarise
 from tinyalign_edge.config import read_json
 from tinyalign_edge.data import IMAGE, Turn, read_rows
@@ -178,6 +178,20 @@ ABLATED: list[tuple[str, dict[str, Any]]] = [
     *((f"k-{k}", {"memory": "tokens", "k": k}) for k in (1, 2, 8, 16)),
     *((f"latents-{n}", {"memory": "latents", "latents": n}) for n in (2, 4, 16, 32)),
 ]
+
+
+def test_a_memory_that_tells_nothing_keeps_the_same_words_of_every_picture(tmp_path: Path) -> None:
+    rows = [{"id": f"{i}", "caption": f"a {name}", "conversations": []} for i, name in enumerate(("crab", "lobster"))]
+    train, turns = tmp_path / "train.json", tmp_path / "turns.json"
+    train.write_text(json.dumps(rows), "utf-8")
+    data = DataSet("tiny", train, turns, tmp_path, (), tmp_path, vision="", lm="")
+    assert (data.training_file("answers"), data.training_file("turns")) == (train, turns)
+    for _ in range(2):  # made once
+        said = read_json(data.training_file("same"))
+        assert [row["id"] for row in said] == ["0", "1"]
+        assert {row["caption"] for row in said} == {SAME_TEXT}
+    arms = [Run("caltech", arm).options(SETTINGS["caltech"]) for arm in ("no-copy", *NOTHING_TOLD)]
+    assert arms == [arms[0], replace(arms[0], shuffle_memory=True), arms[0]]
 
 
 @pytest.mark.parametrize(("arm", "differs"), ABLATED, ids=[arm for arm, _ in ABLATED])

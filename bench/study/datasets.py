@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyalign_edge.bench.record import shared
+from tinyalign_edge.bench.study.plan import Text
 from tinyalign_edge.config import read_json, write_json
 from tinyalign_edge.data import IMAGE, Row, read_rows
 from tinyalign_edge.train.options import TrainOptions
@@ -16,6 +17,7 @@ from tinyalign_edge.train.options import TrainOptions
 CLOSED = ("yes", "no", "true", "false")  # answers of questions that are reported apart from the open ones
 SCENES_SEED = 0
 MOST_ASKED = 5000
+SAME_TEXT = "a picture"
 
 # What all arms of a data set share, but for the steps where the plan has `SHORT_STEPS`. Steps: where the baseline's
 # held-out loss flattens. The learning rate is chosen by the plan's trials, and where there are some, when the memory is
@@ -48,6 +50,15 @@ class DataSet:
     test_images: Path
     vision: str
     lm: str
+
+    def training_file(self, text: Text) -> Path:
+        """The rows to train on, whose entries in the bank keep `text`."""
+        if text == "same":
+            same = self.turns.with_name("same.json")
+            if not same.is_file():
+                _write_rows(same, [{**row, "caption": SAME_TEXT} for row in read_json(self.train)])
+            return same
+        return self.train if text == "answers" else self.turns
 
     def test_rows(self) -> list[Row]:
         """The questions of the test files, one a row, or evenly spaced ones of many."""

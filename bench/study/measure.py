@@ -68,7 +68,7 @@ class Bench:
         data, arm, folder = self.dataset(run.dataset), run.of(), self.out / "checkpoints" / run.name
         return trained(
             folder,
-            data=data.train if arm.text == "answers" else data.turns,
+            data=data.training_file(arm.text),
             images=data.train_images,
             vision=data.vision,
             lm=data.lm,

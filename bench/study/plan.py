@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tinyalign_edge.train.options import TrainOptions
 
 Kind = Literal["scores", "emi", "copy", "full_bank", "bank_sizes", "teach", "int8"]
+Text = Literal["answers", "turns", "same"]
 
 DATASETS = ("caltech", "easy_vqa", "scenes", "nlvr")
 TAUGHT = "caltech"  # has classes that no training saw
@@ -27,13 +28,13 @@ class Arm:
 
     Attributes:
         changes: of `TrainOptions`.
-        text: what the entries of the bank keep: "answers" alone, or all "turns".
+        text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words.
         steps: times those of the data set, or of its short runs.
     """
 
     title: str
     changes: dict[str, Any]
-    text: Literal["answers", "turns"] = "answers"
+    text: Text = "answers"
     steps: float = 1.0
 
 
@@ -53,6 +54,12 @@ SHORT = "-short"  # ends the names of their runs with fewer steps, beside which 
 ARMS = {
     **MAIN_ARMS,
     **{f"{name}{SHORT}": arm for name, arm in MAIN_ARMS.items()},
+    "shuffled-no-copy": Arm(
+        "memory of other pictures that cannot be copied", {**TOKENS, **NO_COPYING, "shuffle_memory": True}
+    ),
+    "same-text": Arm(
+        "memory whose entries all say the same words, which cannot be copied", {**TOKENS, **NO_COPYING}, text="same"
+    ),
     "copying": Arm("token ids that can be copied", {**TOKENS, **COPYING}),
     "no-copy": Arm("token ids that cannot be copied", {**TOKENS, **NO_COPYING}),
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, **COPYING, "episodes": 0.0}),
@@ -112,6 +119,7 @@ ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
     "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
 )  # fmt: skip
+NOTHING_TOLD = ("shuffled-no-copy", "same-text")  # why a memory that tells nothing can lower the loss
 TRIED_ONCE = (  # on the data set with classes that no training saw
     "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
     "no-episodes", "after", "turns",
@@ -224,6 +232,7 @@ def _ordered() -> Iterator[Part]:
             yield from (Part(Run(name, short(name, arm), FEW, seed), "scores") for arm in ("baseline", "memory"))
     yield from (Part(Run(TAUGHT, short(TAUGHT, "memory"), seed=seed), "teach") for seed in SEEDS)
     yield from (Part(Run("easy_vqa", "copying", share, seed), "scores") for share in (100, FEW) for seed in SEEDS)
+    yield from (Part(Run(TAUGHT, arm, seed=seed), "scores") for arm in NOTHING_TOLD for seed in SEEDS)
     for arm in (*ABLATIONS, *TRIED_ONCE):
         names = MAIN if arm in ABLATIONS else (TAUGHT,)
         yield from (Part(Run(name, arm), "scores") for name in names if arm not in OWN[name])

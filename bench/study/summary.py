@@ -7,7 +7,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from tinyalign_edge.bench.study.plan import DATASETS, FEW, SHARES, SHORT_STEPS, TAUGHT, Kind, Part, Run, short
+from tinyalign_edge.bench.study.plan import (
+    DATASETS,
+    FEW,
+    NOTHING_TOLD,
+    SHARES,
+    SHORT_STEPS,
+    TAUGHT,
+    Kind,
+    Part,
+    Run,
+    short,
+)
 from tinyalign_edge.bench.study.seeds import Figure, Spread
 from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.teach import SHOTS
@@ -127,6 +138,7 @@ def _short(done: Results, name: str) -> dict[str, Any]:
     """The runs with fewer steps."""
     baseline, memory, shuffled = (short(name, arm) for arm in (*COMPARED, "shuffled"))
     arms = {"baseline": baseline, "memory": memory, "shuffled_memory": shuffled}
+    arms |= {arm.replace("-", "_"): arm for arm in NOTHING_TOLD if name == TAUGHT}
 
     def figures(of: Callable[[Run], float | None], share: int = 100) -> dict[str, Figure]:
         def one(arm: str) -> Figure:

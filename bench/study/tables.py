@@ -49,6 +49,11 @@ KINDS = (("open", "open", "score"), ("yes/no", "yes_no", "score_yes_no"))
 INFORMATION = {
     "picture, model without memory": "image_of_baseline", "picture": "image", "memory, beyond the picture": "memory",
 }  # fmt: skip
+SHORT_TITLES = {
+    "baseline": "no memory", "memory": "memory", "shuffled_memory": "shuffled memory",
+    "shuffled_no_copy": "shuffled memory that cannot be copied",
+    "same_text": "memory that always says the same words, not copied",
+}  # fmt: skip
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 
 
@@ -136,11 +141,11 @@ def fewer_steps(done: Results, summary: Summary) -> str:
     rows = []
     for name, steps in SHORT_STEPS.items():
         part = summary[name]["short"]
-        for arm, title in (("baseline", "no memory"), ("memory", "memory"), ("shuffled_memory", "shuffled memory")):
+        for arm in part["final_loss"]:
             scores = (part[key][str(share)][arm] for key in ("score", "score_yes_no") for share in (100, FEW))
             ratio = _spread(part["steps_to_baseline_loss_ratio"], "{:.2f}") if arm == "memory" else NONE
             losses = (_spread(part[key][arm], "{:.4f}") for key in ("final_loss", "test_loss"))
-            rows.append((name, f"{steps}", title, *losses, ratio, *map(_share, scores)))
+            rows.append((name, f"{steps}", SHORT_TITLES[arm], *losses, ratio, *map(_share, scores)))
     head = ("data", "steps", "arm", "held-out loss", "test loss", "steps to the baseline's held-out loss / its steps",
             "open", f"open, {FEW} % of the data", "yes/no", f"yes/no, {FEW} % of the data")  # fmt: skip
     return markdown_table(head, rows)
