@@ -95,7 +95,7 @@ class Bench:
 
     def take_up(self, held: Results, parts: Sequence[Part]) -> None:
         """Count results as done that `out` lacks, of runs that were trained with the settings that they have here."""
-        current: dict[Run, bool] = {}
+        current: dict[Run, bool | None] = {}
         for part in parts:
             if part.name in held and not is_done(self.out, part):
                 if part.run not in current:
@@ -111,23 +111,29 @@ class Bench:
         """
         for run in dict.fromkeys(part.run for part in parts):
             scores = Part(run, "scores")
-            if is_done(self.out, scores) and not self._is_current(run, results(self.out, [scores])):
+            if is_done(self.out, scores) and self._is_current(run, results(self.out, [scores])) is False:
                 raise InputError(
                     f"{self.out}: {run.name} was trained with other settings than the study has now; "
                     f"remove {self.out / 'checkpoints' / run.name} and {self.out / 'parts' / f'{run.name}.*'}"
                 )
 
-    def _is_current(self, run: Run, held: Results) -> bool:
+    def _is_current(self, run: Run, held: Results) -> bool | None:
+        """Whether the run was trained with the settings that it has here; None where its learning rate is still to be
+        chosen."""
         settings = held.get(Part(run, "scores").name, {}).get("settings")
         if settings is None:
             return False
         try:
+            wanted = self.options(run)
+        except InputError:
+            return None
+        try:
             training = from_json(TrainSettings, {**settings["training"], "data": [], "images": ""}, run.name)
             memory = from_json(MemorySettings, settings["memory"], run.name)
             connector = from_json(ConnectorSettings, settings["connector"], run.name)
-            return difference(self.options(run), training, memory, connector) is None
-        except (BundleError, InputError):  # other settings than there are now, or a learning rate not chosen yet
+        except BundleError:  # there are other settings now
             return False
+        return difference(wanted, training, memory, connector) is None
 
     def answerer(self, run: Run, *, bank_of: Run | None = None) -> TorchAnswerer:
         """The run's checkpoint, ready to be asked; with another run's bank, its keys and its floor."""

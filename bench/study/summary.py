@@ -105,19 +105,16 @@ def figures(done: Results, name: str) -> dict[str, Any]:
     def value(arm: str, kind: Kind, *keys: str) -> Figure:
         return Figure.of(lambda seed: find(done, Run(name, arm, seed=seed), kind, *keys))
 
-    def final(arm: str) -> Figure:
-        return Figure.of(lambda seed: last_loss(done, Run(name, arm, seed=seed)))
-
-    def lowest(arm: str) -> Figure:
-        return Figure.of(lambda seed: lowest_loss(done, Run(name, arm, seed=seed)))
+    def held_out(arm: str, loss: Callable[[Results, Run], float | None] = last_loss) -> Figure:
+        return Figure.of(lambda seed: loss(done, Run(name, arm, seed=seed)))
 
     return {
         "final_loss": {
-            **{arm: final(arm) for arm in COMPARED},
-            "shuffled_memory": final("shuffled"),
-            "memory_before_copying": Figure.of(lambda seed: loss_before_copying(done, Run(name, "memory", seed=seed))),
+            **{arm: held_out(arm) for arm in COMPARED},
+            "shuffled_memory": held_out("shuffled"),
+            "memory_before_copying": held_out("memory", loss_before_copying),
         },
-        "lowest_loss": {arm: lowest(arm) for arm in COMPARED},
+        "lowest_loss": {arm: held_out(arm, lowest_loss) for arm in COMPARED},
         "test_loss": {
             **{arm: value(arm, "scores", "loss") for arm in COMPARED},
             "shuffled_memory": value("shuffled", "scores", "loss"),
