@@ -60,6 +60,11 @@ ARMS = {
     "same-text": Arm(
         "memory whose entries all say the same words, which cannot be copied", {**TOKENS, **NO_COPYING}, text="same"
     ),
+    "same-shuffled": Arm(
+        "the same of other pictures: tokens that tell nothing at all, as a trained prompt",
+        {**TOKENS, **NO_COPYING, "shuffle_memory": True},
+        text="same",
+    ),
     "copying": Arm("token ids that can be copied", {**TOKENS, **COPYING}),
     "no-copy": Arm("token ids that cannot be copied", {**TOKENS, **NO_COPYING}),
     "no-episodes": Arm("token ids that can be copied, no made-up names", {**TOKENS, **COPYING, "episodes": 0.0}),
@@ -119,7 +124,7 @@ ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
     "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
 )  # fmt: skip
-NOTHING_TOLD = ("shuffled-no-copy", "same-text")  # why a memory that tells nothing can lower the loss
+NOTHING_TOLD = ("shuffled-no-copy", "same-text", "same-shuffled")  # why a memory that tells nothing can lower the loss
 TRIED_ONCE = (  # on the data set with classes that no training saw
     "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
     "no-episodes", "after", "turns",
@@ -203,7 +208,7 @@ def trial_runs(name: str) -> list[Run]:
     if name == TAUGHT:
         whole += ["baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
-        few = [f"baseline-lr-{RATES[-1]:g}", f"memory-from-{JOINS[name][-1]:g}", "baseline-dropout", "memory-dropout"]
+        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
 
