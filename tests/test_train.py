@@ -26,7 +26,10 @@ from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
 from tinyalign_edge.train.keys import Keys  # noqa: E402
 from tinyalign_edge.train.neighbours import retrieve  # noqa: E402
+from tinyalign_edge.train.options import TrainOptions  # noqa: E402
+from tinyalign_edge.train.run import train  # noqa: E402
 from tinyalign_edge.train.settings import MemorySettings  # noqa: E402
+from tinyalign_edge.train.verdict import note_overfitting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,9 +60,32 @@ def test_tensorboard_shows_what_the_metrics_say(checkpoints: dict[str, Path]) ->
         assert {"learning_rate", "grad_norm"} <= set(board.Tags()["scalars"])
 
 
-def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: Path, capsys: Any) -> None:
     points = metrics(train_tiny(world, towers, tmp_path / "c", steps=40, learning_rate=3e-3, eval_every=40))
     assert points[-1]["held_out_loss"] < points[0]["held_out_loss"] - 0.1
+    assert "learnt by heart" not in capsys.readouterr().err
+
+
+def test_a_held_out_loss_that_was_lower_before_is_told(
+    checkpoints: dict[str, Path], world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = TrainOptions(stage="instruct", steps=4, batch_size=8, lm_learning_rate=0.3, device="cpu", eval_every=2)
+    train(data=world / "train.json", images=world, start=checkpoints["none"], out=tmp_path / "c", options=options)
+    points = metrics(tmp_path / "c")
+    best, last = min(points, key=lambda point: point["held_out_loss"]), points[-1]
+    assert last["held_out_loss"] > 1.1 * best["held_out_loss"]
+    told = f"{best['held_out_loss']:.3f} after step {best['step']} and {last['held_out_loss']:.3f} after step 4"
+    assert f"note: the held-out loss was {told}" in capsys.readouterr().err
+
+
+def test_what_the_copy_terms_own_steps_cost_is_not_told_as_overfitting(tmp_path: Path, capsys: Any) -> None:
+    lines = [(0, 2.0), (8, 1.0), (10, 1.5)]
+    text = "".join(json.dumps({"step": step, "held_out_loss": loss}) + "\n" for step, loss in lines)
+    (tmp_path / "metrics.jsonl").write_text(text, "utf-8")
+    note_overfitting(tmp_path / "metrics.jsonl", 8)
+    assert capsys.readouterr().err == ""
+    note_overfitting(tmp_path / "metrics.jsonl", 10)
+    assert "was 1.000 after step 8 and 1.500 after step 10" in capsys.readouterr().err
 
 
 def test_after_all_else_the_copy_term_trains_alone(world: Path, towers: Path, tmp_path: Path) -> None:

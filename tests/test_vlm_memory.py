@@ -20,7 +20,7 @@ import tinyalign_edge as ta  # noqa: E402
 from tests.vlms import load_processor, load_vlm, processor_inputs  # noqa: E402
 from tinyalign_edge.errors import InputError, UnsupportedError  # noqa: E402
 from tinyalign_edge.export.run import ExportOptions, export  # noqa: E402
-from tinyalign_edge.train import harm  # noqa: E402
+from tinyalign_edge.train import verdict  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
@@ -106,7 +106,7 @@ def test_a_memory_that_helps_or_changes_nothing_is_not_told(
     remember(world, vlms / "llava-gemma2", tmp_path / "c", **given)
     assert "makes the model worse" not in capsys.readouterr().err
     losses = iter([1.0, 1.0009])
-    monkeypatch.setattr(harm, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(verdict, "held_out_loss", lambda *_: next(losses))
     remember(world, vlms / "llava-siglip", tmp_path / "d", steps=1, episodes=0.0)
     assert "makes the model worse" not in capsys.readouterr().err
     assert not list(losses)
@@ -131,7 +131,7 @@ def test_the_language_model_may_be_trained_afterwards(
     data.write_text(json.dumps(json.loads((world / "train.json").read_text("utf-8"))[:20]), "utf-8")
     first = remember(world, vlms / "smolvlm", tmp_path / "c", data=data, steps=1)
     options = TrainOptions(stage="instruct", steps=4, batch_size=8, lm_learning_rate=1e-3, device="cpu", eval_every=4)
-    monkeypatch.setattr(harm, "LEAST", -math.inf)
+    monkeypatch.setattr(verdict, "LEAST", -math.inf)
     capsys.readouterr()
     train(data=data, images=world, start=first, out=tmp_path / "tuned", options=options)
     assert "makes the model worse" not in capsys.readouterr().err  # without the memory it is not what it was

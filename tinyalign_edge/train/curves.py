@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 LINES = {"train_loss": ("training", "tab:gray"), "held_out_loss": ("held out", "tab:blue")}
 
+Points = list[tuple[int, float]]  # steps and losses
+
+
+def read_points(metrics: Path, name: str, *, until: float = math.inf) -> Points:
+    """A loss of a run's `metrics.jsonl` where it is known, up to a step."""
+    points = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    return [(p["step"], p[name]) for p in points if p.get(name) is not None and p["step"] <= until]
+
+
+def lowest(points: Points) -> tuple[int, float]:
+    """The first point with the lowest loss."""
+    return min(points, key=lambda point: point[1])
+
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Write a PNG of training and held-out loss against steps, from the lines of `metrics.jsonl`."""
-    points = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    """Write a PNG of training and held-out loss against steps, the lowest held-out loss marked."""
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
     for name, (label, colour) in LINES.items():
-        known = [(point["step"], point[name]) for point in points if point.get(name) is not None]
-        if known:
-            axes.plot(*zip(*known, strict=True), label=label, color=colour, marker=".")
+        points = read_points(metrics, name)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=".")
+        if points and name == "held_out_loss":
+            step, loss = lowest(points)
+            label = f"lowest: {loss:.3f} after step {step}"
+            axes.plot(step, loss, label=label, color=colour, marker="o", linestyle="")
     axes.set(xlabel="steps", ylabel="loss (nats an answer token)", ylim=(0, None))
     axes.grid(alpha=0.25)
     if axes.lines:

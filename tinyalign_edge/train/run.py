@@ -16,7 +16,6 @@ from tinyalign_edge.train.checkpoint import METRICS
 from tinyalign_edge.train.corpus import Source, data_refs, of_one_picture, open_corpus, parse_source, split
 from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
-from tinyalign_edge.train.harm import warn_of_harm
 from tinyalign_edge.train.loop import fit
 from tinyalign_edge.train.options import (
     Device,
@@ -47,6 +46,7 @@ from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
 from tinyalign_edge.train.start import Start, start_align, start_instruct, start_whole
 from tinyalign_edge.train.state import RunState
 from tinyalign_edge.train.values import encode_values
+from tinyalign_edge.train.verdict import note_overfitting, warn_of_harm
 from tinyalign_edge.train.vlm_prompt import read_template
 
 MAX_HELD_OUT = 256
@@ -199,6 +199,7 @@ def _train(
             warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
         begun.merge()
         if processes.first:
+            note_overfitting(out / METRICS, settings.steps)
             config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,
                                       keys=bank.keys, values=values)  # fmt: skip
             state.clear()
