@@ -212,6 +212,7 @@ def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch
         "--episodes": ("episodes", 0.0625), "--memory-dropout": ("memory_dropout", 0.75),
         "--memory-from": ("memory_from", 0.625), "--reconstruct": ("reconstruct", 1.5), "--device": ("device", "cpu"),
         "--seed": ("seed", 3), "--eval-every": ("eval_every", 13), "--cache-features": ("cache_features", Path("c")),
+        "--loaders": ("loaders", 2),
     }  # fmt: skip
     flags = {
         "--bf16": ("bf16", True), "--gate": ("gate", True), "--no-copy": ("copy_words", False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
 from tinyalign_edge.train.keys import Keys  # noqa: E402
 from tinyalign_edge.train.neighbours import retrieve  # noqa: E402
-from tinyalign_edge.train.options import TrainOptions  # noqa: E402
+from tinyalign_edge.train.options import TrainOptions, check_options  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
 from tinyalign_edge.train.settings import MemorySettings  # noqa: E402
 from tinyalign_edge.train.verdict import note_overfitting  # noqa: E402
@@ -64,6 +65,31 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
     points = metrics(train_tiny(world, towers, tmp_path / "c", steps=40, learning_rate=3e-3, eval_every=40))
     assert points[-1]["held_out_loss"] < points[0]["held_out_loss"] - 0.1
     assert "learnt by heart" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["tokens", "latents"])
+def test_processes_that_make_batches_ready_change_nothing(
+    world: Path, towers: Path, tmp_path: Path, memory: str
+) -> None:
+    options: dict[str, Any] = {
+        "memory": memory,
+        "steps": 24,
+        "cache_features": tmp_path / "features",
+    }  # over two epochs
+    folders = [train_tiny(world, towers, tmp_path / f"{n}", loaders=n, **options) for n in (0, 2)]
+    curves = [[(p["step"], p["held_out_loss"], p["train_loss"]) for p in metrics(folder)] for folder in folders]
+    assert curves[0] == curves[1]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_loaders_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"--loaders -1: must be at least 0"):
+        check_options(TrainOptions(loaders=-1))
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    check_options(TrainOptions())
+    with pytest.raises(InputError, match=r"--loaders 2: needs an operating system whose processes fork"):
+        check_options(TrainOptions(loaders=2))
 
 
 def test_a_held_out_loss_that_was_lower_before_is_told(

@@ -115,6 +115,9 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations (default 50).")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and say how many.")] = False,
     cache_features: Annotated[Path | None, typer.Option(help="Keep the encoder's features here between runs.")] = None,
+    loaders: Annotated[
+        int | None, typer.Option(help="Processes that make batches ready; for a GPU (default 0).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
 ) -> None:
     """Train connector and memory between a frozen vision encoder and a language model, frozen or not."""
@@ -132,6 +135,7 @@ def train(
         "bf16": bf16,
         "visual_tokens": visual_tokens, "k": neighbours, "image_size": image_size, "key_grid": key_grid, "seed": seed,
         "eval_every": eval_every, "skip_bad": skip_bad, "cache_features": cache_features,
+        "loaders": loaders,
         "device": _one_of("--device", device, "auto", "cpu", "cuda"),
     }  # fmt: skip
     wanted = TrainCommand(

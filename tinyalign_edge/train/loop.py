@@ -18,6 +18,7 @@ from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Rows, without_memory
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.options import FORK
 from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import TrainSettings
@@ -45,11 +46,13 @@ def fit(
     resume: bool,
     label: str,
     processes: Processes,
+    loaders: int = 0,
     before: int = 0,
 ) -> None:
     """Train what is not frozen; keeps resumable state in `state` and appends evaluations to `metrics`.
 
     Args:
+        loaders: processes that make batches ready, beside each that trains.
         before: steps that came before these, in a loop of their own.
 
     Raises:
@@ -64,7 +67,7 @@ def fit(
             out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes))
         )
         stack.enter_context(_own_precision())
-        arguments = _arguments(settings, state, processes)
+        arguments = _arguments(settings, state, processes, loaders)
         advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
         watcher = Watcher(collate, held_out, settings, metrics, advance, before)
         trainer = AlignTrainer(
@@ -81,7 +84,7 @@ def fit(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def _arguments(settings: TrainSettings, state: Path, processes: Processes) -> TrainingArguments:
+def _arguments(settings: TrainSettings, state: Path, processes: Processes, loaders: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=settings.steps,
@@ -105,6 +108,7 @@ def _arguments(settings: TrainSettings, state: Path, processes: Processes) -> Tr
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a batch without memories leaves the memory connector out
         dataloader_pin_memory=settings.device != "cpu",
+        dataloader_num_workers=loaders,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would split a batch's memory at the wrong rows
     return arguments
@@ -117,6 +121,13 @@ class AlignTrainer(Trainer):
     memory_from = 0  # the first step whose rows see their neighbours
     tokens = 0
     own_losses: dict[int, Any]  # of the latents, by step, since the last log
+
+    def get_train_dataloader(self) -> Any:
+        """The loader of the training rows, whose processes, if there are any, are forks of this one."""
+        loader = super().get_train_dataloader()
+        if loader.num_workers:
+            getattr(loader, "base_dataloader", loader).multiprocessing_context = FORK  # of accelerate's wrapper
+        return loader
 
     def create_optimizer(self) -> Any:
         """AdamW with a learning rate of its own for the language model, and no decay of norms and biases."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from tinyalign_edge.train.settings import (
 
 Device = Literal["cpu", "cuda"]
 
+FORK = "fork"  # how loaders begin: rows hold what cannot be sent to another process
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
@@ -100,6 +102,7 @@ class TrainOptions:
     skip_bad: bool = False  # count and leave out bad rows instead of stopping at the first
     shuffle_memory: bool = False  # the control: train with the neighbours of other examples
     cache_features: Path | None = None  # where features are kept between runs; None: in memory
+    loaders: int = 0  # processes that make batches ready, beside each that trains
 
 
 def check_options(options: TrainOptions) -> None:
@@ -149,6 +152,10 @@ def check_options(options: TrainOptions) -> None:
         raise InputError(f"--lora {options.lora_rank}: the rank of the adapters of --stage instruct, at least 1")
     if not 0 <= options.seed < 1 << 32:
         raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
+    if options.loaders < 0:
+        raise InputError(f"--loaders {options.loaders}: must be at least 0")
+    if options.loaders and FORK not in multiprocessing.get_all_start_methods():
+        raise InputError(f"--loaders {options.loaders}: needs an operating system whose processes fork; leave it out")
     if options.epochs and options.steps:
         raise InputError("--epochs and --steps: give one of them")
 

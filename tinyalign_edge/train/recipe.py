@@ -21,7 +21,7 @@ from tinyalign_edge.train.options import TrainOptions
 from tinyalign_edge.train.settings import Stage
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
-NOT_IN_RECIPES = ("stage", "cache_features", "device", "skip_bad")
+NOT_IN_RECIPES = ("stage", "cache_features", "device", "skip_bad", "loaders")
 
 
 @dataclass(frozen=True)

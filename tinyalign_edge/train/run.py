@@ -188,7 +188,7 @@ def _train(
         state.begin(config, model)
     processes.wait()
     fit_all = partial(fit, model, collate=Collate(memory, values), held_out=held_out_examples, metrics=out / METRICS,
-                      resume=resume, processes=processes)  # fmt: skip
+                      resume=resume, processes=processes, loaders=options.loaders)  # fmt: skip
     fit_all(rows=rows, settings=settings, state=state.folder, label=label)
     if episodes is not None:
         model.freeze_all_but_copying()
