@@ -19,7 +19,7 @@ setup:
 demo *ARGS:
     {{ bin }}/tinyalign-edge demo {{ ARGS }}
 
-# The default tests, under five minutes on two cores
+# The default tests, about ten minutes on two cores
 test *ARGS:
     {{ bin }}/python -m pytest {{ ARGS }}
 
