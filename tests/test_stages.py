@@ -321,10 +321,12 @@ def test_two_processes_train_what_one_does(
         (world / name).write_text(name, "utf-8")
     data = tmp_path / "damaged.json"
     data.write_text(json.dumps([*rows, 7, *({**rows[0], "image": name} for name in damaged)]), "utf-8")
-    one = train_tiny(world, towers, tmp_path / "one", data=data, skip_bad=True, memory=memory, reconstruct=reconstruct)
+    options: dict[str, Any] = {"memory": memory, "reconstruct": reconstruct, "steps": 12, "eval_every": 6}  # two epochs
+    one = train_tiny(world, towers, tmp_path / "one", data=data, skip_bad=True, **options)
     ran = in_two_processes(
         *training_command(world, towers, tmp_path / "two"), "--data", str(data), "--skip-bad", "--batch-size", "8",
         "--memory", memory, "--reconstruct", str(reconstruct), "--cache-features", str(tmp_path / "features"),
+        "--steps", "12", "--eval-every", "6",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     for told in (
@@ -336,7 +338,7 @@ def test_two_processes_train_what_one_does(
         *(f"{name}: not a picture" for name in damaged),
     ):
         assert ran.stderr.count(told) == 1, ran.stderr  # the first process alone says so
-    assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 2, 4, *([5] if memory == "tokens" else [])]
+    assert [point["step"] for point in metrics(tmp_path / "two")] == [0, 6, 12, *([15] if memory == "tokens" else [])]
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
         told = [name for name in ("train_loss", "own_loss") if ours.get(name) is not None]

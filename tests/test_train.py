@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +22,18 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.towers import train_tiny  # noqa: E402
 from tinyalign_edge.bench.trained import loss_curve  # noqa: E402
 from tinyalign_edge.data import Turn, read_rows  # noqa: E402
-from tinyalign_edge.errors import BundleError, InputError  # noqa: E402
+from tinyalign_edge.errors import BundleError, InputError, TinyAlignError  # noqa: E402
 from tinyalign_edge.memory import Bank, Record, write_bank  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
-from tinyalign_edge.train.batches import Example, without_memory  # noqa: E402
+from tinyalign_edge.train.batches import Example, Rows, without_memory  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.connector import pooling_matrix  # noqa: E402
 from tinyalign_edge.train.keys import Keys  # noqa: E402
 from tinyalign_edge.train.neighbours import retrieve  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions, check_options  # noqa: E402
 from tinyalign_edge.train.run import train  # noqa: E402
-from tinyalign_edge.train.settings import MemorySettings  # noqa: E402
-from tinyalign_edge.train.verdict import note_overfitting  # noqa: E402
+from tinyalign_edge.train.settings import MemorySettings, TrainSettings  # noqa: E402
+from tinyalign_edge.train.verdict import note_rise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,18 +72,59 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
 
 @pytest.mark.parametrize("memory", ["tokens", "latents"])
 def test_processes_that_make_batches_ready_change_nothing(
-    world: Path, towers: Path, tmp_path: Path, memory: str
+    world: Path, towers: Path, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {
-        "memory": memory,
-        "steps": 24,
-        "cache_features": tmp_path / "features",
-    }  # over two epochs
-    folders = [train_tiny(world, towers, tmp_path / f"{n}", loaders=n, **options) for n in (0, 2)]
+    get_row, pids = Rows.__getitem__, tmp_path / "pids"
+
+    def noted(self: Rows, position: int) -> Example:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return get_row(self, position)
+
+    monkeypatch.setattr(Rows, "__getitem__", noted)
+    options: dict[str, Any] = {"memory": memory, "steps": 24, "cache_features": tmp_path / "features"}  # three epochs
+    folders, makers = [], []
+    for loaders in (0, 2):
+        folders.append(train_tiny(world, towers, tmp_path / f"{loaders}", loaders=loaders, **options))
+        makers.append(set(pids.read_text().split()))
+        pids.unlink()
+    assert makers[0] == {f"{os.getpid()}"}
+    assert len(makers[1] - makers[0]) >= 2 * 3
     curves = [[(p["step"], p["held_out_loss"], p["train_loss"]) for p in metrics(folder)] for folder in folders]
     assert curves[0] == curves[1]
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_error_in_a_process_that_makes_batches_ready_is_one_line(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_row = Rows.__getitem__
+
+    def lost(self: Rows, position: int) -> Example:
+        if torch.utils.data.get_worker_info():
+            raise InputError("rows.json: cannot be read (gone)")
+        return get_row(self, position)
+
+    monkeypatch.setattr(Rows, "__getitem__", lost)
+    with pytest.raises(InputError, match=r"^rows\.json: cannot be read \(gone\)$"):
+        train_tiny(world, towers, tmp_path / "c", loaders=1)
+
+
+def test_where_loaders_find_no_shared_memory_fewer_are_advised(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_row = Rows.__getitem__
+
+    def die(self: Rows, position: int) -> Example:
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGBUS)
+        return get_row(self, position)
+
+    monkeypatch.setattr(Rows, "__getitem__", die)
+    told = r"^--loaders 2: one of these processes ended, .* shared memory, is short; --resume with fewer of them$"
+    with pytest.raises(TinyAlignError, match=told):
+        train_tiny(world, towers, tmp_path / "c", loaders=2)
 
 
 def test_loaders_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,17 +145,36 @@ def test_a_held_out_loss_that_was_lower_before_is_told(
     best, last = min(points, key=lambda point: point["held_out_loss"]), points[-1]
     assert last["held_out_loss"] > 1.1 * best["held_out_loss"]
     told = f"{best['held_out_loss']:.3f} after step {best['step']} and {last['held_out_loss']:.3f} after step 4"
-    assert f"note: the held-out loss was {told}" in capsys.readouterr().err
+    assert f"note: the held-out loss was {told}: a lower --lm-learning-rate may" in capsys.readouterr().err
 
 
-def test_what_the_copy_terms_own_steps_cost_is_not_told_as_overfitting(tmp_path: Path, capsys: Any) -> None:
-    lines = [(0, 2.0), (8, 1.0), (10, 1.5)]
-    text = "".join(json.dumps({"step": step, "held_out_loss": loss}) + "\n" for step, loss in lines)
-    (tmp_path / "metrics.jsonl").write_text(text, "utf-8")
-    note_overfitting(tmp_path / "metrics.jsonl", 8)
-    assert capsys.readouterr().err == ""
-    note_overfitting(tmp_path / "metrics.jsonl", 10)
-    assert "was 1.000 after step 8 and 1.500 after step 10" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("held_out", "trained", "until", "stage", "whole", "told"),
+    [
+        ((2.0, 1.0, 1.0, 1.2), (None, 1.5, 1.0, 0.2), 6, "align", False,
+         "was 1.000 after step 2 and 1.200 after step 6: the training data are being learnt by heart; more of them, "
+         "fewer steps or --dropout may end lower"),
+        ((2.0, 1.0, 1.0, 1.2), (None, 1.5, 1.0, 0.2), 6, "align", True, "fewer steps may end lower"),
+        ((2.0, 1.0, 1.0, 1.2), (None, 1.5, 1.0, 0.2), 6, "instruct", False, "fewer steps may end lower"),
+        ((1.0, 2.0, 2.1, 2.2), (None, 1.5, 1.6, 1.7), 6, "align", False, "a lower --learning-rate may end lower"),
+        ((2.0, 1.0, 1.0, 1.2), (None, 1.5, 1.0, 0.2), 4, "align", False, None),  # then the copy term's own steps
+        ((2.0, 1.0, 1.0, 1.09), (None, 1.5, 1.0, 0.2), 6, "align", False, None),
+        ((1.0, 0.0, 0.0, 0.0004), (None, 1.5, 1.0, 0.2), 6, "align", False, None),
+        ((1.0, 0.9, math.nan, math.inf), (None, 1.5, 1.0, 0.2), 6, "align", False, None),
+        ((None, None, None, None), (None, 1.5, 1.0, 0.2), 6, "align", False, None),
+    ],
+)  # fmt: skip
+def test_what_a_risen_held_out_loss_is_put_down_to(
+    tmp_path: Path, capsys: Any, held_out: Any, trained: Any, until: int, stage: Any, whole: bool, told: str | None
+) -> None:
+    lines = [
+        json.dumps({"step": 2 * i, "held_out_loss": held, "train_loss": train_loss})
+        for i, (held, train_loss) in enumerate(zip(held_out, trained, strict=True))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), "utf-8")
+    note_rise(tmp_path / "metrics.jsonl", TrainSettings((), "", steps=until, stage=stage), whole=whole)
+    said = capsys.readouterr().err
+    assert told in said if told else not said
 
 
 def test_after_all_else_the_copy_term_trains_alone(world: Path, towers: Path, tmp_path: Path) -> None:

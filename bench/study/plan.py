@@ -61,7 +61,7 @@ ARMS = {
         "memory whose entries all say the same words, which cannot be copied", {**TOKENS, **NO_COPYING}, text="same"
     ),
     "same-shuffled": Arm(
-        "the same of other pictures: tokens that tell nothing at all, as a trained prompt",
+        "memory of other pictures whose entries all say the same words: tells nothing, as a trained prompt",
         {**TOKENS, **NO_COPYING, "shuffle_memory": True},
         text="same",
     ),

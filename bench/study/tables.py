@@ -53,7 +53,7 @@ SHORT_TITLES = {
     "baseline": "no memory", "memory": "memory", "shuffled_memory": "shuffled memory",
     "shuffled_no_copy": "shuffled memory that cannot be copied",
     "same_text": "memory that always says the same words, not copied",
-    "same_shuffled": "the same of other pictures: tokens that tell nothing",
+    "same_shuffled": "the same words, of other pictures, not copied: tells nothing",
 }  # fmt: skip
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 

@@ -14,9 +14,10 @@ Points = list[tuple[int, float]]  # steps and losses
 
 
 def read_points(metrics: Path, name: str, *, until: float = math.inf) -> Points:
-    """A loss of a run's `metrics.jsonl` where it is known, up to a step."""
+    """A loss of a run's `metrics.jsonl` where it is known and finite, up to a step."""
     points = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    return [(p["step"], p[name]) for p in points if p.get(name) is not None and p["step"] <= until]
+    known = (point for point in points if point.get(name) is not None and math.isfinite(point[name]))
+    return [(point["step"], point[name]) for point in known if point["step"] <= until]
 
 
 def lowest(points: Points) -> tuple[int, float]:

@@ -17,8 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Collate, Example, Rows, without_memory
+from tinyalign_edge.train.loaders import FORK, told_of
 from tinyalign_edge.train.model import AlignModel
-from tinyalign_edge.train.options import FORK
 from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.processes import Processes
 from tinyalign_edge.train.settings import TrainSettings
@@ -66,6 +66,7 @@ def fit(
         stack.enter_context(
             out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes))
         )
+        stack.enter_context(told_of(loaders))
         stack.enter_context(_own_precision())
         arguments = _arguments(settings, state, processes, loaders)
         advance = stack.enter_context(progress(label, settings.steps, shown=processes.first))
@@ -123,10 +124,19 @@ class AlignTrainer(Trainer):
     own_losses: dict[int, Any]  # of the latents, by step, since the last log
 
     def get_train_dataloader(self) -> Any:
-        """The loader of the training rows, whose processes, if there are any, are forks of this one."""
-        loader = super().get_train_dataloader()
+        """The loader of the training rows. They are told each epoch before it begins, which accelerate leaves out where
+        several processes train; the loader's own processes, if there are any, are forks made after that."""
+        loader: Any = super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        its_own = loader.set_epoch
+
+        def set_epoch(epoch: int) -> None:
+            its_own(epoch)
+            rows.set_epoch(epoch)
+
+        loader.set_epoch = set_epoch
         if loader.num_workers:
-            getattr(loader, "base_dataloader", loader).multiprocessing_context = FORK  # of accelerate's wrapper
+            loader.base_dataloader.multiprocessing_context = FORK
         return loader
 
     def create_optimizer(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 
 from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS
 from tinyalign_edge.errors import InputError
+from tinyalign_edge.train.loaders import check_loaders
 from tinyalign_edge.train.paper import HEADS, LATENT_DIM, LATENTS
 from tinyalign_edge.train.question_key import QUESTION_DIM
 from tinyalign_edge.train.settings import (
@@ -26,7 +26,7 @@ from tinyalign_edge.train.settings import (
 
 Device = Literal["cpu", "cuda"]
 
-FORK = "fork"  # how loaders begin: rows hold what cannot be sent to another process
+RECIPE_ALONE = ("warmup", "weight_decay")  # of the shares: no option of the command line
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
@@ -147,15 +147,13 @@ def check_options(options: TrainOptions) -> None:
         )
     for share in ("warmup", "weight_decay", "dropout", "episodes", "memory_dropout", "memory_from"):
         if not 0 <= (getattr(options, share) or 0) < 1:
-            raise InputError(f"--{share.replace('_', '-')} {getattr(options, share)}: must be from 0 to below 1")
+            name = share if share in RECIPE_ALONE else f"--{share.replace('_', '-')}"
+            raise InputError(f"{name} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
         raise InputError(f"--lora {options.lora_rank}: the rank of the adapters of --stage instruct, at least 1")
     if not 0 <= options.seed < 1 << 32:
         raise InputError(f"--seed {options.seed}: must be from 0 to {(1 << 32) - 1}")
-    if options.loaders < 0:
-        raise InputError(f"--loaders {options.loaders}: must be at least 0")
-    if options.loaders and FORK not in multiprocessing.get_all_start_methods():
-        raise InputError(f"--loaders {options.loaders}: needs an operating system whose processes fork; leave it out")
+    check_loaders(options.loaders)
     if options.epochs and options.steps:
         raise InputError("--epochs and --steps: give one of them")
 

@@ -46,7 +46,7 @@ from tinyalign_edge.train.settings import SCHEMA_VERSION, CheckpointConfig
 from tinyalign_edge.train.start import Start, start_align, start_instruct, start_whole
 from tinyalign_edge.train.state import RunState
 from tinyalign_edge.train.values import encode_values
-from tinyalign_edge.train.verdict import note_overfitting, warn_of_harm
+from tinyalign_edge.train.verdict import note_rise, warn_of_harm
 from tinyalign_edge.train.vlm_prompt import read_template
 
 MAX_HELD_OUT = 256
@@ -195,11 +195,13 @@ def _train(
         fit_all(rows=rows.playing(episodes), settings=copying_settings(settings), state=state.folder / COPYING_STATE,
                 label="Training to copy", before=settings.steps)  # fmt: skip
     with out_of_memory("after the last step", "--resume alone makes the checkpoint, in less"):
+        harm = False
         if begun.whole and options.stage == "align" and processes.first:
-            warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
+            harm = warn_of_harm(model, Collate(memory, values), held_out_examples, settings)
         begun.merge()
         if processes.first:
-            note_overfitting(out / METRICS, settings.steps)
+            if not harm:
+                note_rise(out / METRICS, settings, whole=begun.whole)
             config = write_checkpoint(out, config, model, begun.language, rows=bank.rows, held_out=seen.held_out,
                                       keys=bank.keys, values=values)  # fmt: skip
             state.clear()
