@@ -122,11 +122,12 @@ TRIALS = {
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
-    "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "paper", "gate",
+    "latents-2", "latents-4", "latents-16", "latents-32", "latents-untrained", "latents-read", "latents-random",
+    "paper", "gate",
 )  # fmt: skip
 NOTHING_TOLD = ("shuffled-no-copy", "same-text", "same-shuffled")  # why a memory that tells nothing can lower the loss
 TRIED_ONCE = (  # on the data set with classes that no training saw
-    "latents-random", "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
+    "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
     "no-episodes", "after", "turns",
 )  # fmt: skip
 OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
