@@ -112,6 +112,7 @@ TRIALS = {
        for arm in ("baseline", "memory")},
     f"memory-episodes-{EPISODES:g}": Arm(f"{EPISODES:.0%} of the rows with made-up names, in the copy term's own steps",
                                          {**TOKENS, **PLAIN, "episodes": EPISODES}),
+    "memory-question": Arm("memory with a key of picture and question", {**TOKENS, **PLAIN, "key": "question"}),
     "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
@@ -207,7 +208,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += [f"baseline-lr-{HIGHER:g}", *(f"memory-from-{share:g}" for share in JOINS[name])]
         whole += ["memory-no-copy", "memory-alone", "memory-dropout"]
     if name == TAUGHT:
-        whole += ["baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
+        whole += ["memory-question", "baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
         few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
