@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.files import file_sha256
 from tinyalign_edge.train.checkpoint import METRICS, Checkpoint, is_checkpoint, load_checkpoint
+from tinyalign_edge.train.curves import read_evaluations
 from tinyalign_edge.train.options import TrainOptions, copying_steps, episodes_share, memory_from, memory_settings
 from tinyalign_edge.train.run import train
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings, TrainSettings
@@ -68,5 +68,5 @@ def difference(
 
 def loss_curve(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of the training in `folder`, without its speed, which is a matter of the machine."""
-    points = [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    points = read_evaluations(folder / METRICS)
     return [{name: value for name, value in point.items() if name != "tokens_per_second"} for point in points]

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,35 +97,46 @@ def test_processes_that_make_batches_ready_change_nothing(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_an_error_in_a_process_that_makes_batches_ready_is_one_line(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_loaders(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Has something happen before a row is made, in the processes that make batches ready alone."""
     get_row = Rows.__getitem__
 
-    def lost(self: Rows, position: int) -> Example:
-        if torch.utils.data.get_worker_info():
-            raise InputError("rows.json: cannot be read (gone)")
-        return get_row(self, position)
+    def patch(happen: Callable[[], None]) -> None:
+        def made(self: Rows, position: int) -> Example:
+            if torch.utils.data.get_worker_info():
+                happen()
+            return get_row(self, position)
 
-    monkeypatch.setattr(Rows, "__getitem__", lost)
+        monkeypatch.setattr(Rows, "__getitem__", made)
+
+    return patch
+
+
+def test_an_error_in_a_process_that_makes_batches_ready_is_one_line(
+    world: Path, towers: Path, tmp_path: Path, in_loaders: Any
+) -> None:
+    def lost() -> None:
+        raise InputError("rows.json: cannot be read (gone)")
+
+    in_loaders(lost)
     with pytest.raises(InputError, match=r"^rows\.json: cannot be read \(gone\)$"):
         train_tiny(world, towers, tmp_path / "c", loaders=1)
 
 
 def test_where_loaders_find_no_shared_memory_fewer_are_advised(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, towers: Path, tmp_path: Path, in_loaders: Any
 ) -> None:
-    get_row = Rows.__getitem__
-
-    def die(self: Rows, position: int) -> Example:
-        if torch.utils.data.get_worker_info():
-            os.kill(os.getpid(), signal.SIGBUS)
-        return get_row(self, position)
-
-    monkeypatch.setattr(Rows, "__getitem__", die)
+    in_loaders(lambda: os.kill(os.getpid(), signal.SIGBUS))
     told = r"^--loaders 2: one of these processes ended, .* shared memory, is short; --resume with fewer of them$"
     with pytest.raises(TinyAlignError, match=told):
         train_tiny(world, towers, tmp_path / "c", loaders=2)
+
+
+def test_a_share_that_cannot_be_is_refused_by_the_name_that_it_is_given_by() -> None:
+    for name, given in (("dropout", "--dropout"), ("warmup", "warmup"), ("weight_decay", "weight_decay")):
+        with pytest.raises(InputError, match=rf"^{given} 1\.0: must be from 0 to below 1$"):
+            check_options(TrainOptions(**{name: 1.0}))  # type: ignore[arg-type]
 
 
 def test_loaders_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,8 @@ ABLATIONS = (
 )  # fmt: skip
 NOTHING_TOLD = ("shuffled-no-copy", "same-text", "same-shuffled")  # why a memory that tells nothing can lower the loss
 TRIED_ONCE = (  # on the data set with classes that no training saw
-    "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start",
-    "no-episodes", "after", "turns",
+    "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start", "no-episodes", "after",
+    "turns",
 )  # fmt: skip
 OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
 

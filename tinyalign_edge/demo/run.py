@@ -214,11 +214,10 @@ def _pictures(paths: Paths, shown: Sequence[tuple[Row, Answer]], report: dict[st
 
 
 def _curve(checkpoint: Path) -> list[tuple[int, float]]:
-    import json
+    from tinyalign_edge.train.checkpoint import METRICS
+    from tinyalign_edge.train.curves import losses_in, read_evaluations
 
-    lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()
-    points = [json.loads(line) for line in lines]
-    return [(point["step"], point["held_out_loss"]) for point in points]
+    return losses_in(read_evaluations(checkpoint / METRICS), "held_out_loss")
 
 
 def _texts(answer: Answer) -> tuple[str, ...]:

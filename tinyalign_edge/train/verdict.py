@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyalign_edge.train.batches import Collate, Example, without_memory
-from tinyalign_edge.train.curves import lowest, read_points
+from tinyalign_edge.train.curves import losses_in, lowest, read_evaluations
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import TrainSettings
 from tinyalign_edge.train.watcher import held_out_loss
@@ -40,7 +40,8 @@ def note_rise(metrics: Path, settings: TrainSettings, *, whole: bool) -> None:
     Args:
         whole: the connector is a whole model's own and has no dropout.
     """
-    held_out, trained = (read_points(metrics, name, until=settings.steps) for name in ("held_out_loss", "train_loss"))
+    evaluations = read_evaluations(metrics)
+    held_out, trained = (losses_in(evaluations, name, until=settings.steps) for name in ("held_out_loss", "train_loss"))
     if not held_out:
         return
     (best_step, best), (last_step, last) = lowest(held_out), held_out[-1]
