@@ -18,7 +18,7 @@ from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.datasets import SETTINGS, find_dataset
-from tinyalign_edge.bench.study.plan import SHORT, SHORT_STEPS, Run
+from tinyalign_edge.bench.study.plan import OTHERS, SHORT, Run
 from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
@@ -37,7 +37,7 @@ def main() -> None:
     """Run what is missing and record everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/caltech"))
-    parser.add_argument("--steps", type=int, default=SHORT_STEPS["caltech"])
+    parser.add_argument("--steps", type=int, default=OTHERS["caltech"]["steps"])
     parser.add_argument("--memory", nargs="*", default=["tokens", "latents"], choices=["tokens", "latents"])
     given = parser.parse_args()
     arms = ["none", *given.memory]

@@ -19,12 +19,12 @@ SCENES_SEED = 0
 MOST_ASKED = 5000
 SAME_TEXT = "a picture"
 
-# What all arms of a data set share, but for the steps where the plan has `SHORT_STEPS`. Steps: where the baseline's
+# What all arms of a data set share, but for what the plan's `OTHERS` name. Steps: where the baseline's
 # held-out loss flattens. The learning rate is chosen by the plan's trials, and where there are some, when the memory is
 # first read and whether its words can be copied.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
 SETTINGS = {
-    "caltech": replace(COMMON, steps=1600, eval_every=50, memory_from=0.125),
+    "caltech": replace(COMMON, steps=1600, eval_every=50, key="question", memory_from=0.125),
     "easy_vqa": replace(
         COMMON, steps=400, batch_size=64, key="question", memory_from=0.375, copy_words=False, episodes=0.0
     ),
@@ -53,12 +53,13 @@ class DataSet:
 
     def training_file(self, text: Text) -> Path:
         """The rows to train on, whose entries in the bank keep `text`."""
-        if text == "same":
-            same = self.turns.with_name("same.json")
-            if not same.is_file():
-                _write_rows(same, [{**row, "caption": SAME_TEXT} for row in read_json(self.train)])
-            return same
-        return self.train if text == "answers" else self.turns
+        if text in ("answers", "turns"):
+            return self.train if text == "answers" else self.turns
+        made = self.turns.with_name(f"{text}.json")
+        if not made.is_file():
+            rows = read_json(self.train)
+            _write_rows(made, apart(rows) if text == "apart" else [{**row, "caption": SAME_TEXT} for row in rows])
+        return made
 
     def test_rows(self) -> list[Row]:
         """The questions of the test files, one a row, or evenly spaced ones of many."""

@@ -15,10 +15,10 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     MAIN,
     MAIN_ARMS,
+    OTHERS,
     SEEDS,
     SHARES,
     SHORT,
-    SHORT_STEPS,
     Run,
     short,
 )
@@ -108,7 +108,7 @@ def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
         axes.barh(places, [loss for _, loss in found], color=colours)
         axes.set_yticks(places, [arm for arm, _ in found])
         axes.invert_yaxis()
-        steps = f", {SHORT_STEPS[name]} steps" if name in SHORT_STEPS else ""
+        steps = f", {OTHERS[name]['steps']} steps" if name in OTHERS else ""
         axes.set(title=f"{name}{steps}", xlabel="loss of the test questions, nats a token")
     return bool(names)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tinyalign_edge.train.options import TrainOptions
 
 Kind = Literal["scores", "emi", "copy", "full_bank", "bank_sizes", "teach", "int8"]
-Text = Literal["answers", "turns", "same"]
+Text = Literal["answers", "turns", "same", "apart"]
 
 DATASETS = ("caltech", "easy_vqa", "scenes", "nlvr")
 TAUGHT = "caltech"  # has classes that no training saw
@@ -18,7 +18,9 @@ SHARES = (10, 20, 40, 70, 100)  # per cent of the training pictures
 SEEDS = (0, 1, 2)
 TUNING_SEED = 1000
 BANK_SHARES = (1, 10, 100)  # per cent of the entries, of a model that was trained with all
-SHORT_STEPS = {"caltech": 800}  # of all arms but those of `MAIN_ARMS`, and of the trials: fewer than its settings have
+# What all arms but the main ones, and the trials, have instead of the data set's settings: fewer steps, and the key with
+# which the ablations began.
+OTHERS: dict[str, dict[str, Any]] = {"caltech": {"steps": 800, "key": "picture"}}
 QUESTIONS_A_ROW = {"caltech": 3}  # of the training rows, which a key that tells what is asked takes apart
 
 
@@ -28,14 +30,17 @@ class Arm:
 
     Attributes:
         changes: of `TrainOptions`.
-        text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words.
+        text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words; "apart": the
+            answer of one question, the rows have one each.
         steps: times those of the data set, or of its short runs.
+        main: it has the data set's settings, also where `OTHERS` has other ones.
     """
 
     title: str
     changes: dict[str, Any]
     text: Text = "answers"
     steps: float = 1.0
+    main: bool = False
 
 
 TOKENS: dict[str, Any] = {"memory": "tokens"}
@@ -46,14 +51,20 @@ NO_COPYING: dict[str, Any] = {"copy_words": False, "episodes": 0.0}
 OWN_LOSS = 0.5  # weight of the latents' own loss
 
 MAIN_ARMS = {
-    "baseline": Arm("no memory", BASELINE),
-    "memory": Arm("memory: token ids, k = 4", TOKENS),
-    "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True}),
-}
+    "baseline": Arm("no memory", BASELINE, main=True),
+    "memory": Arm("memory: token ids, k = 4", TOKENS, main=True),
+    "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True},
+                    main=True),
+}  # fmt: skip
 SHORT = "-short"  # ends the names of their runs with fewer steps, beside which the other arms are read
+BY_PICTURE = "-picture"  # ends the names of the runs of memory and shuffled memory with the key of the picture alone
 ARMS = {
     **MAIN_ARMS,
-    **{f"{name}{SHORT}": arm for name, arm in MAIN_ARMS.items()},
+    **{f"{name}{SHORT}": replace(arm, main=False) for name, arm in MAIN_ARMS.items()},
+    **{f"{name}{BY_PICTURE}": replace(arm, title=f"{arm.title}, key of the picture alone",
+                                      changes={**arm.changes, "key": "picture"})
+       for name, arm in MAIN_ARMS.items() if name != "baseline"},
+    "baseline-apart": Arm("no memory, a row for each question", BASELINE, text="apart", main=True),
     "shuffled-no-copy": Arm(
         "memory of other pictures that cannot be copied", {**TOKENS, **NO_COPYING, "shuffle_memory": True}
     ),
@@ -104,11 +115,11 @@ TRIALS = {
     **{f"memory-from-{share:g}": Arm(f"memory read after {100 * share:g} % of the steps",
                                      {**TOKENS, **PLAIN, "memory_from": share})
        for share in sorted({share for shares in JOINS.values() for share in shares})},
-    **{f"{arm}-dropout": replace(ARMS[arm], title=f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
-                                 changes={**ARMS[arm].changes, **PLAIN, "dropout": DROPOUT})
+    **{f"{arm}-dropout": Arm(f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector",
+                             {**ARMS[arm].changes, **PLAIN, "dropout": DROPOUT})
        for arm in ("baseline", "memory")},
-    **{f"{arm}-decay-{DECAY:g}": replace(ARMS[arm], title=f"{ARMS[arm].title}, weight decay {DECAY:g}",
-                                         changes={**ARMS[arm].changes, **PLAIN, "weight_decay": DECAY})
+    **{f"{arm}-decay-{DECAY:g}": Arm(f"{ARMS[arm].title}, weight decay {DECAY:g}",
+                                     {**ARMS[arm].changes, **PLAIN, "weight_decay": DECAY})
        for arm in ("baseline", "memory")},
     f"memory-episodes-{EPISODES:g}": Arm(f"{EPISODES:.0%} of the rows with made-up names, in the copy term's own steps",
                                          {**TOKENS, **PLAIN, "episodes": EPISODES}),
@@ -116,9 +127,9 @@ TRIALS = {
     "memory-no-copy": Arm("memory whose words cannot be copied", {**TOKENS, **PLAIN, **NO_COPYING}),
     "memory-alone": Arm(f"{ALONE:.0%} of the rows without memory",
                         {**TOKENS, **PLAIN, "memory_dropout": ALONE}),
-    **{f"{arm}-long": replace(ARMS[arm], title=f"{ARMS[arm].title}, longer", steps=2.0)
+    **{f"{arm}-long": Arm(f"{ARMS[arm].title}, longer", ARMS[arm].changes, steps=2.0)
        for arm in ("baseline", "memory")},
-    **{f"baseline-x{times:g}": replace(ARMS["baseline"], title=f"{ARMS['baseline'].title}, longer", steps=times)
+    **{f"baseline-x{times:g}": Arm(f"{ARMS['baseline'].title}, longer", BASELINE, steps=times)
        for times in (1.5, 3)},
 }  # fmt: skip
 ABLATIONS = (
@@ -154,10 +165,11 @@ class Run:
 
     def options(self, of: TrainOptions) -> TrainOptions:
         """Its options, given those that its data set's arms share."""
-        arm, steps = self.of(), of.steps or 0
-        if self.arm not in MAIN_ARMS:
-            steps = min(steps, SHORT_STEPS.get(self.dataset, steps))
-        every = max(1, round(of.eval_every * steps / (of.steps or 1)))  # as often in a run, whatever its steps
+        arm, whole = self.of(), of.steps or 0
+        if not arm.main:
+            of = replace(of, **OTHERS.get(self.dataset, {}))
+        steps = min(of.steps or 0, whole)
+        every = max(1, round(of.eval_every * steps / (whole or 1)))  # as often in a run, whatever its steps
         own: dict[str, Any] = {
             "fraction": self.share / 100,
             "seed": self.seed,
@@ -167,7 +179,7 @@ class Run:
         options = replace(of, **own, **arm.changes)
         if options.memory == "none":
             options = replace(options, key=None, memory_from=None)
-        if options.key in ("question", "fused"):  # as many questions a step
+        if options.key in ("question", "fused") or arm.text == "apart":  # as many questions a step
             options = replace(options, batch_size=of.batch_size * QUESTIONS_A_ROW.get(self.dataset, 1))
         return options
 
@@ -187,7 +199,7 @@ class Part:
 
 def short(name: str, arm: str) -> str:
     """The arm of `MAIN_ARMS` beside which the others of a data set are read: as many steps as they have."""
-    return f"{arm}{SHORT}" if name in SHORT_STEPS else arm
+    return f"{arm}{SHORT}" if name in OTHERS else arm
 
 
 def plan() -> list[Part]:
@@ -233,7 +245,9 @@ def _ordered() -> Iterator[Part]:
         for seed in SEEDS:
             for name in MAIN:
                 yield from _share(name, share, seed)
-    for name in SHORT_STEPS:
+    for name in OTHERS:
+        yield from (Part(Run(name, "baseline-apart", seed=seed), "scores") for seed in SEEDS)
+        yield from _by_picture(name)
         for seed in SEEDS:
             yield from (Part(Run(name, short(name, arm), seed=seed), "scores") for arm in MAIN_ARMS)
             yield from (Part(Run(name, short(name, arm), FEW, seed), "scores") for arm in ("baseline", "memory"))
@@ -258,12 +272,28 @@ def _share(name: str, share: int, seed: int) -> Iterator[Part]:
         yield Part(Run(name, "memory", share, seed), "full_bank")
 
 
-def _measures(name: str, seed: int) -> Iterator[Part]:
-    memory, baseline, shuffled = (Run(name, arm, seed=seed) for arm in ("memory", "baseline", "shuffled"))
+def _by_picture(name: str) -> Iterator[Part]:
+    """What a memory does whose key tells the picture alone."""
+    memory, shuffled = (f"{arm}{BY_PICTURE}" for arm in ("memory", "shuffled"))
+    for seed in SEEDS:
+        yield from (Part(Run(name, memory, seed=seed), kind) for kind in ("scores", *_kinds(name, seed)))
+        for share in SHARES:
+            if share == FEW or (share < 100 and seed == SEEDS[0]):
+                yield from (Part(Run(name, memory, share, seed), kind) for kind in ("scores", "copy", "full_bank"))
+        yield from (Part(Run(name, shuffled, seed=seed), kind) for kind in ("scores", "emi"))
+
+
+def _kinds(name: str, seed: int) -> list[Kind]:
+    """What is measured of a memory that was trained with all data."""
     kinds: list[Kind] = ["copy", "emi", "int8"]
     kinds += ["teach"] if name == TAUGHT else []
     kinds += ["bank_sizes"] if seed == 0 else []
-    yield from (Part(memory, kind) for kind in kinds)
+    return kinds
+
+
+def _measures(name: str, seed: int) -> Iterator[Part]:
+    memory, baseline, shuffled = (Run(name, arm, seed=seed) for arm in ("memory", "baseline", "shuffled"))
+    yield from (Part(memory, kind) for kind in _kinds(name, seed))
     yield Part(shuffled, "scores")
     yield Part(shuffled, "emi")
     yield Part(baseline, "emi")

@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 from tinyalign_edge.bench.study.plan import (
+    BY_PICTURE,
     DATASETS,
     FEW,
     NOTHING_TOLD,
+    OTHERS,
     SHARES,
-    SHORT_STEPS,
+    SHORT,
     TAUGHT,
     Kind,
     Part,
     Run,
-    short,
 )
 from tinyalign_edge.bench.study.seeds import Figure, Spread
 from tinyalign_edge.bench.study.store import Results
@@ -26,6 +27,19 @@ from tinyalign_edge.bench.teach import SHOTS
 Summary = dict[str, Any]
 
 COMPARED = ("baseline", "memory")
+BESIDE = {  # arms of the data set with `OTHERS` that have the main ones' steps
+    "baseline": "baseline",
+    "baseline_apart": "baseline-apart",
+    "memory": "memory",
+    "memory_by_picture": f"memory{BY_PICTURE}",
+    "shuffled_memory": "shuffled",
+    "shuffled_by_picture": f"shuffled{BY_PICTURE}",
+}
+SHORTER = {
+    **{arm: f"{arm}{SHORT}" for arm in COMPARED},
+    "shuffled_memory": f"shuffled{SHORT}",
+    **{arm.replace("-", "_"): arm for arm in NOTHING_TOLD},
+}
 
 
 def summarise(done: Results) -> Summary:
@@ -127,15 +141,12 @@ def figures(done: Results, name: str) -> dict[str, Any]:
         "score_yes_no": _scores(done, name, "yes_no"),
         "emi": _told(value),
         **(_taught(value) if name == TAUGHT else {}),
-        **({"short": _short(done, name)} if name in SHORT_STEPS else {}),
+        **({"beside": _compared(done, name, BESIDE), "short": _compared(done, name, SHORTER)} if name in OTHERS else {}),
     }
 
 
-def _short(done: Results, name: str) -> dict[str, Any]:
-    """The runs with fewer steps."""
-    baseline, memory, shuffled = (short(name, arm) for arm in (*COMPARED, "shuffled"))
-    arms = {"baseline": baseline, "memory": memory, "shuffled_memory": shuffled}
-    arms |= {arm.replace("-", "_"): arm for arm in NOTHING_TOLD if name == TAUGHT}
+def _compared(done: Results, name: str, arms: dict[str, str]) -> dict[str, Any]:
+    """Arms, by the names that their figures have, beside the one that is named "baseline"."""
 
     def figures(of: Callable[[Run], float | None], share: int = 100) -> dict[str, Figure]:
         def one(arm: str) -> Figure:
@@ -149,14 +160,17 @@ def _short(done: Results, name: str) -> dict[str, Any]:
             for share in (FEW, 100)
         }
 
+    def steps(arm: str) -> Figure:
+        return Figure.of(lambda seed: steps_ratio(done, name, seed, arm, baseline_arm=arms["baseline"]))
+
     return {
         "final_loss": figures(partial(last_loss, done)),
         "test_loss": figures(lambda run: find(done, run, "scores", "loss")),
-        "steps_to_baseline_loss_ratio": Figure.of(
-            lambda seed: steps_ratio(done, name, seed, memory, baseline_arm=baseline)
-        ),
+        "steps_to_baseline_loss_ratio": {key: steps(arm) for key, arm in arms.items()},
         "score": scores("open"),
         "score_yes_no": scores("yes_no"),
+        "teach": figures(lambda run: find(done, run, "teach", "teach", str(SHOTS[-1]))),
+        "teach_ceiling": figures(lambda run: find(done, run, "teach", "teach_ceiling", str(SHOTS[-1]))),
     }
 
 

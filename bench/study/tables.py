@@ -16,9 +16,9 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     FEW,
     MAIN,
+    OTHERS,
     SEEDS,
     SHARES,
-    SHORT_STEPS,
     TAUGHT,
     TRIED_ONCE,
     Kind,
@@ -49,8 +49,10 @@ KINDS = (("open", "open", "score"), ("yes/no", "yes_no", "score_yes_no"))
 INFORMATION = {
     "picture, model without memory": "image_of_baseline", "picture": "image", "memory, beyond the picture": "memory",
 }  # fmt: skip
-SHORT_TITLES = {
-    "baseline": "no memory", "memory": "memory", "shuffled_memory": "shuffled memory",
+TITLES = {
+    "baseline": "no memory", "baseline_apart": "no memory, a row for each question", "memory": "memory",
+    "memory_by_picture": "memory, key of the picture alone", "shuffled_memory": "shuffled memory",
+    "shuffled_by_picture": "shuffled memory, key of the picture alone",
     "shuffled_no_copy": "shuffled memory that cannot be copied",
     "same_text": "memory that always says the same words, not copied",
     "same_shuffled": "the same words, of other pictures, not copied: tells nothing",
@@ -137,18 +139,28 @@ def losses(done: Results, summary: Summary) -> str:
     return f"{markdown_table(head, held)}\n\n{markdown_table(then, asked)}"
 
 
+def beside(done: Results, summary: Summary) -> str:
+    """What the key of the picture alone does, and rows of one question without memory."""
+    return _compared(summary, "beside")
+
+
 def fewer_steps(done: Results, summary: Summary) -> str:
     """What the memory buys where the training is short."""
+    return _compared(summary, "short")
+
+
+def _compared(summary: Summary, group: str) -> str:
     rows = []
-    for name, steps in SHORT_STEPS.items():
-        part = summary[name]["short"]
+    for name in OTHERS:
+        part = summary[name][group]
         for arm in part["final_loss"]:
             scores = (part[key][str(share)][arm] for key in ("score", "score_yes_no") for share in (100, FEW))
-            ratio = _spread(part["steps_to_baseline_loss_ratio"], "{:.2f}") if arm == "memory" else NONE
+            ratio = NONE if arm == "baseline" else _spread(part["steps_to_baseline_loss_ratio"][arm], "{:.2f}")
             losses = (_spread(part[key][arm], "{:.4f}") for key in ("final_loss", "test_loss"))
-            rows.append((name, f"{steps}", SHORT_TITLES[arm], *losses, ratio, *map(_share, scores)))
-    head = ("data", "steps", "arm", "held-out loss", "test loss", "steps to the baseline's held-out loss / its steps",
-            "open", f"open, {FEW} % of the data", "yes/no", f"yes/no, {FEW} % of the data")  # fmt: skip
+            rows.append((name, TITLES[arm], *losses, ratio, *map(_share, (*scores, part["teach"][arm]))))
+    head = ("data", "arm", "held-out loss", "test loss", "steps to the baseline's held-out loss / its steps",
+            "open", f"open, {FEW} % of the data", "yes/no", f"yes/no, {FEW} % of the data",
+            f"names of {SHOTS[-1]} taught examples a class")  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -236,7 +248,7 @@ def taught(done: Results, summary: Summary) -> str:
         ("memory", ARMS["memory"].title, ("teach",)),
         ("memory", "memory, int8 bundle", ("int8", "teach")),
         *(
-            (arm, f"{ARMS[arm].title}, {SHORT_STEPS[TAUGHT]} steps", ("teach",))
+            (arm, f"{ARMS[arm].title}, {OTHERS[TAUGHT]['steps']} steps", ("teach",))
             for arm in (short(TAUGHT, "memory"), "no-copy", "no-episodes")
         ),
     ]
@@ -313,6 +325,7 @@ TABLES: dict[str, Callable[[Results, Summary], str]] = {
     "goals": goal_table,
     "settings": settings,
     "losses": losses,
+    "beside": beside,
     "fewer_steps": fewer_steps,
     "shares": shares,
     "controls": controls,
