@@ -109,10 +109,26 @@ def test_ablations_and_trials_may_have_fewer_steps_and_are_read_beside_runs_with
         assert f"caltech.{beside}.100.2.scores" in names and f"easy_vqa.{beside}-short.100.0.scores" not in names
         options = Run("caltech", arm).options(TrainOptions(steps=1200))
         beside_it = Run("caltech", beside).options(TrainOptions(steps=1200))
-        assert replace(options, steps=800, eval_every=beside_it.eval_every) == beside_it
+        key = None if arm == "baseline" else "picture"
+        assert replace(options, steps=800, eval_every=beside_it.eval_every, key=key) == beside_it
     assert Run("caltech", "k-1").options(TrainOptions(steps=2)).steps == 2
     for arm, every in (("memory", 50), ("memory-short", 25), ("k-1", 25)):  # losses are known equally often
         assert Run("caltech", arm).options(TrainOptions(steps=1600, eval_every=50)).eval_every == every
+
+
+def test_caltechs_memory_is_told_the_question_and_compared_with_the_key_of_the_picture_alone() -> None:
+    made = {arm: Run("caltech", arm).options(datasets.SETTINGS["caltech"]) for arm in plan.ARMS}
+    for arm in ("memory", "shuffled"):
+        assert (made[arm].key, made[arm].steps, made[arm].batch_size) == ("question", 1600, 96)
+        assert made[f"{arm}-picture"] == replace(made[arm], key="picture", batch_size=32)
+    assert made["baseline-apart"] == replace(made["baseline"], batch_size=96)  # as many questions a step
+    assert plan.ARMS["baseline-apart"].text == "apart"
+    assert made["question"] == replace(made["memory"], steps=800, eval_every=25)
+    names = {part.name for part in plan.plan()}
+    assert "caltech.baseline-apart.100.0.scores" in names
+    for seed in plan.SEEDS:
+        wanted = {"memory-picture.100", "memory-picture.40", "shuffled-picture.100"}
+        assert {f"caltech.{run}.{seed}.scores" for run in wanted} < names
 
 
 def test_an_entry_keeps_what_its_row_answers_openly() -> None:
@@ -282,12 +298,17 @@ def test_short_runs_are_told_beside_the_others_and_compared_with_each_other() ->
     assert short["final_loss"]["baseline"]["mean"] == pytest.approx(0.8)
     assert short["final_loss"]["shuffled_memory"]["seeds"] == 0
     assert short["test_loss"]["memory"]["mean"] == 0.5
-    assert short["steps_to_baseline_loss_ratio"]["mean"] == 0.5
+    assert short["steps_to_baseline_loss_ratio"]["memory"]["mean"] == 0.5
     assert summary["caltech"]["steps_to_baseline_loss_ratio"]["mean"] == 1.0
     assert short["score"]["100"]["memory"]["mean"] == 0.75
     assert short["score_yes_no"][f"{plan.FEW}"]["memory"] == {"mean": 0.375, "std": None, "seeds": 1}
     (line,) = (line for line in tables.fewer_steps(done, summary).splitlines() if "| memory |" in line)
-    assert line.startswith("| caltech | 800 | memory | 0.6500 ± 0.0000 | 0.5000 ± 0.0000 | 0.50 ± 0.00 | 75.0")
+    assert line.startswith("| caltech | memory | 0.6500 ± 0.0000 | 0.5000 ± 0.0000 | 0.50 ± 0.00 | 75.0")
+    assert summary["caltech"]["beside"]["steps_to_baseline_loss_ratio"]["memory"]["mean"] == 1.0
+    done |= seeds_of("caltech", "memory-picture", scores(0.5, 0.5))
+    done[Part(Run("caltech", "memory-picture"), "teach").name] = {"teach": {"5": 0.25}}
+    (line,) = (line for line in tables.beside(done, summarise(done)).splitlines() if "| memory, key of the" in line)
+    assert line.startswith("| caltech | memory, key of the picture alone | 0.5000 |") and line.endswith("| 25.0 |")
 
 
 def test_one_seed_that_never_reaches_the_loss_decides_and_a_missing_one_does_not() -> None:

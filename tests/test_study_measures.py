@@ -190,6 +190,9 @@ def test_a_memory_that_tells_nothing_keeps_the_same_words_of_every_picture(tmp_p
         said = read_json(data.training_file("same"))
         assert [row["id"] for row in said] == ["0", "1"]
         assert {row["caption"] for row in said} == {SAME_TEXT}
+    asked = [{"id": "0", "caption": "a crab", "conversations": [{"value": f"{IMAGE}\nWhat?"}, {"value": "crab"}] * 2}]
+    train.write_text(json.dumps(asked), "utf-8")
+    assert [row["caption"] for row in read_json(data.training_file("apart"))] == ["crab", "crab"]
     arms = [Run("caltech", arm).options(SETTINGS["caltech"]) for arm in ("no-copy", *NOTHING_TOLD)]
     shuffled = replace(arms[0], shuffle_memory=True)
     assert arms == [arms[0], shuffled, arms[0], shuffled]  # two of them differ from the others in the text alone

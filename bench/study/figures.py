@@ -114,7 +114,7 @@ def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
 
 
 def _ablated(done: Results, name: str) -> list[tuple[str, float]]:
-    others = (arm for arm in ARMS if arm.removesuffix(SHORT) not in MAIN_ARMS)
+    others = (arm for arm in ARMS if not ARMS[arm].main and arm.removesuffix(SHORT) not in MAIN_ARMS)
     shown = (*(short(name, arm) for arm in COMPARED), *others)
     losses = [(arm, find(done, Run(name, arm), "scores", "loss")) for arm in shown]
     return sorted([(arm, loss) for arm, loss in losses if loss is not None], key=lambda pair: pair[1])

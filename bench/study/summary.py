@@ -40,6 +40,7 @@ SHORTER = {
     "shuffled_memory": f"shuffled{SHORT}",
     **{arm.replace("-", "_"): arm for arm in NOTHING_TOLD},
 }
+GROUPS = {"beside": BESIDE, "short": SHORTER}
 
 
 def summarise(done: Results) -> Summary:
@@ -141,7 +142,7 @@ def figures(done: Results, name: str) -> dict[str, Any]:
         "score_yes_no": _scores(done, name, "yes_no"),
         "emi": _told(value),
         **(_taught(value) if name == TAUGHT else {}),
-        **({"beside": _compared(done, name, BESIDE), "short": _compared(done, name, SHORTER)} if name in OTHERS else {}),
+        **({key: _compared(done, name, arms) for key, arms in GROUPS.items()} if name in OTHERS else {}),
     }
 
 

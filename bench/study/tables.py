@@ -13,6 +13,7 @@ from tinyalign_edge.bench.study.plan import (
     ABLATIONS,
     ARMS,
     BANK_SHARES,
+    BY_PICTURE,
     DATASETS,
     FEW,
     MAIN,
@@ -243,10 +244,11 @@ def banks(done: Results, summary: Summary) -> str:
 
 def taught(done: Results, summary: Summary) -> str:
     """Right answers about classes that no training saw, after so many examples of each, and about trained ones."""
-    rows = []
+    rows, by_picture = [], f"memory{BY_PICTURE}"
     measured: list[tuple[str, str, tuple[Kind, *tuple[str, ...]]]] = [
         ("memory", ARMS["memory"].title, ("teach",)),
         ("memory", "memory, int8 bundle", ("int8", "teach")),
+        (by_picture, ARMS[by_picture].title, ("teach",)),
         *(
             (arm, f"{ARMS[arm].title}, {OTHERS[TAUGHT]['steps']} steps", ("teach",))
             for arm in (short(TAUGHT, "memory"), "no-copy", "no-episodes")
