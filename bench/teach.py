@@ -156,7 +156,8 @@ class BundlePupil:
     def teach(self, rows: Sequence[Row]) -> None:
         assert self._model.memory is not None
         for row in rows:
-            self._model.memory.add(self._image(row), row.turns[0].answer, source=row.id)
+            turn = row.turns[0]
+            self._model.memory.add(self._image(row), turn.answer, question=turn.question, source=row.id)
 
     def say(self, rows: Sequence[Row]) -> list[str]:
         with progress("Asking", len(rows)) as advance:
@@ -167,8 +168,11 @@ class BundlePupil:
             return [self._ask(row, advance, choices=choices) for row in rows]
 
     def nearest(self, rows: Sequence[Row]) -> list[str]:
+        return [self._search(self._image(row), row.turns[0].question) for row in rows]
+
+    def _search(self, image: EncodedImage, question: str) -> str:
         assert self._model.memory is not None
-        return [self._model.memory.search(self._image(row), 1, floor=-1.0)[0].text for row in rows]
+        return self._model.memory.search(image, 1, question=question, floor=-1.0)[0].text
 
     def _ask(self, row: Row, advance: Any, **options: Any) -> str:
         said = self._model.ask(self._image(row), row.turns[0].question, **options).text

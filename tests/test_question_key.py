@@ -13,6 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.towers import train_tiny  # noqa: E402
+from tinyalign_edge.bench import teach  # noqa: E402
+from tinyalign_edge.bench.study.eye import Eye  # noqa: E402
 from tinyalign_edge.bundle import open_bundle  # noqa: E402
 from tinyalign_edge.data import Turn, read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError  # noqa: E402
@@ -199,6 +201,19 @@ def test_what_is_taught_is_found_by_its_question(taught: Model, world: Path) -> 
     assert taught.memory.search(picture, 1, question=COLOUR)[0].similarity == pytest.approx(1, abs=0.01)
     assert taught.memory.forget(source="me")
     assert found(taught, picture, COLOUR)[0] != (COLOUR, "me")
+
+
+def test_teaching_by_example_tells_a_bundle_what_is_asked(
+    checkpoint: Path, asking_bundle: Path, world: Path, tmp_path: Path
+) -> None:
+    rows = [replace(row, turns=row.turns[:1]) for row in read_rows(world / "test.json", world)[:6]]
+    lessons = [replace(row, turns=(Turn(row.turns[0].question, f"zab {row.id}"),)) for row in rows]
+    taught, texts = (teach.BundlePupil(asking_bundle, tmp_path / "bundle"),
+                     teach.TorchPupil(checkpoint, tmp_path / "torch", Eye()))  # fmt: skip
+    for pupil in (taught, texts):
+        pupil.teach(lessons[:3])
+        assert pupil.nearest(rows)[:3] == [row.turns[0].answer for row in lessons[:3]]
+    assert taught.nearest(rows) == texts.nearest(rows)
 
 
 def test_a_memory_that_is_built_anew_is_the_one_of_the_training(
