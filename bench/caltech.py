@@ -2,8 +2,8 @@
 
     python -m tinyalign_edge.bench.caltech [--out runs/caltech] [--steps 800] [--memory tokens latents]
 
-Rows, towers and settings are the study's (`bench/study/datasets.py`), with the steps of its short runs and the learning
-rate that its trials chose.
+Rows, towers and settings are the study's (`bench/study/datasets.py`), with steps and key of its short runs, and the
+learning rate that its trials chose.
 Needs `TINYALIGN_SHARED`; writes `bench/results/caltech.json`, and the card of the first memory's bundle beside it. Runs
 that are finished are not repeated.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from tinyalign_edge.bench.record import RESULTS, record, shared
 from tinyalign_edge.bench.study.datasets import SETTINGS, find_dataset
-from tinyalign_edge.bench.study.plan import OTHERS, SHORT, Run
+from tinyalign_edge.bench.study.plan import SHORT, SHORT_SETTINGS, Run
 from tinyalign_edge.bench.trained import loss_curve, trained
 from tinyalign_edge.bundle import open_bundle
 from tinyalign_edge.config import to_json
@@ -37,7 +37,7 @@ def main() -> None:
     """Run what is missing and record everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/caltech"))
-    parser.add_argument("--steps", type=int, default=OTHERS["caltech"]["steps"])
+    parser.add_argument("--steps", type=int, default=SHORT_SETTINGS["caltech"]["steps"])
     parser.add_argument("--memory", nargs="*", default=["tokens", "latents"], choices=["tokens", "latents"])
     given = parser.parse_args()
     arms = ["none", *given.memory]

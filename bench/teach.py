@@ -45,7 +45,7 @@ class Pupil(Protocol):
     """What is taught, and asked the first question of every row."""
 
     def teach(self, rows: Sequence[Row]) -> None:
-        """Remember the answer of each row with its picture."""
+        """Remember the answer of each row with its picture and question."""
 
     def say(self, rows: Sequence[Row]) -> list[str]:
         """Free answers."""
@@ -110,10 +110,10 @@ class TorchPupil:
             return
         prompt, limit = self._checkpoint.prompt, self._checkpoint.config.memory.value_tokens
         for row, example, key in zip(rows, *self._prepared(rows), strict=True):
-            answer = row.turns[0].answer
+            question, answer = row.turns[0].question, row.turns[0].answer
             ids = np.array(prompt.memory_ids([Turn("", answer)], limit), np.int32)
             value = value_of(self._bank.manifest.spec.kind, ids, self._side.latents(example, answer))
-            self._bank.add(key, Record(answer, source=row.id), value=value)
+            self._bank.add(key, Record(answer, question, row.id), value=value)
         self._renew()
 
     def say(self, rows: Sequence[Row]) -> list[str]:

@@ -48,4 +48,5 @@ def test_every_arm_is_the_studys_with_the_steps_that_are_asked_for(
         learning_rate=caltech.LEARNING_RATE,
         memory_from=joins,
         memory="tokens",
+        key=None if arm == "none" else "picture",
     )

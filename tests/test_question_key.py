@@ -206,14 +206,15 @@ def test_what_is_taught_is_found_by_its_question(taught: Model, world: Path) -> 
 def test_teaching_by_example_tells_a_bundle_what_is_asked(
     checkpoint: Path, asking_bundle: Path, world: Path, tmp_path: Path
 ) -> None:
-    rows = [replace(row, turns=row.turns[:1]) for row in read_rows(world / "test.json", world)[:6]]
-    lessons = [replace(row, turns=(Turn(row.turns[0].question, f"zab {row.id}"),)) for row in rows]
-    taught, texts = (teach.BundlePupil(asking_bundle, tmp_path / "bundle"),
-                     teach.TorchPupil(checkpoint, tmp_path / "torch", Eye()))  # fmt: skip
-    for pupil in (taught, texts):
-        pupil.teach(lessons[:3])
-        assert pupil.nearest(rows)[:3] == [row.turns[0].answer for row in lessons[:3]]
-    assert taught.nearest(rows) == texts.nearest(rows)
+    rows = read_rows(world / "test.json", world)[:4]
+    asked = [replace(row, turns=(Turn(question, ""),)) for row in rows for question in (COLOUR, COUNT)]
+    lessons = [replace(row, turns=(replace(row.turns[0], answer=f"zab {i}"),)) for i, row in enumerate(asked)]
+    in_onnx = teach.BundlePupil(asking_bundle, tmp_path / "bundle")
+    in_torch = teach.TorchPupil(checkpoint, tmp_path / "torch", Eye())
+    for pupil in (in_onnx, in_torch):  # one picture is taught an answer to each question
+        pupil.teach(lessons[:4])
+        assert pupil.nearest(asked[:4]) == ["zab 0", "zab 1", "zab 2", "zab 3"]
+    assert in_onnx.nearest(asked) == in_torch.nearest(asked)
 
 
 def test_a_memory_that_is_built_anew_is_the_one_of_the_training(

@@ -121,6 +121,8 @@ def test_caltechs_memory_is_told_the_question_and_compared_with_the_key_of_the_p
     for arm in ("memory", "shuffled"):
         assert (made[arm].key, made[arm].steps, made[arm].batch_size) == ("question", 1600, 96)
         assert made[f"{arm}-picture"] == replace(made[arm], key="picture", batch_size=32)
+    alike = replace(made["memory"], memory="none", key=None, memory_from=None, batch_size=32)
+    assert alike == made["baseline"]  # as many questions a step: its rows have three
     assert made["baseline-apart"] == replace(made["baseline"], batch_size=96)  # as many questions a step
     assert plan.ARMS["baseline-apart"].text == "apart"
     assert made["question"] == replace(made["memory"], steps=800, eval_every=25)
@@ -129,6 +131,14 @@ def test_caltechs_memory_is_told_the_question_and_compared_with_the_key_of_the_p
     for seed in plan.SEEDS:
         wanted = {"memory-picture.100", "memory-picture.40", "shuffled-picture.100"}
         assert {f"caltech.{run}.{seed}.scores" for run in wanted} < names
+
+
+def test_every_result_that_is_recorded_is_of_the_plan() -> None:
+    """Those of no part would be lost by the next report."""
+    names = {part.name for part in plan.plan()}
+    for name in plan.DATASETS:
+        recorded_parts = read_json(Places().results / f"{name}.json")["parts"]
+        assert recorded_parts and not recorded_parts.keys() - names
 
 
 def test_an_entry_keeps_what_its_row_answers_openly() -> None:
@@ -302,13 +312,17 @@ def test_short_runs_are_told_beside_the_others_and_compared_with_each_other() ->
     assert summary["caltech"]["steps_to_baseline_loss_ratio"]["mean"] == 1.0
     assert short["score"]["100"]["memory"]["mean"] == 0.75
     assert short["score_yes_no"][f"{plan.FEW}"]["memory"] == {"mean": 0.375, "std": None, "seeds": 1}
-    (line,) = (line for line in tables.fewer_steps(done, summary).splitlines() if "| memory |" in line)
-    assert line.startswith("| caltech | memory | 0.6500 ± 0.0000 | 0.5000 ± 0.0000 | 0.50 ± 0.00 | 75.0")
+    (line,) = (line for line in tables.fewer_steps(done, summary).splitlines() if "| memory, key" in line)
+    assert line.startswith(
+        "| caltech | memory, key of the picture alone | 0.6500 ± 0.0000 | 0.5000 ± 0.0000 | 0.50 ± 0.00 | 75.0"
+    )
     assert summary["caltech"]["beside"]["steps_to_baseline_loss_ratio"]["memory"]["mean"] == 1.0
     done |= seeds_of("caltech", "memory-picture", scores(0.5, 0.5))
-    done[Part(Run("caltech", "memory-picture"), "teach").name] = {"teach": {"5": 0.25}}
+    taught = {"teach": {"5": 0.25}, "teach_ceiling": {"5": 0.75}}
+    done[Part(Run("caltech", "memory-picture"), "teach").name] = taught
     (line,) = (line for line in tables.beside(done, summarise(done)).splitlines() if "| memory, key of the" in line)
-    assert line.startswith("| caltech | memory, key of the picture alone | 0.5000 |") and line.endswith("| 25.0 |")
+    assert line.startswith("| caltech | memory, key of the picture alone | 0.5000 |")
+    assert line.endswith("| 25.0 | 75.0 | – | – |")
 
 
 def test_one_seed_that_never_reaches_the_loss_decides_and_a_missing_one_does_not() -> None:

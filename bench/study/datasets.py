@@ -19,9 +19,9 @@ SCENES_SEED = 0
 MOST_ASKED = 5000
 SAME_TEXT = "a picture"
 
-# What all arms of a data set share, but for what the plan's `OTHERS` name. Steps: where the baseline's
+# What all arms of a data set share, but for what the plan's `SHORT_SETTINGS` name. Steps: where the baseline's
 # held-out loss flattens. The learning rate is chosen by the plan's trials, and where there are some, when the memory is
-# first read and whether its words can be copied.
+# first read and whether its words can be copied; those of caltech have the key of the picture alone.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
 SETTINGS = {
     "caltech": replace(COMMON, steps=1600, eval_every=50, key="question", memory_from=0.125),

@@ -15,10 +15,10 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     MAIN,
     MAIN_ARMS,
-    OTHERS,
     SEEDS,
     SHARES,
     SHORT,
+    SHORT_SETTINGS,
     Run,
     short,
 )
@@ -108,13 +108,13 @@ def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
         axes.barh(places, [loss for _, loss in found], color=colours)
         axes.set_yticks(places, [arm for arm, _ in found])
         axes.invert_yaxis()
-        steps = f", {OTHERS[name]['steps']} steps" if name in OTHERS else ""
-        axes.set(title=f"{name}{steps}", xlabel="loss of the test questions, nats a token")
+        own = ", {steps} steps, key of the {key}".format(**SHORT_SETTINGS[name]) if name in SHORT_SETTINGS else ""
+        axes.set(title=f"{name}{own}", xlabel="loss of the test questions, nats a token")
     return bool(names)
 
 
 def _ablated(done: Results, name: str) -> list[tuple[str, float]]:
-    others = (arm for arm in ARMS if not ARMS[arm].main and arm.removesuffix(SHORT) not in MAIN_ARMS)
+    others = (arm for arm in ARMS if not ARMS[arm].whole and arm.removesuffix(SHORT) not in MAIN_ARMS)
     shown = (*(short(name, arm) for arm in COMPARED), *others)
     losses = [(arm, find(done, Run(name, arm), "scores", "loss")) for arm in shown]
     return sorted([(arm, loss) for arm, loss in losses if loss is not None], key=lambda pair: pair[1])

@@ -270,7 +270,7 @@ def int8(bench: Bench, run: Run) -> Result:
     if told:
         told["emi_in_torch"] = asdict(measure(bench.answerer(run), rows))
     same = [normalize(a.answer) == normalize(b.answer) for a, b in zip(torch_asked, asked, strict=True)]
-    taught = {"teach": teach_accuracies(bundle)} if (run.dataset, run.arm) == (TAUGHT, "memory") else {}
+    taught = {"teach": teach_accuracies(bundle)} if run.dataset == TAUGHT and checkpoint.bank is not None else {}
     shutil.rmtree(bundle)
     return {
         **summarise(asked),

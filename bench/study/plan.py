@@ -18,10 +18,10 @@ SHARES = (10, 20, 40, 70, 100)  # per cent of the training pictures
 SEEDS = (0, 1, 2)
 TUNING_SEED = 1000
 BANK_SHARES = (1, 10, 100)  # per cent of the entries, of a model that was trained with all
-# What all arms but the main ones, and the trials, have instead of the data set's settings: fewer steps, and the key of
-# the picture alone.
-OTHERS: dict[str, dict[str, Any]] = {"caltech": {"steps": 800, "key": "picture"}}
-QUESTIONS_A_ROW = {"caltech": 3}  # of the training rows, which a key that tells what is asked takes apart
+# What the trials, and all arms that are not `whole`, have instead of the data set's settings: fewer steps, and the key
+# of the picture alone.
+SHORT_SETTINGS: dict[str, dict[str, Any]] = {"caltech": {"steps": 800, "key": "picture"}}
+QUESTIONS_A_ROW = {"caltech": 3}  # of the training rows, where a key that tells what is asked, or the arm, parts them
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Arm:
 
     Attributes:
         changes: of `TrainOptions`.
-        text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words; "apart": the
-            answer of one question, the rows have one each.
+        text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words; "apart": rows
+            have one question each, and an entry its answer.
         steps: times those of the data set, or of its short runs.
-        main: it has the data set's settings, also where `OTHERS` has other ones.
+        whole: it has the data set's settings, also where `SHORT_SETTINGS` has other ones.
     """
 
     title: str
     changes: dict[str, Any]
     text: Text = "answers"
     steps: float = 1.0
-    main: bool = False
+    whole: bool = False
 
 
 TOKENS: dict[str, Any] = {"memory": "tokens"}
@@ -51,16 +51,16 @@ NO_COPYING: dict[str, Any] = {"copy_words": False, "episodes": 0.0}
 OWN_LOSS = 0.5  # weight of the latents' own loss
 
 MAIN_ARMS = {
-    "baseline": Arm("no memory", BASELINE, main=True),
-    "memory": Arm("memory: token ids, k = 4", TOKENS, main=True),
+    "baseline": Arm("no memory", BASELINE, whole=True),
+    "memory": Arm("memory: token ids, k = 4", TOKENS, whole=True),
     "shuffled": Arm("memory of other pictures, in training and in evaluation", {**TOKENS, "shuffle_memory": True},
-                    main=True),
+                    whole=True),
 }  # fmt: skip
-SHORT = "-short"  # ends the names of their runs with fewer steps, beside which the other arms are read
+SHORT = "-short"  # ends the names of their runs with `SHORT_SETTINGS`, beside which the other arms are read
 BY_PICTURE = "-picture"  # ends the names of the runs of memory and shuffled memory with the key of the picture alone
 ARMS = {
     **MAIN_ARMS,
-    **{f"{name}{SHORT}": replace(arm, main=False) for name, arm in MAIN_ARMS.items()},
+    **{f"{name}{SHORT}": replace(arm, whole=False) for name, arm in MAIN_ARMS.items()},
     **{
         f"{name}{BY_PICTURE}": replace(
             arm, title=f"{arm.title}, key of the picture alone", changes={**arm.changes, "key": "picture"}
@@ -68,7 +68,7 @@ ARMS = {
         for name, arm in MAIN_ARMS.items()
         if name != "baseline"
     },
-    "baseline-apart": Arm("no memory, a row for each question", BASELINE, text="apart", main=True),
+    "baseline-apart": Arm("no memory, a row for each question", BASELINE, text="apart", whole=True),
     "shuffled-no-copy": Arm(
         "memory of other pictures that cannot be copied", {**TOKENS, **NO_COPYING, "shuffle_memory": True}
     ),
@@ -146,7 +146,7 @@ TRIED_ONCE = (  # on the data set with classes that no training saw
     "latents-long", "latents-gate", "latents-wide-192", "latents-wide-48", "from-start", "no-episodes", "after",
     "turns",
 )  # fmt: skip
-OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what the arm "memory" is by settings
+OWN = {"caltech": ("picture", "copying"), "easy_vqa": ("question", "no-copy")}  # what `short(name, "memory")` is
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class Run:
     def options(self, of: TrainOptions) -> TrainOptions:
         """Its options, given those that its data set's arms share."""
         arm, whole = self.of(), of.steps or 0
-        if not arm.main:
-            of = replace(of, **OTHERS.get(self.dataset, {}))
+        if not arm.whole:
+            of = replace(of, **SHORT_SETTINGS.get(self.dataset, {}))
         steps = min(of.steps or 0, whole)
         every = max(1, round(of.eval_every * steps / (whole or 1)))  # as often in a run, whatever its steps
         own: dict[str, Any] = {
@@ -202,8 +202,8 @@ class Part:
 
 
 def short(name: str, arm: str) -> str:
-    """The arm of `MAIN_ARMS` beside which the others of a data set are read: as many steps as they have."""
-    return f"{arm}{SHORT}" if name in OTHERS else arm
+    """The arm of `MAIN_ARMS` beside which the others of a data set are read: with the settings that they have."""
+    return f"{arm}{SHORT}" if name in SHORT_SETTINGS else arm
 
 
 def plan() -> list[Part]:
@@ -249,7 +249,7 @@ def _ordered() -> Iterator[Part]:
         for seed in SEEDS:
             for name in MAIN:
                 yield from _share(name, share, seed)
-    for name in OTHERS:
+    for name in SHORT_SETTINGS:
         yield Part(Run(name, "baseline-apart"), "scores")
         yield from _by_picture(name)
         for seed in SEEDS:
@@ -272,17 +272,22 @@ def _share(name: str, share: int, seed: int) -> Iterator[Part]:
         yield Part(Run(name, arm, share, seed), "scores")
     if share < 100:
         yield Part(Run(name, "memory", share, seed), "copy")
-    if share == FEW or (share < 100 and seed == SEEDS[0]):
+    if _asks_full_bank(share, seed):
         yield Part(Run(name, "memory", share, seed), "full_bank")
 
 
+def _asks_full_bank(share: int, seed: int) -> bool:
+    """Whether a model that was trained on a share is asked with the bank of all pictures, too."""
+    return share == FEW or (share < 100 and seed == SEEDS[0])
+
+
 def _by_picture(name: str) -> Iterator[Part]:
-    """What a memory does whose key tells the picture alone."""
+    """What a memory with the key of the picture alone does, with all steps, unlike the ablation "picture"."""
     memory, shuffled = (f"{arm}{BY_PICTURE}" for arm in ("memory", "shuffled"))
     for seed in SEEDS:
         yield from (Part(Run(name, memory, seed=seed), kind) for kind in ("scores", *_kinds(name, seed)))
         for share in SHARES:
-            if share == FEW or (share < 100 and seed == SEEDS[0]):
+            if _asks_full_bank(share, seed):
                 yield from (Part(Run(name, memory, share, seed), kind) for kind in ("scores", "copy", "full_bank"))
         yield from (Part(Run(name, shuffled, seed=seed), kind) for kind in ("scores", "emi"))
 

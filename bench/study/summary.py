@@ -12,9 +12,9 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     FEW,
     NOTHING_TOLD,
-    OTHERS,
     SHARES,
     SHORT,
+    SHORT_SETTINGS,
     TAUGHT,
     Kind,
     Part,
@@ -27,7 +27,7 @@ from tinyalign_edge.bench.teach import SHOTS
 Summary = dict[str, Any]
 
 COMPARED = ("baseline", "memory")
-BESIDE = {  # arms of the data set with `OTHERS` that have the main ones' steps
+BESIDE = {  # arms of the data set with `SHORT_SETTINGS` that have the main ones' steps
     "baseline": "baseline",
     "baseline_apart": "baseline-apart",
     "memory": "memory",
@@ -142,7 +142,7 @@ def figures(done: Results, name: str) -> dict[str, Any]:
         "score_yes_no": _scores(done, name, "yes_no"),
         "emi": _told(value),
         **(_taught(value) if name == TAUGHT else {}),
-        **({key: _compared(done, name, arms) for key, arms in GROUPS.items()} if name in OTHERS else {}),
+        **({key: _compared(done, name, arms) for key, arms in GROUPS.items()} if name in SHORT_SETTINGS else {}),
     }
 
 
@@ -161,6 +161,9 @@ def _compared(done: Results, name: str, arms: dict[str, str]) -> dict[str, Any]:
             for share in (FEW, 100)
         }
 
+    def empty(kind: str) -> Callable[[Run], float | None]:
+        return lambda run: score_of(done, run, "scores", "empty_bank", questions=kind)
+
     def steps(arm: str) -> Figure:
         return Figure.of(lambda seed: steps_ratio(done, name, seed, arm, baseline_arm=arms["baseline"]))
 
@@ -172,6 +175,7 @@ def _compared(done: Results, name: str, arms: dict[str, str]) -> dict[str, Any]:
         "score_yes_no": scores("yes_no"),
         "teach": figures(lambda run: find(done, run, "teach", "teach", str(SHOTS[-1]))),
         "teach_ceiling": figures(lambda run: find(done, run, "teach", "teach_ceiling", str(SHOTS[-1]))),
+        "empty_bank": {kind: figures(empty(kind)) for kind in ("open", "yes_no")},
     }
 
 

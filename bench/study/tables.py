@@ -17,9 +17,9 @@ from tinyalign_edge.bench.study.plan import (
     DATASETS,
     FEW,
     MAIN,
-    OTHERS,
     SEEDS,
     SHARES,
+    SHORT_SETTINGS,
     TAUGHT,
     TRIED_ONCE,
     Kind,
@@ -51,13 +51,14 @@ INFORMATION = {
     "picture, model without memory": "image_of_baseline", "picture": "image", "memory, beyond the picture": "memory",
 }  # fmt: skip
 TITLES = {
-    "baseline": "no memory", "baseline_apart": "no memory, a row for each question", "memory": "memory",
+    "baseline": "no memory", "baseline_apart": "no memory, a row for each question (seed 0)", "memory": "memory",
     "memory_by_picture": "memory, key of the picture alone", "shuffled_memory": "shuffled memory",
     "shuffled_by_picture": "shuffled memory, key of the picture alone",
     "shuffled_no_copy": "shuffled memory that cannot be copied",
     "same_text": "memory that always says the same words, not copied",
     "same_shuffled": "the same words, of other pictures, not copied: tells nothing",
 }  # fmt: skip
+SHORT_TITLES = {**TITLES, "memory": TITLES["memory_by_picture"], "shuffled_memory": TITLES["shuffled_by_picture"]}
 OPTIONS = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "bf16", "eval_every")
 
 
@@ -94,7 +95,7 @@ def _measured(goal: Goal) -> str:
 
 
 def settings(done: Results, summary: Summary) -> str:
-    """What every arm of a data set shares."""
+    """What the two arms of a data set have."""
     rows = []
     for name in DATASETS:
         used = find(done, Run(name, "memory"), "scores", "settings")
@@ -102,8 +103,8 @@ def settings(done: Results, summary: Summary) -> str:
             training = [f"{option} {_used(done, name, option)}" for option in OPTIONS]
             memory = used["memory"]
             read = (
-                f"k {memory['k']}, key of {memory['key_dim']}, grid {memory['key_grid']}, at most "
-                f"{memory['value_tokens']} token ids an entry, {'' if memory['copy_dim'] else 'not '}copied, "
+                f"k {memory['k']}, key of {memory['key']}: {memory['key_dim']} numbers, grid {memory['key_grid']}, "
+                f"at most {memory['value_tokens']} token ids an entry, {'' if memory['copy_dim'] else 'not '}copied, "
                 f"any number of them, or none, in {memory['dropout']:.0%} of the rows"
             )
             rows.append((name, ", ".join(training), f"{used['connector']['visual_tokens']}", read))
@@ -112,9 +113,14 @@ def settings(done: Results, summary: Summary) -> str:
 
 def _used(done: Results, name: str, option: str) -> str:
     """What both arms have of an option of the training, with every seed."""
-    runs = (Run(name, arm, seed=seed) for arm in COMPARED for seed in SEEDS)
-    found = (find(done, run, "scores", "settings", "training", option) for run in runs)
-    return " or ".join(sorted({str(value) for value in found if value is not None}))
+
+    def of(arm: str) -> str:
+        runs = (Run(name, arm, seed=seed) for seed in SEEDS)
+        found = (find(done, run, "scores", "settings", "training", option) for run in runs)
+        return " or ".join(sorted({str(value) for value in found if value is not None}))
+
+    without, with_memory = map(of, COMPARED)
+    return without if without == with_memory else f"{without} ({with_memory} with memory)"
 
 
 def losses(done: Results, summary: Summary) -> str:
@@ -142,26 +148,28 @@ def losses(done: Results, summary: Summary) -> str:
 
 def beside(done: Results, summary: Summary) -> str:
     """What the key of the picture alone does, and rows of one question without memory."""
-    return _compared(summary, "beside")
+    return _arms(summary, "beside", TITLES)
 
 
 def fewer_steps(done: Results, summary: Summary) -> str:
     """What the memory buys where the training is short."""
-    return _compared(summary, "short")
+    return _arms(summary, "short", SHORT_TITLES)
 
 
-def _compared(summary: Summary, group: str) -> str:
+def _arms(summary: Summary, group: str, titles: dict[str, str]) -> str:
     rows = []
-    for name in OTHERS:
+    for name in SHORT_SETTINGS:
         part = summary[name][group]
         for arm in part["final_loss"]:
             scores = (part[key][str(share)][arm] for key in ("score", "score_yes_no") for share in (100, FEW))
             ratio = NONE if arm == "baseline" else _spread(part["steps_to_baseline_loss_ratio"][arm], "{:.2f}")
             losses = (_spread(part[key][arm], "{:.4f}") for key in ("final_loss", "test_loss"))
-            rows.append((name, TITLES[arm], *losses, ratio, *map(_share, (*scores, part["teach"][arm]))))
+            others = (part[key][arm] for key in ("teach", "teach_ceiling"))
+            empty = (part["empty_bank"][key][arm] for key in ("open", "yes_no"))
+            rows.append((name, titles[arm], *losses, ratio, *map(_share, (*scores, *others, *empty))))
     head = ("data", "arm", "held-out loss", "test loss", "steps to the baseline's held-out loss / its steps",
             "open", f"open, {FEW} % of the data", "yes/no", f"yes/no, {FEW} % of the data",
-            f"names of {SHOTS[-1]} taught examples a class")  # fmt: skip
+            f"{SHOTS[-1]} taught examples a class", "its ceiling", "empty bank: open", "yes/no")  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -249,8 +257,13 @@ def taught(done: Results, summary: Summary) -> str:
         ("memory", ARMS["memory"].title, ("teach",)),
         ("memory", "memory, int8 bundle", ("int8", "teach")),
         (by_picture, ARMS[by_picture].title, ("teach",)),
+        (by_picture, "its int8 bundle", ("int8", "teach")),
         *(
-            (arm, f"{ARMS[arm].title}, {OTHERS[TAUGHT]['steps']} steps", ("teach",))
+            (
+                arm,
+                f"{ARMS[arm].title}, " + "key of the {key} alone, {steps} steps".format(**SHORT_SETTINGS[TAUGHT]),
+                ("teach",),
+            )
             for arm in (short(TAUGHT, "memory"), "no-copy", "no-episodes")
         ),
     ]
