@@ -5,7 +5,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 python := env_var_or_default("PYTHON", "python3")
 venv := env_var_or_default("VENV", ".venv")
 bin := venv / "bin"
-pytest := "OMP_NUM_THREADS=1 " + bin / "python -m pytest -n auto --maxprocesses 4 --dist loadscope"  # a process a core
+pytest := "OMP_NUM_THREADS=1 " + bin / "python -m pytest -n auto --maxprocesses 4 --dist loadscope"  # a process a core, four at most
 
 default:
     @just --list
@@ -20,7 +20,7 @@ setup:
 demo *ARGS:
     {{ bin }}/tinyalign-edge demo {{ ARGS }}
 
-# The default tests, about ten minutes on two cores
+# The default tests, about five minutes on two cores
 test *ARGS:
     {{ pytest }} {{ ARGS }}
 
