@@ -5,7 +5,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 python := env_var_or_default("PYTHON", "python3")
 venv := env_var_or_default("VENV", ".venv")
 bin := venv / "bin"
-pytest := "OMP_NUM_THREADS=1 " + bin / "python -m pytest -n auto --maxprocesses 4 --dist loadscope"  # a process a core, four at most
+parallel := "-n auto --maxprocesses 4 --dist loadscope"  # tests in a process a core, four at most
 
 default:
     @just --list
@@ -22,11 +22,11 @@ demo *ARGS:
 
 # The default tests, about five minutes on two cores
 test *ARGS:
-    {{ pytest }} {{ ARGS }}
+    OMP_NUM_THREADS=1 {{ bin }}/python -m pytest {{ parallel }} {{ ARGS }}
 
 # The long tests too
 test-slow *ARGS:
-    {{ pytest }} -m '' {{ ARGS }}
+    OMP_NUM_THREADS=1 {{ bin }}/python -m pytest {{ parallel }} -m '' {{ ARGS }}
 
 # The oldest supported versions: the device's tests with the base dependencies alone, then all tests (torch apart)
 test-lowest:
@@ -40,7 +40,7 @@ test-lowest:
     .venv-lowest/bin/python -m pip install --quiet uv 'torch>=2.6,<2.14'
     .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
         --override <(.venv-lowest/bin/python -m pip freeze | grep '^torch==') --editable '.[all]'
-    {{ replace(pytest, bin, ".venv-lowest/bin") }} -W ignore  # old versions of others warn of each other
+    OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest {{ parallel }} -W ignore  # old versions of others warn of each other
 
 # The device's part on an emulated aarch64, its answers beside this machine's (Debian: debootstrap proot qemu-user-static)
 test-arm64 *ARGS:

@@ -21,6 +21,7 @@ from tinyalign_edge.bench.study.plan import (
     SHORT_SETTINGS,
     Run,
     short,
+    short_settings,
 )
 from tinyalign_edge.bench.study.store import Results
 from tinyalign_edge.bench.study.summary import COMPARED, Summary, curve, find
@@ -108,7 +109,7 @@ def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
         axes.barh(places, [loss for _, loss in found], color=colours)
         axes.set_yticks(places, [arm for arm, _ in found])
         axes.invert_yaxis()
-        own = ", {steps} steps, key of the {key}".format(**SHORT_SETTINGS[name]) if name in SHORT_SETTINGS else ""
+        own = f": {short_settings(name)}" if name in SHORT_SETTINGS else ""
         axes.set(title=f"{name}{own}", xlabel="loss of the test questions, nats a token")
     return bool(names)
 

@@ -206,6 +206,11 @@ def short(name: str, arm: str) -> str:
     return f"{arm}{SHORT}" if name in SHORT_SETTINGS else arm
 
 
+def short_settings(name: str) -> str:
+    """In words, what the arms beside `short(name, arm)` have."""
+    return "key of the {key} alone, {steps} steps".format(**SHORT_SETTINGS[name])
+
+
 def plan() -> list[Part]:
     """All parts, the most telling ones first, each once."""
     return list(dict.fromkeys(_ordered()))

@@ -26,6 +26,7 @@ from tinyalign_edge.bench.study.plan import (
     Run,
     plan,
     short,
+    short_settings,
     trial_runs,
 )
 from tinyalign_edge.bench.study.seeds import Spread
@@ -261,7 +262,7 @@ def taught(done: Results, summary: Summary) -> str:
         *(
             (
                 arm,
-                f"{ARMS[arm].title}, " + "key of the {key} alone, {steps} steps".format(**SHORT_SETTINGS[TAUGHT]),
+                f"{ARMS[arm].title}, {short_settings(TAUGHT)}",
                 ("teach",),
             )
             for arm in (short(TAUGHT, "memory"), "no-copy", "no-episodes")
