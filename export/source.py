@@ -108,7 +108,7 @@ def checkpoint_source(folder: Path, calibration: Sequence[Row] | None) -> Source
     """
     checkpoint = load_checkpoint(folder)
     config = checkpoint.config
-    if config.memory.key == "fused" or config.memory.kind == "paper":
+    if not config.memory.exportable:
         raise UnsupportedError(
             f"{folder}: its memory is the paper's (fused key or random values), for comparison only, and cannot be "
             "exported; train with --memory tokens, latents or hybrid and --key picture or question"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,9 +193,8 @@ def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch
 
     wanted: list[command.TrainCommand] = []
 
-    def run_command(given: command.TrainCommand) -> bool:
-        wanted.append(given)
-        return False  # another process wrote the checkpoint
+    def run_command(given: command.TrainCommand) -> None:
+        wanted.append(given)  # another process wrote the checkpoint
 
     monkeypatch.setattr(command, "run_command", run_command)
     paths: dict[str, Any] = {
@@ -235,14 +235,17 @@ def test_what_train_is_given_arrives_in_the_command_that_is_run(run, monkeypatch
 def test_what_train_is_not_given_is_left_to_the_recipe(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("torch")
     from tinyalign_edge.train import command
+    from tinyalign_edge.train.settings import MemorySettings
 
     wanted: list[command.TrainCommand] = []
 
-    def run_command(given: command.TrainCommand) -> bool:
+    def run_command(given: command.TrainCommand) -> Any:
         wanted.append(given)
-        return True
+        return SimpleNamespace(memory=MemorySettings(key="fused" if given.out.name == "p" else "picture"))
 
     monkeypatch.setattr(command, "run_command", run_command)
+    assert "its memory is for comparison only and cannot be exported" in run("train", "--out", "p").out
+    wanted.clear()
     done = run("train", "--out", "o", "--no-bf16", "--no-gate", "--copy", "--no-freeze-values", "--neighbours", 2)
     assert "checkpoint: o" in done.out and "tinyalign-edge export o" in done.out
     (one,) = wanted

@@ -16,9 +16,10 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from tests.towers import train_tiny  # noqa: E402
+from tests.towers import save_lm, train_tiny  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError, MissingExtraError  # noqa: E402
+from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE, load_tokenizer  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.corpus import Source, open_corpus, parse_source, split  # noqa: E402
@@ -351,3 +352,61 @@ def test_bad_pictures_alone_leave_no_shard_in_the_cache(world: Path, towers: Pat
         train_tiny(folder, towers, tmp_path / "c", data=data, skip_bad=True, cache_features=cache)
     assert not list(cache.rglob("*.features"))
     assert "damaged or foreign" not in capsys.readouterr().err
+
+
+HALF = "x \ud800"  # half of a surrogate pair, which JSON can spell and no UTF-8 has
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"id": HALF},
+        {"caption": HALF},
+        {"image": f"{HALF}.png"},
+        {"image": "a" * 300},
+        {"conversations": [{"from": "human", "value": HALF}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": HALF}]},
+    ],
+    ids=["id", "caption", "image", "long name", "question", "answer"],
+)
+def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
+    changed: dict[str, Any], world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = rows_of(world)[:3]
+    file = write(tmp_path / "a.json", [*rows, {**rows[0], **changed}])
+    with pytest.raises(InputError, match=r"a\.json row 4"):
+        open_corpus([Source(str(file))], world, tmp_path)
+    assert len(open_corpus([Source(str(file))], world, tmp_path, skip_bad=True)) == 3
+    assert "note: 1 bad rows skipped" in capsys.readouterr().err
+
+
+def test_a_weight_that_takes_no_row_of_its_file_is_refused(world: Path, towers: Path, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.json", rows_of(world)[:20])
+    for data in ([f"{few}:0.01"], [str(world / "train.json"), f"{few}:0.01"]):
+        with pytest.raises(InputError, match=r"few\.json:0\.01: of \d+ rows that is none an epoch"):
+            train_tiny(world, towers, tmp_path / "c", data=data)
+        assert not (tmp_path / "c").exists()
+
+
+def test_the_text_of_a_chat_template_counts_in_the_context(world: Path, towers: Path, tmp_path: Path) -> None:
+    save_lm(tmp_path / "lm", steps=0, max_position_embeddings=2048)
+    words = len(load_tokenizer(tmp_path / "lm" / "tokenizer.json").encode("one two", add_special_tokens=False).ids)
+    template = f"{'one two' * (1500 // words)}{DEFAULT_CHAT_TEMPLATE}"
+    (tmp_path / "lm" / "chat_template.jinja").write_text(template, "utf-8")
+    rows = rows_of(world)
+    rows[5]["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a b " * 150}]
+    with pytest.raises(InputError, match=r"row 6 .*text tokens, the context leaves \d+; shorten"):
+        train_tiny(world, towers, tmp_path / "c", lm=str(tmp_path / "lm"), data=write(tmp_path / "a.json", rows))
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_memory_that_fills_the_context_is_refused_whatever_the_rows(
+    world: Path, towers: Path, tmp_path: Path, skip_bad: bool
+) -> None:
+    with pytest.raises(InputError, match=r"no row fits .* the memory 24000, .*use fewer --neighbours"):
+        train_tiny(world, towers, tmp_path / "c", k=1000, skip_bad=skip_bad)
+
+
+def test_a_fraction_that_leaves_too_few_pictures_is_named(world: Path, towers: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"1 pictures to train on .*raise --fraction 0\.01"):
+        train_tiny(world, towers, tmp_path / "c", fraction=0.01)

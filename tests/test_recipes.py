@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,38 @@ def test_what_stage_one_made_is_not_chosen_in_stage_two(
         (name, value), *_ = options.items()
         with pytest.raises(InputError, match=f"{name} {value}: belongs to stage align"):
             run_command(wanted)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("align", {"memory": "none", "k": 9}, r"--neighbours 9: there is no memory with --memory none; leave it out"),
+        ("align", {"memory": "none", "memory_dropout": 0.5}, r"--memory-dropout 0\.5: there is no memory"),
+        ("align", {"memory": "tokens", "latents": 4}, r"--latents 4: --memory tokens has none; leave it out"),
+        ("align", {"lm_learning_rate": 0.5}, r"--lm-learning-rate 0\.5: is for --stage instruct; leave it out"),
+        ("instruct", {"lora_alpha": 4}, r"lora_alpha 4: there are no adapters without a rank \(--lora\)"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    stage: Stage, options: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    wanted = command(world, tmp_path / "c", "", stage, options=options)
+    with pytest.raises(InputError, match=message):
+        run_command(replace(wanted, recipe=None))
+
+
+def test_a_recipes_memory_can_be_left_out(world: Path, towers: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.toml", "k = 2\nmemory_dropout = 0.1\nvisual_tokens = 4")
+    given = {"vision": str(towers / "vit"), "lm": str(towers / "lm"), "options": {"memory": "none"}}
+    run_command(command(world, tmp_path / "c", recipe, "align", **given))
+    assert load_checkpoint(tmp_path / "c").bank is None
+
+
+def test_what_a_recipe_chose_is_said_to_be_the_recipes(world: Path, tmp_path: Path) -> None:
+    name = "siglip-base-smollm2-135m"
+    with pytest.raises(InputError, match=rf"connector pooled \(of --recipe {name}\): with --vlm it is the model's own"):
+        run_command(command(world, tmp_path / "c", name, "align", vlm=tmp_path))
+    wanted = command(world, tmp_path / "c", name, "align", options={"batch_size": 8, "steps": 2, "device": "cpu"})
+    without = {key: value for key, value in wanted.options.items() if key != "micro_batch"}
+    with pytest.raises(InputError, match=r"--batch-size 8: must be a multiple .*--micro-batch 32; give one that fits"):
+        run_command(replace(wanted, options=without))

@@ -96,7 +96,9 @@ def test_a_tuned_language_model_that_changed_is_refused(
         load_checkpoint(tuned)
 
 
-def test_each_stage_says_what_it_begins_with(world: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_each_stage_says_what_it_begins_with(
+    world: Path, towers: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     given: dict[str, Any] = {"data": world / "train.json", "images": world, "out": tmp_path / "c"}
     with pytest.raises(InputError, match="--from"):
         train(options=TrainOptions(stage="instruct"), **given)
@@ -106,6 +108,10 @@ def test_each_stage_says_what_it_begins_with(world: Path, checkpoints: dict[str,
         train(options=TrainOptions(), **given)
     with pytest.raises(InputError, match="--lora 4"):
         train(options=TrainOptions(lora_rank=4), **given)
+    with pytest.raises(InputError, match=r"vit: not a checkpoint \(its config\.json is of something else\)"):
+        train(options=TrainOptions(stage="instruct"), start=towers / "vit", **given)
+    with pytest.raises(InputError, match=r"vit: a model of kind siglip_vision_model is none; give a causal one"):
+        train(options=TrainOptions(), vision=str(towers / "vit"), lm=str(towers / "vit"), **given)
     assert not (tmp_path / "c").exists()
 
 
@@ -505,3 +511,57 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert loss_curve(tmp_path / "c") == loss_curve(whole)
     shutil.rmtree(tmp_path / "c")
     train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", learning_rate=1e-4)  # as the message says
+
+
+def poison(monkeypatch: Any, *, at: int, of: int) -> None:
+    """Make the loss of step `at` NaN, counted from 0, in the loop that has `of` steps."""
+    from tinyalign_edge.train.loop import AlignTrainer
+
+    compute_loss = AlignTrainer.compute_loss
+
+    def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == at and self.args.max_steps == of:
+            inputs = {**inputs, "features": torch.full_like(inputs["features"], float("nan"))}
+        return compute_loss(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(AlignTrainer, "compute_loss", poisoned)
+
+
+def test_where_no_state_is_kept_yet_none_is_promised(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    poison(monkeypatch, at=0, of=6)
+    with pytest.raises(
+        TinyAlignError, match=r"the loss is nan at step 1; no state is kept yet: train anew with a lower"
+    ):
+        train_tiny(world, towers, tmp_path / "c", steps=6)
+
+
+def test_steps_of_the_copy_term_alone_are_counted_on(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    poison(monkeypatch, at=0, of=2)
+    with pytest.raises(TinyAlignError, match=r"the loss is nan at step 9; the last good state is kept"):
+        train_tiny(world, towers, tmp_path / "c", steps=8)
+
+
+def test_metrics_are_json_whatever_the_loss(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from tinyalign_edge.train import watcher
+
+    monkeypatch.setattr(watcher, "held_out_loss", lambda *_: float("nan"))
+    made = train_tiny(world, towers, tmp_path / "c", memory="none")
+    text = (made / "metrics.jsonl").read_text("utf-8")
+    assert "NaN" not in text
+    assert all(json.loads(line)["held_out_loss"] is None for line in text.splitlines())
+
+
+def test_what_stops_one_process_is_said_once_and_leaves_nothing(world: Path, towers: Path, tmp_path: Path) -> None:
+    (world / "not-a-picture.png").write_text("no", "utf-8")
+    rows = json.loads((world / "train.json").read_text("utf-8"))
+    data = tmp_path / "bad.json"
+    data.write_text(json.dumps([*rows, {**rows[0], "image": "not-a-picture.png"}]), "utf-8")
+    ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), "--data", str(data))
+    assert ran.returncode != 0
+    assert ran.stderr.count("not-a-picture.png: not a picture") == 1, ran.stderr
+    assert "gloo" not in ran.stderr
+    assert not (tmp_path / "two").exists()

@@ -530,7 +530,7 @@ def test_generation_follows_the_most_likely_tokens(checkpoints: dict[str, Path],
 
 
 def test_convolutional_encoders_train_too(world: Path, towers: Path, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", vision="cnn", steps=1))
+    checkpoint = load_checkpoint(train_tiny(world, towers, tmp_path / "c", vision="cnn", visual_tokens=1, steps=1))
     assert checkpoint.config.connector.visual_tokens == 1
 
 
@@ -587,3 +587,24 @@ def test_rows_without_any_picture_are_refused(world: Path, towers: Path, tmp_pat
     with pytest.raises(InputError, match=r"text\.json: no row has a picture"):
         train_tiny(world, towers, tmp_path / "c", data=tmp_path / "text.json")
     assert not (tmp_path / "c").exists()
+
+
+def test_sizes_that_the_pictures_have_no_room_for_are_refused(world: Path, towers: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"eval_every": 0}, "--eval-every 0: must be at least 1"),
+        ({"key_grid": 5}, r"--key-grid 5: the encoder sees 4 x 4 patches"),
+        ({"visual_tokens": 50}, r"--visual-tokens 50: from 4 x 4 patches --connector pooled gives 1 to 16"),
+        ({"lora_rank": 2, "lora_alpha": -4, "stage": "instruct"}, "lora_alpha -4: must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_tiny(world, towers, tmp_path / "c", **options)  # type: ignore[arg-type]
+        assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("out", ["file/sub", "/proc/nope"])
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_read(
+    out: str, world: Path, towers: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"{out}: cannot be written \(.+\); choose another --out"):
+        train_tiny(world, towers, tmp_path / out, data=tmp_path / "gone.json")

@@ -26,6 +26,7 @@ app.command("chat")(cli_chat.chat)
 app.command("bench")(cli_bench.bench)
 
 INTERRUPTED = 130
+NOT_EXPORTED = "its memory is for comparison only and cannot be exported"
 
 NoMemory = Annotated[bool, typer.Option("--no-memory", help="Answer from the picture alone.")]
 DataFile = Annotated[Path, typer.Option(help="LLaVA conversations, .json or .jsonl.")]
@@ -144,8 +145,9 @@ def train(
         data=tuple(data or ()), images=images, vision=vision, lm=lm, vlm=vlm,
         chat_template=chat_template, start=start, out=out, resume=resume, recipe=recipe,
     )  # fmt: skip
-    if run_command(wanted):
-        print(f"checkpoint: {out}\nnext: tinyalign-edge export {out} --out BUNDLE")
+    if config := run_command(wanted):
+        export = f"next: tinyalign-edge export {out} --out BUNDLE"
+        print(f"checkpoint: {out}\n{export if config.memory.exportable else NOT_EXPORTED}")
 
 
 @app.command()

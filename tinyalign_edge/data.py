@@ -98,11 +98,13 @@ def parse_row(item: Any, where: str, images: Path) -> Row:
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
     name = str(item.get("id", PurePosixPath(where).name))  # a bank keeps it: not where the file lay on this machine
+    _must_be_unicode(name, "key 'id'", where)
     where = f"{where} (id {name})"
     pictures = tuple(_picture(image, where, images) for image in _images(item.get("image"), where))
     caption = item.get("caption")
     if caption is not None and not (isinstance(caption, str) and caption.strip()):
         raise InputError(f"{where}: key 'caption' must be a text, found {caption!r:.80}")
+    _must_be_unicode(caption or "", "key 'caption'", where)
     caption = caption.strip() if caption else None
     return Row(name, pictures, _turns(item.get("conversations"), where, bool(pictures)), caption, where)
 
@@ -119,11 +121,16 @@ def _images(given: Any, where: str) -> Sequence[Any]:
 def _picture(image: Any, where: str, images: Path) -> Picture:
     if not isinstance(image, str) or not image or "\0" in image:
         raise InputError(f"{where}: key 'image' must name a file, found {image!r:.80}")
+    _must_be_unicode(image, "key 'image'", where)
     relative = PurePosixPath(image)
     if relative.is_absolute() or ".." in relative.parts:
         raise InputError(f"{where}: image {image!r} leaves the images folder; use a path inside it")
     path = images / relative
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{where}: image {image!r:.80} cannot be opened ({error.strerror})") from None
+    if not there:
         raise InputError(f"{where}: image {path} does not exist")
     return Picture(image, path)
 
@@ -146,4 +153,13 @@ def _turns(conversations: Any, where: str, pictures: bool) -> tuple[Turn, ...]:
 def _message(message: Any, sender: str, where: str) -> str:
     if not isinstance(message, dict) or message.get("from") != sender or not isinstance(message.get("value"), str):
         raise InputError(f"{where}: expected a message {{'from': {sender!r}, 'value': text}}, found {message!r:.80}")
+    _must_be_unicode(message["value"], f"the message of {sender!r}", where)
     return str(message["value"])
+
+
+def _must_be_unicode(text: str, what: str, where: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and nobody can tokenize, print or store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {what} is not valid Unicode at character {error.start}: {text!r:.80}") from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -145,6 +146,12 @@ class Prompt:
             if token in self.config.eos_token_ids:
                 return ids[: position + 1]
         return (*ids, self.config.eos_token_ids[0])
+
+    @cached_property
+    def least_tokens(self) -> int:
+        """The tokens of the shortest question with the shortest answer: what the template itself takes."""
+        asked = self.question("?")
+        return len(asked.before) + len(asked.after) + len(self.answer("?", "a"))
 
     def asked_ids(self, question: str) -> tuple[int, ...]:
         """At most `ASKED` token ids of a question, as a key is made of them."""

@@ -29,6 +29,7 @@ from tinyalign_edge.bench.study.summary import COMPARED, Summary, curve, find
 COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}
 LABELS = {"baseline": "no memory", "memory": "memory", "shuffled": "other pictures' memory",
           "full_bank": "memory, bank of all data"}  # fmt: skip
+LOSSES = (0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0)  # of the baseline's last; what lies above is before memory is read
 KINDS = {"score": "open questions", "score_yes_no": "yes/no"}  # where `summary.json` has them
 
 
@@ -44,22 +45,23 @@ def draw(folder: Path, done: Results, summary: Summary) -> list[Path]:
 
 
 def _losses(figure: Figure, done: Results, summary: Summary) -> bool:
-    """Held-out loss against steps: a line a seed, and the step at which memory reaches the baseline's last loss."""
+    """Held-out loss against steps, a line a seed, as a share of what that seed's baseline ends at: of the same rows."""
     names = [name for name in DATASETS if curve(done, Run(name, "baseline"))]
-    for axes, name in zip(_panels(figure, names), names, strict=True):
+    for axes, name in zip(_panels(figure, names, sharey=True), names, strict=True):
         for arm in ("baseline", "memory", "shuffled"):
-            curves = [points for seed in SEEDS if (points := curve(done, Run(name, arm, seed=seed)))]
-            for number, points in enumerate(curves):
-                steps, losses = zip(*points[1:], strict=True)
-                axes.plot(steps, losses, color=COLOURS[arm], lw=1.3, label=None if number else LABELS[arm])
-        last = curve(done, Run(name, "baseline"))[-1][1]
-        axes.axhline(last, color="black", lw=0.8, ls=":")
-        axes.set(title=name, xlabel="steps", yscale="log")
+            drawn = 0
+            for seed in SEEDS:
+                points, ends = curve(done, Run(name, arm, seed=seed)), curve(done, Run(name, "baseline", seed=seed))
+                if points and ends:
+                    steps, losses = np.asarray(points[1:]).T
+                    label = None if drawn else LABELS[arm]
+                    axes.plot(steps, losses / ends[-1][1], color=COLOURS[arm], lw=1.3, label=label)
+                    drawn += 1
+        axes.axhline(1, color="black", lw=0.8, ls=":")
+        axes.set(title=name, xlabel="steps", yscale="log", ylim=(LOSSES[0] / 1.1, LOSSES[-1]))
+        axes.set_yticks(LOSSES, [f"{tick:g}" for tick in LOSSES])
         axes.minorticks_off()
-        low, high = axes.get_ylim()
-        ticks = np.geomspace(low * 1.05, high / 1.05, 5)
-        axes.set_yticks(ticks, [f"{tick:.2f}" for tick in ticks])
-    _finish(figure, "held-out loss, nats a token")
+    _finish(figure, "held-out loss / the baseline's last")
     return bool(names)
 
 
@@ -78,7 +80,8 @@ def _shares(figure: Figure, done: Results, summary: Summary) -> bool:
                 one.set_axis_off()  # has no such questions
                 continue
             _share(one, part[key])
-            one.set(title=f"{name}, {KINDS[key]}", xlabel="training pictures, %", xticks=SHARES)
+            one.set_title(f"{name}, {KINDS[key]}", fontsize="medium")
+            one.set(xlabel="training pictures, %", xticks=SHARES)
     _finish(figure, "exact match, %")
     return bool(names)
 
@@ -96,7 +99,7 @@ def _share(axes: Axes, score: Summary) -> None:
     if copied is not None:
         axes.axhline(100 * copied, color="tab:green", lw=0.9, ls=":", label="copy the nearest answer (all data)")
     if whole is not None:
-        axes.axhline(100 * whole, color="black", lw=0.8, ls=":")
+        axes.axhline(100 * whole, color="black", lw=0.8, ls=":", label="no memory (all data)")
 
 
 def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
@@ -121,8 +124,8 @@ def _ablated(done: Results, name: str) -> list[tuple[str, float]]:
     return sorted([(arm, loss) for arm, loss in losses if loss is not None], key=lambda pair: pair[1])
 
 
-def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
-    return list(np.atleast_1d(figure.subplots(1, len(names)))) if names else []
+def _panels(figure: Figure, names: Sequence[str], *, sharey: bool = False) -> list[Axes]:
+    return list(np.atleast_1d(figure.subplots(1, len(names), sharey=sharey))) if names else []
 
 
 def _finish(figure: Figure, label: str) -> None:

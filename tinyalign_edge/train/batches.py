@@ -21,8 +21,7 @@ from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.model import IGNORED, PADDING, SHARED, MemoryInputs
 from tinyalign_edge.train.settings import MemorySettings
 
-_MOST_TOKENS_A_BYTE = 2  # of any tokenizer and template: a row is tokenized to be measured only beyond it
-_TEMPLATE = 512
+_MOST_TOKENS_A_BYTE = 2  # of any tokenizer: a row is tokenized to be measured only beyond it
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ class Rows(Dataset[Example]):
 
 def longest_tokens(row: Row, prompt: Prompt, limit: int) -> int:
     """The tokens of a row's longest turn with all that stands before it; 0 if its few bytes cannot make `limit`."""
-    if _MOST_TOKENS_A_BYTE * max(len(f"{t.question}{t.answer}".encode()) for t in row.turns) + _TEMPLATE < limit:
+    most = _MOST_TOKENS_A_BYTE * max(len(f"{t.question}{t.answer}".encode()) for t in row.turns)
+    if most + prompt.least_tokens < limit:
         return 0
     before, turns = tokenize(row.turns, prompt)
     return len(before) + max(len(turn.question) + len(turn.answer) for turn in turns)

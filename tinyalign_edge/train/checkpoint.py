@@ -103,7 +103,9 @@ def _towers(folder: Path, config: CheckpointConfig) -> tuple[VisionTower, Langua
 def _read_config(path: Path) -> CheckpointConfig:
     """Read a `config.json`; schema version 1 named one data file, by its path alone."""
     data = read_json(path)
-    training = data.get("training") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise InputError(f"{path.parent}: not a checkpoint (its {path.name} is of something else)")
+    training = data.get("training")
     if isinstance(training, dict) and isinstance(training.get("data"), str):
         training["data"] = [{"path": training["data"], "sha256": ""}]
     return from_versioned(CheckpointConfig, data, path, newest=SCHEMA_VERSION)

@@ -207,6 +207,20 @@ def split(corpus: Corpus, *, held_out: int, fraction: float, seed: int) -> tuple
     return corpus.select(sorted(training)), corpus.select(apart)
 
 
+def check_weights(corpus: Corpus) -> None:
+    """Refuse a source that has rows of which its weight takes none.
+
+    Raises:
+        InputError: names the source and its rows.
+    """
+    for which, source in enumerate(corpus.sources):
+        rows = int((corpus.source == which).sum())
+        if rows and not round(rows * source.weight):
+            raise InputError(
+                f"--data {source.data}:{source.weight:g}: of {rows} rows that is none an epoch; give a higher weight"
+            )
+
+
 def data_refs(corpus: Corpus) -> tuple[DataRef, ...]:
     """The sources with the hashes of the files, or of the data sets' rows."""
     return tuple(

@@ -27,10 +27,7 @@ from tinyalign_edge.train.watcher import Watcher
 STATE_WEIGHTS = "trained.safetensors"
 WHOLE = "whole"  # a file that says that all others beside it are written
 LANGUAGE_PREFIX = "language."
-LOWER_RATE = (
-    "the last good state is kept, but --resume takes no other rate: train anew with a lower --learning-rate and "
-    "another --out, or remove this one"
-)
+LOWER_RATE = "train anew with a lower --learning-rate and another --out, or remove this one"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -76,6 +73,7 @@ def fit(
         )
         trainer.lm_learning_rate = settings.lm_learning_rate
         trainer.memory_from = min(settings.steps - 1, round(settings.memory_from * settings.steps))
+        trainer.before = before
         trainer.own_losses = {}
         watcher.seen_tokens = trainer.take_tokens
         trainer.remove_callback(PrinterCallback)
@@ -120,6 +118,7 @@ class AlignTrainer(Trainer):
 
     lm_learning_rate = 0.0
     memory_from = 0  # the first step whose rows see their neighbours
+    before = 0  # steps of loops that came before
     tokens = 0
     own_losses: dict[int, Any]  # of the latents, by step, since the last log
 
@@ -170,7 +169,7 @@ class AlignTrainer(Trainer):
         self.tokens = self.tokens + (inputs["block"] >= 0).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if not torch.isfinite(loss):
-            raise TinyAlignError(f"the loss is {loss.item()} at step {step + 1}; {LOWER_RATE}")
+            raise self._not_finite(f"the loss is {loss.item()} at step {self.before + step + 1}")
         if self._own().reconstruct:
             own = outputs["own_loss"] * self.args.world_size  # as the loss is
             self.own_losses[step] = self.own_losses.get(step, 0) + own
@@ -201,10 +200,16 @@ class AlignTrainer(Trainer):
         state = {name: tensor.contiguous() for name, tensor in self._own().trained_state().items()}
         for name, tensor in state.items():
             if not tensor.isfinite().all():
-                raise TinyAlignError(
-                    f"weight {name!r} is no longer finite at step {self.state.global_step}; {LOWER_RATE}"
-                )
+                step = self.before + self.state.global_step
+                raise self._not_finite(f"weight {name!r} is no longer finite at step {step}")
         save_file(state, folder / STATE_WEIGHTS)
+
+    def _not_finite(self, what: str) -> TinyAlignError:
+        """The error that ends a run, with what is kept of it."""
+        state = Path(str(self.args.output_dir))
+        kept = last_whole(state) or (last_whole(state.parent) if self.before else None)
+        told = "the last good state is kept, but --resume takes no other rate" if kept else "no state is kept yet"
+        return TinyAlignError(f"{what}; {told}: {LOWER_RATE}")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

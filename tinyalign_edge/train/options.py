@@ -26,7 +26,8 @@ from tinyalign_edge.train.settings import (
 
 Device = Literal["cpu", "cuda"]
 
-RECIPE_ALONE = ("warmup", "weight_decay")  # of the shares: no option of the command line
+RECIPE_ALONE = ("warmup", "weight_decay", "lora_alpha", "random_values")  # no options of the command line
+OTHER_NAMES = {"k": "--neighbours", "lora_rank": "--lora", "copy_words": "--copy"}  # there
 DEFAULT_EPOCHS = 3
 POOLED_TOKENS = 16
 COPY_DIM = 64
@@ -105,6 +106,11 @@ class TrainOptions:
     loaders: int = 0  # processes that make batches ready, beside each that trains
 
 
+def option_of(name: str) -> str:
+    """What an option of this name is called where it is given."""
+    return name if name in RECIPE_ALONE else OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
+
+
 def check_options(options: TrainOptions) -> None:
     """Refuse values that no run can have.
 
@@ -114,12 +120,11 @@ def check_options(options: TrainOptions) -> None:
     if not 0 < options.fraction <= 1:
         raise InputError(f"--fraction {options.fraction}: must be above 0 and at most 1")
     sizes = ("epochs", "steps", "batch_size", "micro_batch", "visual_tokens", "k", "key_grid", "key_dim",
-             "value_tokens", "latents", "latent_dim", "image_size")  # fmt: skip
+             "value_tokens", "latents", "latent_dim", "image_size", "eval_every", "lora_alpha")  # fmt: skip
     for name in sizes:
         value = getattr(options, name)
         if value is not None and value < 1:
-            option = "neighbours" if name == "k" else name.replace("_", "-")
-            raise InputError(f"--{option} {value}: must be at least 1")
+            raise InputError(f"{option_of(name)} {value}: must be at least 1")
     if options.latent_dim and options.latent_dim % HEADS:
         raise InputError(f"--latent-dim {options.latent_dim}: must be a multiple of {HEADS}")
     if options.gate and options.memory in ("none", "paper"):
@@ -147,8 +152,7 @@ def check_options(options: TrainOptions) -> None:
         )
     for share in ("warmup", "weight_decay", "dropout", "episodes", "memory_dropout", "memory_from"):
         if not 0 <= (getattr(options, share) or 0) < 1:
-            name = share if share in RECIPE_ALONE else f"--{share.replace('_', '-')}"
-            raise InputError(f"{name} {getattr(options, share)}: must be from 0 to below 1")
+            raise InputError(f"{option_of(share)} {getattr(options, share)}: must be from 0 to below 1")
     if options.lora_rank < 0 or (options.lora_rank and options.stage == "align"):
         raise InputError(f"--lora {options.lora_rank}: the rank of the adapters of --stage instruct, at least 1")
     if not 0 <= options.seed < 1 << 32:
@@ -202,6 +206,10 @@ def memory_settings(options: TrainOptions, connector: ConnectorSettings, *, whol
         raise InputError(
             f"--key-dim {options.key_dim}: a fused key has the width {connector.width}, as the LM; leave it out"
         )
+    sees = connector.grid_height, connector.grid_width
+    if settings.key_grid > min(sees):
+        raise InputError(f"--key-grid {settings.key_grid}: the encoder sees {sees[0]} x {sees[1]} patches; at most "
+                         f"{min(sees)}")  # fmt: skip
     picture_dim = min(options.key_dim or settings.key_dim, connector.feature_dim * options.key_grid**2)
     question_dim = min(QUESTION_DIM, connector.width) if settings.key == "question" else 0
     return replace(
@@ -265,7 +273,11 @@ def connector_settings(options: TrainOptions, grid: tuple[int, int, int], width:
     height, wide, channels = grid
     wanted, patches = options.visual_tokens, height * wide
     if options.connector == "pooled":
-        tokens = min(wanted or POOLED_TOKENS, patches)
+        if wanted and wanted > patches:
+            raise InputError(
+                f"--visual-tokens {wanted}: from {height} x {wide} patches --connector pooled gives 1 to {patches}"
+            )
+        tokens = wanted or min(POOLED_TOKENS, patches)
         return ConnectorSettings(height, wide, channels, tokens, width)
     sides = [1] if options.connector == "mlp" else [s for s in range(2, height + 1) if not height % s and not wide % s]
     possible = [patches // side**2 for side in sides]
@@ -287,7 +299,7 @@ def rows_at_once(options: TrainOptions, processes: int) -> int:
     if options.batch_size % processes or not share or share % at_once:
         raise InputError(
             f"--batch-size {options.batch_size}: must be a multiple of {processes} process(es) times --micro-batch "
-            f"{at_once}"
+            f"{at_once}; give one that fits"
         )
     return at_once
 

@@ -15,6 +15,7 @@ import torch
 
 from tinyalign_edge.config import to_json
 from tinyalign_edge.data import Row
+from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Neighbours
 from tinyalign_edge.memory.side_by_side import joined
 from tinyalign_edge.progress import progress
@@ -114,8 +115,14 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
     """The rows that fit into the context with their pictures and memories.
 
     Raises:
-        InputError: one does not, and bad rows may not be skipped.
+        InputError: one does not, and bad rows may not be skipped; or none can, whatever it says.
     """
+    if start.room(1) < start.prompt.least_tokens:
+        raise InputError(
+            f"no row fits into the context of {start.prompt.config.max_context_tokens} tokens: a picture takes "
+            f"{start.connector.visual_tokens}, the memory {start.memory.max_memory_tokens}, the chat template "
+            f"{start.prompt.least_tokens}; use fewer --neighbours, --value-tokens or --visual-tokens"
+        )
     long = {}
     for i, row in enumerate(corpus):
         left = start.room(len(row.pictures))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+
+from tinyalign_edge.errors import TinyAlignError
 
 
 class Processes:
@@ -26,16 +30,34 @@ class Processes:
     def wait(self) -> None:
         """Until all have come so far."""
         if self._state:
-            self._state.wait_for_everyone()
+            with _together():
+                self._state.wait_for_everyone()
 
     def of_first(self, value: Any) -> Any:
         """The first process's value, in all of them."""
-        return broadcast_object_list([value])[0] if self._state else value
+        with _together():
+            return broadcast_object_list([value])[0] if self._state else value
 
     def joined(self, own: dict[int, str]) -> dict[int, str]:
         """What each process has, in all of them."""
-        parts = gather_object([own]) if self._state else [own]
+        with _together():
+            parts = gather_object([own]) if self._state else [own]
         return {number: said for part in parts for number, said in part.items()}
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in one line that another process has stopped, in place of what the network says of it.
+
+    Raises:
+        TinyAlignError: it has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        raise TinyAlignError("another process of this run has stopped; what it said is the reason") from None
 
 
 def is_first() -> bool:

@@ -13,7 +13,15 @@ import torch
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.train.batches import Collate
 from tinyalign_edge.train.checkpoint import METRICS
-from tinyalign_edge.train.corpus import Source, data_refs, of_one_picture, open_corpus, parse_source, split
+from tinyalign_edge.train.corpus import (
+    Source,
+    check_weights,
+    data_refs,
+    of_one_picture,
+    open_corpus,
+    parse_source,
+    split,
+)
 from tinyalign_edge.train.episodes import Episodes
 from tinyalign_edge.train.finish import write_checkpoint
 from tinyalign_edge.train.loop import fit
@@ -54,7 +62,6 @@ LEAST_PICTURES = 2  # keys are what tells pictures apart
 # once the pictures are seen
 KNOWN_LATER = ("memory.floor", "memory.fingerprint", "training.steps", "training.copying_steps")
 COPYING_STATE = "copying"  # below the run's state
-FEATURES = "features"  # below the run's state: where several processes meet
 
 
 def train(
@@ -130,6 +137,7 @@ def _train(
     if begun.whole:
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
+    check_weights(training)
     connector, memory, model = begun.connector, begun.memory, begun.model
     check_values(options, memory.kind)
     model.reconstruct = options.reconstruct
@@ -140,7 +148,7 @@ def _train(
     if options.bf16 and device == "cpu":  # torch's fused attention is slow there, backwards above all
         begun.language.model.set_attn_implementation("eager")
     share = episodes_share(options, memory)
-    cache = options.cache_features or (state.folder / FEATURES if processes.count > 1 else None)
+    cache = options.cache_features or (state.features if processes.count > 1 else None)
     settings = train_settings(
         options,
         data_refs(training),
@@ -159,9 +167,11 @@ def _train(
     state.check(config, but=KNOWN_LATER)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
     if (left := len(seen.training.used())) < LEAST_PICTURES:
+        more = f"; raise --fraction {options.fraction:g}" if options.fraction < 1 else ""
         raise InputError(
-            f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed"
+            f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed{more}"
         )
+    check_weights(seen.training)
     if not begun.fitted:
         state.fit_keys(model, lambda: fit_keys(seen, model, begun.prompt))
         model.load_state_dict(processes.of_first(model.key_state()), strict=False)

@@ -95,6 +95,11 @@ class MemorySettings:
         return "latents" if self.kind == "paper" else self.kind
 
     @property
+    def exportable(self) -> bool:
+        """Whether the runtime reads such a memory; the paper's is there for comparison."""
+        return self.key != "fused" and self.kind != "paper"
+
+    @property
     def max_memory_tokens(self) -> int:
         """The most positions that the memory takes of a row."""
         latents = 0 if self.kind == "tokens" else self.latents

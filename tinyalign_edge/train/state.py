@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,11 +15,13 @@ from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.picture_files import FOLDER
+from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import CheckpointConfig
 
 STATE = "state"
 RUN = "run.json"
 KEY = "key.safetensors"
+FEATURES = "features"
 FREE = ("training.micro_batch", "training.device")  # settings that may change when a run is resumed
 
 
@@ -39,6 +42,8 @@ class RunState:
             raise InputError(f"{out}: exists and is not an interrupted run; choose another --out")
         if run.is_file() and not resume:
             raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
+        if is_first():
+            _try_to_write(out)
 
     def fit_keys(self, model: AlignModel, fit: Callable[[], None]) -> None:
         """Fit what keys are made with, or take it from the interrupted run: another machine's or thread count's
@@ -52,12 +57,15 @@ class RunState:
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
-        """Remove the data sets' pictures again where the block ends before `begin`, and folders that are empty then."""
+        """Remove the data sets' pictures and the features again where the block ends before `begin`, and folders that
+        are empty then."""
         try:
             yield
         finally:
-            if self.pictures.is_dir() and not (self.folder / RUN).is_file():
-                shutil.rmtree(self.pictures, ignore_errors=True)
+            made = [folder for folder in (self.pictures, self.features) if folder.is_dir()]
+            if made and not (self.folder / RUN).is_file():
+                for folder in made:
+                    shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # not empty
                     self.folder.rmdir()
                     self.out.rmdir()
@@ -66,6 +74,11 @@ class RunState:
     def pictures(self) -> Path:
         """Where pictures that data sets hold are until the run is finished."""
         return self.folder / FOLDER
+
+    @property
+    def features(self) -> Path:
+        """Where the features are in which several processes meet, until the run is finished."""
+        return self.folder / FEATURES
 
     @property
     def resumed(self) -> bool:
@@ -112,3 +125,17 @@ class RunState:
     def clear(self) -> None:
         """Remove the state of a run that is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _try_to_write(out: Path) -> None:
+    """Refuse a folder that cannot be made or written, before work is put into what is to go there; leaves nothing."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # not made
+                folder.rmdir()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoImageProcessor,
     AutoModel,
@@ -175,6 +176,8 @@ def load_language(path: str) -> LanguageTower:
         InputError: the path or hub id cannot be read, or a part of it is missing.
     """
     config = load_config(path, LANGUAGE)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{LANGUAGE} {path}: a model of kind {config.model_type} is none; give a causal one")
     tokenizer = load_pretrained(AutoTokenizer, path, LANGUAGE, use_fast=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

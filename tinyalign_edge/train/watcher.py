@@ -89,17 +89,17 @@ class Watcher(TrainerCallback):
     def _evaluate(self, step: int, model: Any) -> None:
         loss = None
         if self.held_out:
-            loss = round(held_out_loss(model, self.collate, self.held_out, self.settings), 6)
-            self._show(step, held_out_loss=loss)
+            loss = _figure(held_out_loss(model, self.collate, self.held_out, self.settings))
+            self._show(step, held_out_loss=math.nan if loss is None else loss)
         known = math.isfinite(self.loss) and not self.before
         point = {
             "step": self.before + step,
             "held_out_loss": loss,
-            "train_loss": round(self.loss, 6) if known else None,
+            "train_loss": _figure(self.loss) if known else None,
             "tokens_per_second": round(self.tokens_per_second) if known else None,
         }
         if self.settings.reconstruct:
-            point["own_loss"] = round(self.own_loss, 6) if known else None
+            point["own_loss"] = _figure(self.own_loss) if known else None
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
@@ -133,6 +133,11 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _figure(loss: float) -> float | None:
+    """A loss as `metrics` keeps it: JSON knows no NaN."""
+    return round(loss, 6) if math.isfinite(loss) else None
 
 
 def _figures(logs: dict[str, Any]) -> dict[str, float]:
