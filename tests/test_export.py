@@ -79,7 +79,7 @@ def test_the_memory_reaches_the_answer(bundles: dict[str, Path], world: Path) ->
 
 
 def test_a_convolutional_encoder_exports(world: Path, towers: Path, tmp_path: Path) -> None:
-    checkpoint = train_tiny(world, towers, tmp_path / "c", vision="cnn", steps=20)
+    checkpoint = train_tiny(world, towers, tmp_path / "c", vision="cnn", visual_tokens=1, steps=20)
     assert export(checkpoint, tmp_path / "b").gate is not None
     graph = onnx.load(tmp_path / "b" / "encoder.onnx").graph
     int8 = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
