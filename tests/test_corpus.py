@@ -383,7 +383,7 @@ def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
 def test_a_weight_that_takes_no_row_of_its_file_is_refused(world: Path, towers: Path, tmp_path: Path) -> None:
     few = write(tmp_path / "few.json", rows_of(world)[:20])
     for data in ([f"{few}:0.01"], [str(world / "train.json"), f"{few}:0.01"]):
-        with pytest.raises(InputError, match=r"few\.json:0\.01: of \d+ rows that is none an epoch"):
+        with pytest.raises(InputError, match=r"few\.json:0\.01: of \d+ training rows that is none an epoch"):
             train_tiny(world, towers, tmp_path / "c", data=data)
         assert not (tmp_path / "c").exists()
 
@@ -403,8 +403,10 @@ def test_the_text_of_a_chat_template_counts_in_the_context(world: Path, towers: 
 def test_a_memory_that_fills_the_context_is_refused_whatever_the_rows(
     world: Path, towers: Path, tmp_path: Path, skip_bad: bool
 ) -> None:
-    with pytest.raises(InputError, match=r"no row fits .* the memory 24000, .*use fewer --neighbours"):
+    with pytest.raises(InputError, match=r"no row fits .* the memory 24000, .*use fewer --neighbours, --value-tokens,"):
         train_tiny(world, towers, tmp_path / "c", k=1000, skip_bad=skip_bad)
+    with pytest.raises(InputError, match=r"no row fits .* the memory 8000, .*use fewer --neighbours, --latents, "):
+        train_tiny(world, towers, tmp_path / "c", k=1000, skip_bad=skip_bad, memory="latents")
 
 
 def test_a_fraction_that_leaves_too_few_pictures_is_named(world: Path, towers: Path, tmp_path: Path) -> None:

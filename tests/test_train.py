@@ -601,7 +601,7 @@ def test_sizes_that_the_pictures_have_no_room_for_are_refused(world: Path, tower
         assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("out", ["file/sub", "/proc/nope"])
+@pytest.mark.parametrize("out", ["file/sub", "/proc/nope", "n" * 300])
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_read(
     out: str, world: Path, towers: Path, tmp_path: Path
 ) -> None:

@@ -97,7 +97,8 @@ def parse_row(item: Any, where: str, images: Path) -> Row:
     """
     if not isinstance(item, dict):
         raise InputError(f"{where}: need an object, found {type(item).__name__}")
-    name = str(item.get("id", PurePosixPath(where).name))  # a bank keeps it: not where the file lay on this machine
+    place = PurePosixPath(where).name.encode(errors="replace").decode()  # of a file whose name is not UTF-8
+    name = str(item.get("id", place))  # a bank keeps it: not where the file lay on this machine
     _must_be_unicode(name, "key 'id'", where)
     where = f"{where} (id {name})"
     pictures = tuple(_picture(image, where, images) for image in _images(item.get("image"), where))

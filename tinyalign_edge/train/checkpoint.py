@@ -101,7 +101,12 @@ def _towers(folder: Path, config: CheckpointConfig) -> tuple[VisionTower, Langua
 
 
 def _read_config(path: Path) -> CheckpointConfig:
-    """Read a `config.json`; schema version 1 named one data file, by its path alone."""
+    """Read a `config.json`; schema version 1 named one data file, by its path alone.
+
+    Raises:
+        InputError: it is none of ours.
+        BundleError: as `from_versioned`.
+    """
     data = read_json(path)
     if not isinstance(data, dict) or "schema_version" not in data:
         raise InputError(f"{path.parent}: not a checkpoint (its {path.name} is of something else)")

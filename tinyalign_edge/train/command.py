@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,11 @@ def run_command(command: TrainCommand) -> CheckpointConfig | None:
     stage = recipe.stage(command.stage) if recipe else StageRecipe({})
     rivals = {"steps": "epochs", "epochs": "steps"}  # what is given takes the recipe's other way to say it away
     other = {rivals[name] for name in command.options if name in rivals}
+    if command.options.get("memory") == "none":
+        other |= {*OF_A_MEMORY, "memory_first", "random_values"}
+    if command.options.get("lora_rank") == 0:
+        other.add("lora_alpha")
     given = {name: value for name, value in stage.options.items() if name not in other} | command.options
-    if command.stage == "instruct":
-        for name in MADE_IN_ALIGN:
-            if name in given:
-                raise InputError(f"{name} {given[name]}: belongs to stage align; --stage instruct takes it from --from")
-    if command.vlm is not None:
-        for name in OF_THE_VLM:
-            if name in given:
-                whose = "" if name in command.options else f" (of --recipe {command.recipe})"
-                raise InputError(f"{name} {given[name]}{whose}: with --vlm it is the model's own; leave it out")
     _refuse_without_effect(command, given)
     data = command.data or stage.data
     images = command.images or (Path(stage.images) if stage.images else None)
@@ -86,17 +82,27 @@ def run_command(command: TrainCommand) -> CheckpointConfig | None:
 
 
 def _refuse_without_effect(command: TrainCommand, given: dict[str, Any]) -> None:
-    """What a recipe says of a memory is left aside where the command line wants none."""
+    def refuse(names: Iterable[str], why: str) -> None:
+        for name in names:
+            if name in given:
+                value = "" if given[name] is True else f" {given[name]}"
+                own = name in command.options
+                told = f"{option_of(name)}{value}" if own else f"{name}{value} (of --recipe {command.recipe})"
+                raise InputError(f"{told}: {why}")
+
     memory = given.get("memory", TrainOptions.memory)
-    if command.stage == "align":
-        for name in OF_A_MEMORY:
-            if memory == "none" and command.options.get(name):
-                raise InputError(
-                    f"{option_of(name)} {given[name]}: there is no memory with --memory none; leave it out"
-                )
-            if name in OF_LATENTS and name in command.options and memory == "tokens":
-                raise InputError(f"{option_of(name)} {given[name]}: --memory tokens has none; leave it out")
-        if "lm_learning_rate" in given:
-            raise InputError(f"--lm-learning-rate {given['lm_learning_rate']}: is for --stage instruct; leave it out")
-    if "lora_alpha" in given and "lora_rank" not in given:
-        raise InputError(f"lora_alpha {given['lora_alpha']}: there are no adapters without a rank (--lora)")
+    if command.stage == "instruct":
+        refuse(MADE_IN_ALIGN, "belongs to stage align; --stage instruct takes it from --from")
+    else:
+        refuse(["lm_learning_rate"], "is for --stage instruct; leave it out")
+    if command.vlm is not None:
+        refuse(OF_THE_VLM, "with --vlm it is the model's own; leave it out")
+    if not given.get("lora_rank"):
+        refuse(["lora_alpha"], "there are no adapters without a rank (--lora)")
+    if command.resume:  # an interrupted run is compared with what it was begun with
+        return
+    wanted = [name for name in OF_A_MEMORY if command.options.get(name)]
+    if memory == "none" and command.stage == "align":
+        refuse(wanted, "there is no memory with --memory none; leave it out")
+    if memory == "tokens":
+        refuse([name for name in wanted if name in OF_LATENTS], "--memory tokens has none; leave it out")

@@ -217,7 +217,8 @@ def check_weights(corpus: Corpus) -> None:
         rows = int((corpus.source == which).sum())
         if rows and not round(rows * source.weight):
             raise InputError(
-                f"--data {source.data}:{source.weight:g}: of {rows} rows that is none an epoch; give a higher weight"
+                f"--data {source.data}:{source.weight:g}: of {rows} training rows that is none an epoch; give a higher "
+                "weight"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def find_features(
     cache: FeatureCache | None,
     skip_bad: bool = False,
     share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] = lambda: None,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Features:
     """The features of the pictures with the numbers `wanted`; those that the cache lacks are encoded.
 
@@ -89,7 +90,7 @@ def find_features(
         skip_bad: leave out pictures that cannot be read, instead of raising.
         share: number of this process and how many there are: each encodes a part, and they meet in the cache;
             the first alone says how far it is.
-        wait: until all processes have come so far.
+        together: a block at whose end all processes meet.
 
     Raises:
         InputError: a picture cannot be read, or the features do not fit into memory or on the disk.
@@ -103,19 +104,19 @@ def find_features(
         good = _encode(block, wanted, encode, lost if skip_bad else None, shown=first)
         places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
         return Features([block], places, record, lost)
-    digests = _digests(paths, wanted, shown=first)
-    known = cache.known(record)
-    unique = {digest: i for i, digest in reversed(digests.items())}  # pictures with the same content share a record
-    missing = [i for digest, i in unique.items() if digest not in known.places]
-    cache.check_room(len(missing) * record.itemsize, len(missing), told=first)
-    wait()
-    for part in cache.parts(missing[share[0] :: share[1]], record):
-        block = np.zeros(len(part), record)
-        block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
-        good = _encode(block, part, encode, lost if skip_bad else None, shown=first)
-        if good.any():
-            cache.write(block[good])
-    wait()
+    with together():
+        digests = _digests(paths, wanted, shown=first)
+        known = cache.known(record)
+        unique = {digest: i for i, digest in reversed(digests.items())}  # pictures of the same content share a record
+        missing = [i for digest, i in unique.items() if digest not in known.places]
+        cache.check_room(len(missing) * record.itemsize, len(missing), told=first)
+    with together():
+        for part in cache.parts(missing[share[0] :: share[1]], record):
+            block = np.zeros(len(part), record)
+            block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
+            good = _encode(block, part, encode, lost if skip_bad else None, shown=first)
+            if good.any():
+                cache.write(block[good])
     known = cache.known(record) if missing else known
     for i, digest in digests.items():
         places[i] = known.places.get(digest, (-1, -1))

@@ -299,7 +299,7 @@ def rows_at_once(options: TrainOptions, processes: int) -> int:
     if options.batch_size % processes or not share or share % at_once:
         raise InputError(
             f"--batch-size {options.batch_size}: must be a multiple of {processes} process(es) times --micro-batch "
-            f"{at_once}; give one that fits"
+            f"{at_once}; give a --batch-size or a --micro-batch that fits"
         )
     return at_once
 

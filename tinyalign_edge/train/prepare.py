@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinyalign_edge.config import to_json
+from tinyalign_edge.config import WITH_LATENTS, WITH_TOKENS, to_json
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Neighbours
@@ -95,7 +95,7 @@ def see(
         cache=None if cache is None else FeatureCache(cache, about),
         skip_bad=skip_bad,
         share=(processes.rank, processes.count),
-        wait=processes.wait,
+        together=processes.together,
     )
     features = replace(features, lost=processes.joined(features.lost))
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
@@ -121,7 +121,7 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
         raise InputError(
             f"no row fits into the context of {start.prompt.config.max_context_tokens} tokens: a picture takes "
             f"{start.connector.visual_tokens}, the memory {start.memory.max_memory_tokens}, the chat template "
-            f"{start.prompt.least_tokens}; use fewer --neighbours, --value-tokens or --visual-tokens"
+            f"{start.prompt.least_tokens}; use {_smaller_parts(start)}a shorter chat template"
         )
     long = {}
     for i, row in enumerate(corpus):
@@ -130,6 +130,18 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
             pictures = f" beside {len(row.pictures)} pictures" if len(row.pictures) > 1 else ""
             long[i] = f"{row.where}: {tokens} text tokens, the context leaves {left}{pictures}; shorten the row"
     return drop_bad(corpus, long, skip_bad=skip_bad)
+
+
+def _smaller_parts(start: Start) -> str:
+    """The options by which picture and memory take less of the context; a checkpoint has its own of both."""
+    kind = start.memory.kind
+    ways = [
+        *("--neighbours",) * (kind not in ("none", "paper")),
+        *("--value-tokens",) * (kind in WITH_TOKENS),
+        *("--latents",) * (kind in (*WITH_LATENTS, "paper")),
+        *("--visual-tokens",) * (not start.whole),
+    ]
+    return "" if start.fitted or not ways else f"fewer {', '.join(ways)}, or "
 
 
 def fits_context(row: Row, start: Start) -> bool:

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from tinyalign_edge.errors import TinyAlignError
+
+ANOTHER_STOPPED = "another process of this run has stopped; what it said is the reason"
+DIST_ERROR = getattr(torch.distributed, "DistError", ())  # a build of torch may have none
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")  # as gloo says it
 
 
 class Processes:
@@ -30,34 +35,49 @@ class Processes:
     def wait(self) -> None:
         """Until all have come so far."""
         if self._state:
-            with _together():
-                self._state.wait_for_everyone()
+            self._state.wait_for_everyone()
 
     def of_first(self, value: Any) -> Any:
         """The first process's value, in all of them."""
-        with _together():
-            return broadcast_object_list([value])[0] if self._state else value
+        return broadcast_object_list([value])[0] if self._state else value
 
     def joined(self, own: dict[int, str]) -> dict[int, str]:
         """What each process has, in all of them."""
-        with _together():
-            parts = gather_object([own]) if self._state else [own]
+        parts = gather_object([own]) if self._state else [own]
         return {number: said for part in parts for number, said in part.items()}
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block at whose end all processes meet; what stops one stops all, which then work on nothing any more.
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Say in one line that another process has stopped, in place of what the network says of it.
+        Raises:
+            TinyAlignError: what the block raised here; or one process says that, and the others that it does.
+        """
+        failed = None
+        try:
+            yield
+        except TinyAlignError as error:
+            failed = error
+        stopped = gather_object([failed is not None]) if self._state else [failed is not None]
+        if failed is not None and not any(stopped[: self.rank]):
+            raise failed
+        if any(stopped):
+            raise TinyAlignError(ANOTHER_STOPPED)
 
-    Raises:
-        TinyAlignError: it has.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
-            raise
-        raise TinyAlignError("another process of this run has stopped; what it said is the reason") from None
+    @contextmanager
+    def one_line(self) -> Iterator[None]:
+        """Say that another process has stopped, in place of what the network says of it.
+
+        Raises:
+            TinyAlignError: it has.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, DIST_ERROR) or any(text in str(error) for text in LOST_CONNECTION)
+            if self.count == 1 or not lost:
+                raise
+            raise TinyAlignError(ANOTHER_STOPPED) from None
 
 
 def is_first() -> bool:

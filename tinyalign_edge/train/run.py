@@ -103,9 +103,13 @@ def train(
     processes = Processes(device)
     rows_at_once(options, processes.count)
     state = RunState(out, resume=resume)
-    processes.wait()  # before the first one writes there
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
-    with state.nothing_left(), out_of_memory("before the steps", _less_before(options, state, processes)):
+    less = _less_before(options, state, processes)
+    with processes.one_line(), state.nothing_left(), out_of_memory("before the steps", less):
+        processes.wait()  # all have looked into the folder before the first one writes there
+        with processes.together():
+            if processes.first:
+                state.try_to_write()
         return _train(
             sources, images, out, options, partial(_start, vision, lm, vlm, chat_template, start, options),
             started_from=start, resume=resume, label=label, device=device, processes=processes, state=state,
@@ -131,13 +135,13 @@ def _train(
     if not corpus.used():
         raise InputError(f"{sources[0].data}: no row has a picture; key 'image' must name some")
     training, held_out = split(corpus, held_out=MAX_HELD_OUT, fraction=options.fraction, seed=options.seed)
+    check_weights(training)
     torch.manual_seed(options.seed)
     with out_of_memory("while the models are loaded", "use smaller ones or a machine with more memory"):
         begun = start()
     if begun.whole:
         training, held_out = (of_one_picture(rows, skip_bad=options.skip_bad) for rows in (training, held_out))
     training, held_out = (without_long(rows, begun, skip_bad=options.skip_bad) for rows in (training, held_out))
-    check_weights(training)
     connector, memory, model = begun.connector, begun.memory, begun.model
     check_values(options, memory.kind)
     model.reconstruct = options.reconstruct
@@ -171,7 +175,7 @@ def _train(
         raise InputError(
             f"{sources[0].data}: {left} pictures to train on that can be read, {LEAST_PICTURES} are needed{more}"
         )
-    check_weights(seen.training)
+    check_weights(seen.training)  # pictures that cannot be read are lost from it
     if not begun.fitted:
         state.fit_keys(model, lambda: fit_keys(seen, model, begun.prompt))
         model.load_state_dict(processes.of_first(model.key_state()), strict=False)

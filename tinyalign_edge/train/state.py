@@ -15,7 +15,6 @@ from tinyalign_edge.errors import BundleError, InputError
 from tinyalign_edge.train.checkpoint import is_checkpoint
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.picture_files import FOLDER
-from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import CheckpointConfig
 
 STATE = "state"
@@ -34,16 +33,37 @@ class RunState:
 
     def __init__(self, out: Path, *, resume: bool) -> None:
         self.out, self.folder, self.resume = out, out / STATE, resume
-        run = self.folder / RUN
+        try:
+            self._look()
+        except OSError as error:
+            raise _unusable(out, error) from None
+
+    def _look(self) -> None:
+        out, run = self.out, self.folder / RUN
         if is_checkpoint(out):
             raise InputError(f"{out}: holds a finished checkpoint; choose another --out")
         others = {path.name for path in out.iterdir()} - {STATE} if out.is_dir() else set()
         if out.exists() and (not out.is_dir() or (others and not run.is_file())):
             raise InputError(f"{out}: exists and is not an interrupted run; choose another --out")
-        if run.is_file() and not resume:
+        if run.is_file() and not self.resume:
             raise InputError(f"{out}: holds an interrupted run; continue it with --resume or choose another --out")
-        if is_first():
-            _try_to_write(out)
+
+    def try_to_write(self) -> None:
+        """Refuse a folder that cannot be made or written, before work is put into what is to go there; leaves nothing.
+
+        Raises:
+            InputError: it cannot.
+        """
+        missing = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.out).close()
+        except OSError as error:
+            raise _unusable(self.out, error) from None
+        finally:
+            for folder in missing:
+                with suppress(OSError):  # not made
+                    folder.rmdir()
 
     def fit_keys(self, model: AlignModel, fit: Callable[[], None]) -> None:
         """Fit what keys are made with, or take it from the interrupted run: another machine's or thread count's
@@ -127,15 +147,5 @@ class RunState:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _try_to_write(out: Path) -> None:
-    """Refuse a folder that cannot be made or written, before work is put into what is to go there; leaves nothing."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    finally:
-        for folder in missing:
-            with suppress(OSError):  # not made
-                folder.rmdir()
+def _unusable(out: Path, error: OSError) -> InputError:
+    return InputError(f"{out}: cannot be written ({error.strerror}); choose another --out")

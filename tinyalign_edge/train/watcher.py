@@ -89,14 +89,15 @@ class Watcher(TrainerCallback):
     def _evaluate(self, step: int, model: Any) -> None:
         loss = None
         if self.held_out:
-            loss = _figure(held_out_loss(model, self.collate, self.held_out, self.settings))
-            self._show(step, held_out_loss=math.nan if loss is None else loss)
-        known = math.isfinite(self.loss) and not self.before
+            found = held_out_loss(model, self.collate, self.held_out, self.settings)
+            self._show(step, held_out_loss=found)
+            loss = _figure(found)
+        known = not self.before
         point = {
             "step": self.before + step,
             "held_out_loss": loss,
             "train_loss": _figure(self.loss) if known else None,
-            "tokens_per_second": round(self.tokens_per_second) if known else None,
+            "tokens_per_second": round(self.tokens_per_second) if known and math.isfinite(self.loss) else None,
         }
         if self.settings.reconstruct:
             point["own_loss"] = _figure(self.own_loss) if known else None
