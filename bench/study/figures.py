@@ -29,6 +29,7 @@ from tinyalign_edge.bench.study.summary import COMPARED, Summary, curve, find
 COLOURS = {"baseline": "tab:gray", "memory": "tab:blue", "shuffled": "tab:red", "full_bank": "tab:cyan"}
 LABELS = {"baseline": "no memory", "memory": "memory", "shuffled": "other pictures' memory",
           "full_bank": "memory, bank of all data"}  # fmt: skip
+BAR = 0.19  # inches, of one bar with its name
 LOSSES = (0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0)  # of the baseline's last; what lies above is before memory is read
 KINDS = {"score": "open questions", "score_yes_no": "yes/no"}  # where `summary.json` has them
 
@@ -105,6 +106,8 @@ def _share(axes: Axes, score: Summary) -> None:
 def _ablations(figure: Figure, done: Results, summary: Summary) -> bool:
     """Test loss of every ablation, beside baseline and memory."""
     names = [name for name in MAIN if len(_ablated(done, name)) > 2]
+    if names:
+        figure.set_size_inches(10, 1.2 + BAR * max(len(_ablated(done, name)) for name in names))
     for axes, name in zip(_panels(figure, names), names, strict=True):
         found = _ablated(done, name)
         places = range(len(found))
@@ -136,4 +139,4 @@ def _finish(figure: Figure, label: str) -> None:
             shown.setdefault(text, handle)
     if figure.axes:
         figure.axes[0].set_ylabel(label)
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False)
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)), frameon=False)
