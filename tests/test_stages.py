@@ -473,21 +473,28 @@ def test_what_is_trained_on_cuda_in_bf16_is_read_on_the_processor(world: Path, t
     assert np.isfinite(losses(folder, world)).all()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    from tinyalign_edge.train.loop import AlignTrainer, last_whole, load_trained
+def poison(monkeypatch: Any, *, at: int, of: int) -> None:
+    """Make the loss of step `at` NaN, counted from 0, in the loop that has `of` steps."""
+    from tinyalign_edge.train.loop import AlignTrainer
 
     compute_loss = AlignTrainer.compute_loss
 
     def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == 3:
+        if self.state.global_step == at and self.args.max_steps == of:
             inputs = {**inputs, "features": torch.full_like(inputs["features"], float("nan"))}
         return compute_loss(self, model, inputs, *args, **options)
 
+    monkeypatch.setattr(AlignTrainer, "compute_loss", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train.loop import last_whole, load_trained
+
     advice = "a lower --learning-rate and another --out, or remove this one"
     with monkeypatch.context() as patch:
-        patch.setattr(AlignTrainer, "compute_loss", poisoned)
+        poison(patch, at=3, of=6)
         message = rf"the loss is nan at step 4; the last good state is kept, .*{advice}"
         with pytest.raises(TinyAlignError, match=message):
             train_tiny(world, towers, tmp_path / "c", steps=6, memory="none")
@@ -511,20 +518,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert loss_curve(tmp_path / "c") == loss_curve(whole)
     shutil.rmtree(tmp_path / "c")
     train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", learning_rate=1e-4)  # as the message says
-
-
-def poison(monkeypatch: Any, *, at: int, of: int) -> None:
-    """Make the loss of step `at` NaN, counted from 0, in the loop that has `of` steps."""
-    from tinyalign_edge.train.loop import AlignTrainer
-
-    compute_loss = AlignTrainer.compute_loss
-
-    def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == at and self.args.max_steps == of:
-            inputs = {**inputs, "features": torch.full_like(inputs["features"], float("nan"))}
-        return compute_loss(self, model, inputs, *args, **options)
-
-    monkeypatch.setattr(AlignTrainer, "compute_loss", poisoned)
 
 
 def test_where_no_state_is_kept_yet_none_is_promised(

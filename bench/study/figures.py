@@ -50,14 +50,11 @@ def _losses(figure: Figure, done: Results, summary: Summary) -> bool:
     names = [name for name in DATASETS if curve(done, Run(name, "baseline"))]
     for axes, name in zip(_panels(figure, names, sharey=True), names, strict=True):
         for arm in ("baseline", "memory", "shuffled"):
-            drawn = 0
             for seed in SEEDS:
                 points, ends = curve(done, Run(name, arm, seed=seed)), curve(done, Run(name, "baseline", seed=seed))
                 if points and ends:
                     steps, losses = np.asarray(points[1:]).T
-                    label = None if drawn else LABELS[arm]
-                    axes.plot(steps, losses / ends[-1][1], color=COLOURS[arm], lw=1.3, label=label)
-                    drawn += 1
+                    axes.plot(steps, losses / ends[-1][1], color=COLOURS[arm], lw=1.3, label=LABELS[arm])
         axes.axhline(1, color="black", lw=0.8, ls=":")
         axes.set(title=name, xlabel="steps", yscale="log", ylim=(LOSSES[0] / 1.1, LOSSES[-1]))
         axes.set_yticks(LOSSES, [f"{tick:g}" for tick in LOSSES])

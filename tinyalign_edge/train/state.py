@@ -28,7 +28,7 @@ class RunState:
     """The state of the run that writes its checkpoint to `out`.
 
     Raises:
-        InputError: `out` holds something else, or an interrupted run that is not to be resumed.
+        InputError: `out` holds something else, or an interrupted run that is not to be resumed, or cannot be read.
     """
 
     def __init__(self, out: Path, *, resume: bool) -> None:
