@@ -28,7 +28,7 @@ SETTINGS = {
     "easy_vqa": replace(
         COMMON, steps=400, batch_size=64, key="question", memory_from=0.375, copy_words=False, episodes=0.0
     ),
-    "scenes": replace(COMMON, steps=300, visual_tokens=4, k=1, key_grid=3),  # as the demo
+    "scenes": replace(COMMON, steps=600, visual_tokens=4, k=1, key_grid=3),  # as the demo, whose steps are too few here
     "nlvr": replace(COMMON, steps=200),
 }
 
