@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError 
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
-from tinyalign_edge.train.processes import Processes  # noqa: E402
+from tinyalign_edge.train.processes import ANOTHER_STOPPED, Processes  # noqa: E402
 from tinyalign_edge.train.run import _less_before, train  # noqa: E402
 from tinyalign_edge.train.start import start_align  # noqa: E402
 from tinyalign_edge.train.state import RunState  # noqa: E402
@@ -295,13 +296,16 @@ def test_the_last_step_notes_its_own_training_loss(world: Path, towers: Path, tm
     assert long[2]["train_loss"] != long[1]["train_loss"]
 
 
-def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
+COMMAND_LINE = ("--module", "tinyalign_edge")
+
+
+def in_two_processes(*command: str, program: Sequence[str] = COMMAND_LINE) -> subprocess.CompletedProcess[str]:
     """Run `tinyalign-edge` twice on the processor: with `--cpu`, accelerate starts one process alone."""
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", str(20000 + os.getpid() % 20000),
-        "--module", "tinyalign_edge",
+        *program,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
@@ -358,6 +362,41 @@ def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_p
     ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")
     assert ran.returncode != 0
     assert "--batch-size 9: must be a multiple of 2 process(es)" in ran.stderr
+
+
+POISONED_IN_ONE = f"""
+import os
+import sys
+
+import pytest
+
+sys.path.append({str(Path(__file__).parents[1])!r})
+from tests.test_stages import poison
+from tinyalign_edge.cli import main
+
+if os.environ["RANK"] == "1":
+    poison(pytest.MonkeyPatch(), at=2, of=4)
+main()
+"""
+
+
+def test_a_loss_that_is_not_finite_in_one_of_two_processes_stops_both_in_a_line_each(
+    world: Path, towers: Path, tmp_path: Path
+) -> None:
+    from tinyalign_edge.train.loop import last_whole
+
+    program = tmp_path / "poisoned.py"
+    program.write_text(POISONED_IN_ONE, "utf-8")
+    out = tmp_path / "two"
+    ran = in_two_processes(
+        *training_command(world, towers, out), "--data", str(world / "train.json"), "--batch-size", "8",
+        "--memory", "none", program=(str(program),),
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert ran.stderr.count("error: the loss is nan at step 3; the last good state is kept") == 1, ran.stderr
+    assert ran.stderr.count(f"error: {ANOTHER_STOPPED}\n") <= 1  # the launcher may end that process first
+    assert "RuntimeError" not in ran.stderr
+    assert last_whole(out / "state") == out / "state" / "checkpoint-2"
 
 
 def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:
