@@ -19,7 +19,7 @@ SCENES_SEED = 0
 MOST_ASKED = 5000
 SAME_TEXT = "a picture"
 
-# What all arms of a data set share, but for what the plan's `SHORT_SETTINGS` name. Steps: where the baseline's
+# What all arms of a data set share, but for what the plan's `TRIAL_SETTINGS` name. Steps: where the baseline's
 # held-out loss flattens. The learning rate is chosen by the plan's trials, and where there are some, when the memory is
 # first read and whether its words can be copied; those of caltech have the key of the picture alone.
 COMMON = TrainOptions(bf16=True, device="cpu", eval_every=25, weight_decay=0.1)
@@ -28,7 +28,7 @@ SETTINGS = {
     "easy_vqa": replace(
         COMMON, steps=400, batch_size=64, key="question", memory_from=0.375, copy_words=False, episodes=0.0
     ),
-    "scenes": replace(COMMON, steps=600, visual_tokens=4, k=1, key_grid=3),  # as the demo, whose steps are too few here
+    "scenes": replace(COMMON, steps=1200, eval_every=50, visual_tokens=4, k=1, key_grid=3),  # as the demo, but longer
     "nlvr": replace(COMMON, steps=200),
 }
 

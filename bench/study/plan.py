@@ -21,6 +21,7 @@ BANK_SHARES = (1, 10, 100)  # per cent of the entries, of a model that was train
 # What the trials, and all arms that are not `whole`, have instead of the data set's settings: fewer steps, and the key
 # of the picture alone.
 SHORT_SETTINGS: dict[str, dict[str, Any]] = {"caltech": {"steps": 800, "key": "picture"}}
+TRIAL_SETTINGS = {**SHORT_SETTINGS, "scenes": {"steps": 600}}  # of scenes only the trials are not `whole`
 QUESTIONS_A_ROW = {"caltech": 3}  # of the training rows, where a key that tells what is asked, or the arm, parts them
 
 
@@ -32,8 +33,8 @@ class Arm:
         changes: of `TrainOptions`.
         text: what the entries of the bank keep: "answers" alone, all "turns", or all the "same" words; "apart": rows
             have one question each, and an entry its answer.
-        steps: times those of the data set, or of its short runs.
-        whole: it has the data set's settings, also where `SHORT_SETTINGS` has other ones.
+        steps: times those of the data set, or of its trials.
+        whole: it has the data set's settings, also where `TRIAL_SETTINGS` has other ones.
     """
 
     title: str
@@ -171,7 +172,7 @@ class Run:
         """Its options, given those that its data set's arms share."""
         arm, whole = self.of(), of.steps or 0
         if not arm.whole:
-            of = replace(of, **SHORT_SETTINGS.get(self.dataset, {}))
+            of = replace(of, **TRIAL_SETTINGS.get(self.dataset, {}))
         steps = min(of.steps or 0, whole)
         every = max(1, round(of.eval_every * steps / (whole or 1)))  # as often in a run, whatever its steps
         own: dict[str, Any] = {
