@@ -17,6 +17,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from tests.towers import save_lm, train_tiny  # noqa: E402
+from tinyalign_edge.bench.trained import loss_curve  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError, MissingExtraError  # noqa: E402
 from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE, load_tokenizer  # noqa: E402
@@ -256,7 +257,7 @@ def test_other_preprocessing_has_its_own_cache(world: Path, towers: Path, tmp_pa
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_a_cache_that_the_disk_has_no_room_for_is_refused(
+def test_a_cache_that_the_disk_has_no_room_for_at_all_is_refused(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from tinyalign_edge.train import feature_cache
@@ -267,14 +268,14 @@ def test_a_cache_that_the_disk_has_no_room_for_is_refused(
     assert not (tmp_path / "c").exists()
 
 
-def test_features_that_memory_has_no_room_for_are_refused_and_a_cache_takes_them(
+def test_features_that_memory_has_no_room_for_at_all_are_refused(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from tinyalign_edge.train import features
 
     record = features.record_type((1024, 1024), 1024)
     refusal = r"the features of 1000000000 pictures take 2101\d{3}\.\d GB, this machine has \d+\.\d GB of memory; "
-    with pytest.raises(InputError, match=refusal + r"give --cache-features DIR or fewer --visual-tokens$"):
+    with pytest.raises(InputError, match=refusal + r"give --cache-features DIR or train on fewer rows"):
         features.find_features(
             [], range(10**9), record, lambda _: pytest.fail("it is refused before the long work"), cache=None
         )
@@ -283,6 +284,45 @@ def test_features_that_memory_has_no_room_for_are_refused_and_a_cache_takes_them
         train_tiny(world, towers, tmp_path / "c")
     assert not (tmp_path / "c").exists()
     train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", cache_features=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": "tokens"}, {"memory": "latents"}, {"memory": "paper"}, {"connector": "mlp", "visual_tokens": None}],
+)
+def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector_reads(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, cached: bool, options: dict[str, Any]
+) -> None:
+    from tinyalign_edge.train import prepare
+
+    rows = rows_of(world)
+    for row in rows[:4]:
+        del row["image"]
+        row["conversations"][0]["value"] = "What do you see?"
+    for row in rows[4:8]:
+        row["image"] = [row["image"], rows[8]["image"]]
+    data = write(tmp_path / "rows.json", rows)
+    cache = tmp_path / "cache" if cached else None
+    kept = train_tiny(world, towers, tmp_path / "kept", data=data, **options)
+    assert "each step encodes its pictures anew" not in capfd.readouterr().err
+    key_features = 80 * prepare.record_type((0, 32), 32).itemsize
+    monkeypatch.setattr(prepare, "disk_room" if cached else "memory_room", lambda *_: key_features)
+    anew = train_tiny(world, towers, tmp_path / "anew", data=data, cache_features=cache, **options)
+    told = capfd.readouterr().err
+    assert told.count("each step encodes its pictures anew, which takes longer; --cache-features DIR") == 1
+    before, after = ([point["held_out_loss"] for point in loss_curve(folder)] for folder in (kept, anew))
+    assert after == pytest.approx(before, rel=1e-4)
+    expected, found = weights(kept), weights(anew)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    if cached:
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert sum(file.stat().st_size for file in folder.glob("*.features")) < key_features + 1
+    with pytest.raises(InputError, match=r"--loaders 2: each step encodes its pictures anew"):
+        train_tiny(world, towers, tmp_path / "loaders", data=data, cache_features=cache, loaders=2, **options)
+    assert not (tmp_path / "loaders").exists()
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])

@@ -66,7 +66,7 @@ class Rows(Dataset[Example]):
 
     Args:
         rows: by number.
-        features: of a row's pictures, (V, C), given its number.
+        features: of the pictures of rows, (V, C) each, given their numbers.
         neighbours, similarity: of every row, (R, K); -1 where there is none.
         epochs: which rows an epoch has, by its number; None: all of them once.
         dropout, memory_dropout: the shares of rows that see fewer neighbours, and none; which depends on seed, epoch
@@ -77,7 +77,7 @@ class Rows(Dataset[Example]):
         self,
         rows: Sequence[Row],
         prompt: Prompt,
-        features: Callable[[int], npt.NDArray[np.floating[Any]]],
+        features: Callable[[Sequence[int]], Sequence[npt.NDArray[np.floating[Any]]]],
         neighbours: npt.NDArray[np.int64],
         similarity: npt.NDArray[np.float32],
         *,
@@ -109,6 +109,14 @@ class Rows(Dataset[Example]):
         return len(self.picked)
 
     def __getitem__(self, position: int) -> Example:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Example]:
+        """A batch at once, as torch's loaders ask for it."""
+        features = self.features([int(self.picked[position]) for position in positions])
+        return [self._example(*each) for each in zip(positions, features, strict=True)]
+
+    def _example(self, position: int, features: npt.NDArray[np.floating[Any]]) -> Example:
         index = int(self.picked[position])
         near = [int(row) for row in self.neighbours[index] if row >= 0]
         if self.dropout or self.memory_dropout:
@@ -123,7 +131,7 @@ class Rows(Dataset[Example]):
             row, texts = self.episodes.play(row, near, np.random.default_rng((self.seed, self.epoch, position, 1)))
         before, turns = tokenize(row.turns, self.prompt)
         similarity = tuple(float(s) for s in self.similarity[index, : len(near)])
-        return Example(before, turns, self.features(index), tuple(near), similarity, texts)
+        return Example(before, turns, features, tuple(near), similarity, texts)
 
 
 def longest_tokens(row: Row, prompt: Prompt, limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ class PictureEncoder:
     def __init__(
         self, vision: nn.Module, image: ImageConfig, model: AlignModel, *, device: str, where: Callable[[Path], str]
     ) -> None:
-        self.vision, self.image, self.model, self.device, self.where = vision.to(device), image, model, device, where
+        self.vision, self.image, self.device, self.where = vision.to(device), image, device, where
+        self.pool, self.key = copy.deepcopy(model.pool).cpu(), copy.deepcopy(model.key).cpu()  # the model's may move
         vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # much faster convolutions on CPU
 
     def __call__(self, paths: Sequence[Path]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -67,7 +69,7 @@ class PictureEncoder:
         with torch.inference_mode():
             there = pixels.to(device=self.device, memory_format=torch.channels_last)
             grid = patch_features(self.vision, there).float().cpu()  # (B, H, W, C)
-            return self.model.pool(grid).numpy(), self.model.key.regions(grid).numpy()
+            return self.pool(grid).numpy(), self.key.regions(grid).numpy()
 
     def _pixels(self, path: Path) -> npt.NDArray[np.float32]:
         try:

@@ -48,8 +48,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        described = json.dumps(to_json(about), sort_keys=True).encode()
-        self.folder = folder / hashlib.sha256(described).hexdigest()[:32]
+        self.folder = _folder(folder, about)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "about.json", about)
@@ -80,8 +79,8 @@ class FeatureCache:
         if needed + SPARE_BYTES > free:
             raise InputError(
                 f"--cache-features {self.folder.parent}: the features of {pictures} pictures take "
-                f"{needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another folder or fewer "
-                "--visual-tokens"
+                f"{needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another folder or train on "
+                "fewer rows (--fraction)"
             )
         if pictures and told:
             size = f"{needed / 1e9:.3f} GB"
@@ -109,6 +108,13 @@ class FeatureCache:
             temporary.unlink(missing_ok=True)
 
 
+def disk_room(folder: Path, about: dict[str, Any]) -> int:
+    """Bytes that the features of a `FeatureCache` may take: what is free there, and what it takes already."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    taken = sum(shard.lstat().st_size for shard in _folder(folder, about).glob(f"*{SUFFIX}"))
+    return shutil.disk_usage(there).free + taken - SPARE_BYTES
+
+
 def content_digest(path: Path) -> bytes:
     """SHA-256 of a picture's file.
 
@@ -119,6 +125,11 @@ def content_digest(path: Path) -> bytes:
         return bytes.fromhex(file_sha256(path))
     except OSError as error:
         raise InputError(f"image {path}: cannot be read ({error.strerror})") from None
+
+
+def _folder(folder: Path, about: dict[str, Any]) -> Path:
+    described = json.dumps(to_json(about), sort_keys=True).encode()
+    return folder / hashlib.sha256(described).hexdigest()[:32]
 
 
 def _whole(path: Path, record: np.dtype[np.void]) -> bool:

@@ -1,6 +1,7 @@
 """What the frozen encoder sees in every picture: pooled features for training, region features for the keys.
 
-They are kept in memory, or in a cache on disk (`feature_cache`) from which they are mapped.
+They are kept in memory, or in a cache on disk (`feature_cache`) from which they are mapped. Where neither has room for
+the pooled ones, these are made anew whenever they are asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tinyalign_edge.train.feature_cache import FeatureCache, content_digest
 
 Floats = npt.NDArray[np.floating[Any]]
 Records = npt.NDArray[np.void]  # of `record_type`
+Encoder = Callable[[Sequence[int]], tuple[Floats, npt.NDArray[np.float32]]]  # pictures by number: pooled, regions
 
 BATCH = 8  # pictures; fits the processor's caches, larger batches are slower
 SHARE_OF_MEMORY = 0.6  # that features may take
@@ -41,19 +43,26 @@ class Features:
         blocks: in memory, or mapped from files.
         places: of every picture, its block and its record in it: (P, 2); (-1, -1) for a picture that is not there.
         lost: why a picture is not there, of those that this process was to read.
+        anew: encodes pictures whose pooled features are not in the records, up to `BATCH` of them; None: they are.
     """
 
     blocks: Sequence[Records]
     places: npt.NDArray[np.int64]
     record: np.dtype[np.void]
     lost: dict[int, str] = field(default_factory=dict)
+    anew: Encoder | None = None
 
     def __contains__(self, picture: int) -> bool:
         return bool(self.places[picture, 0] >= 0)
 
     def pooled(self, pictures: Sequence[int]) -> Floats:
-        """(P, N, C) of the pictures with these numbers; (0, N, C) of none."""
-        return self._take("pooled", pictures)
+        """(P, N, C) of the pictures with these numbers; of none, (0, N, C), or (0, 0, C) where they are made anew."""
+        if self.anew is None or not pictures:
+            return self._take("pooled", pictures)
+        place = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+        each, kind = list(place), self.record["pooled"].base
+        parts = [self.anew(each[i : i + BATCH])[0].astype(kind) for i in range(0, len(each), BATCH)]
+        return np.concatenate(parts)[[place[picture] for picture in pictures]]
 
     def regions(self, pictures: Sequence[int]) -> npt.NDArray[np.float32]:
         """(P, key_grid**2 * C) of the pictures with these numbers."""
@@ -66,9 +75,6 @@ class Features:
             block, record = self.places[picture]
             out[i] = self.blocks[block][name][record]
         return out
-
-
-Encoder = Callable[[Sequence[int]], tuple[Floats, npt.NDArray[np.float32]]]
 
 
 def find_features(
@@ -161,10 +167,19 @@ def _fill(block: Records, part: range, pictures: Sequence[int], encode: Encoder)
     block["pooled"][place], block["regions"][place] = encode(pictures[place])
 
 
+def memory_room() -> float:
+    """Bytes of memory that features may take."""
+    return SHARE_OF_MEMORY * _memory()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _check_memory(needed: int, pictures: int) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > SHARE_OF_MEMORY * memory:
+    if needed > memory_room():
+        memory = f"{_memory() / 1e9:.1f} GB of memory"
         raise InputError(
-            f"the features of {pictures} pictures take {needed / 1e9:.1f} GB, this machine has {memory / 1e9:.1f} GB "
-            "of memory; give --cache-features DIR or fewer --visual-tokens"
+            f"the features of {pictures} pictures take {needed / 1e9:.1f} GB, this machine has {memory}; give "
+            "--cache-features DIR or train on fewer rows (--fraction)"
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
-from tinyalign_edge.train.feature_cache import FeatureCache
-from tinyalign_edge.train.features import Features, find_features, record_type
+from tinyalign_edge.train.feature_cache import FeatureCache, disk_room
+from tinyalign_edge.train.features import Features, find_features, memory_room, record_type
 from tinyalign_edge.train.keys import Float, Keys, entry_text, fused_keys, query_text, question_keys, question_words
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
@@ -59,7 +61,8 @@ def see(
     skip_bad: bool,
     processes: Processes,
 ) -> Seen:
-    """Encode every picture once, or find its features in the cache.
+    """Encode every picture once, or find its features in the cache. Where there is no room for what the connector
+    reads, each step encodes its pictures anew.
 
     Raises:
         InputError: a picture cannot be read (unless bad rows may be skipped), or features do not fit.
@@ -68,7 +71,6 @@ def see(
     paths = [training.path(i) for i in range(len(training.names))]
     wanted = list(dict.fromkeys([*training.used(), *held_out.used()]))
     channels = connector.feature_dim * memory.key_grid**2
-    record = record_type((connector.visual_tokens, connector.input_dim), channels)
     places = {path: i for i, path in enumerate(paths)}
 
     def where(path: Path) -> str:
@@ -83,21 +85,37 @@ def see(
         with careful():
             return encode([paths[i] for i in pictures])
 
+    def without_pooled(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        pooled, regions = encoded(pictures)
+        return pooled[:, :0], regions
+
     about = {
         "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
-        "key_grid": memory.key_grid, "record": str(record),
+        "key_grid": memory.key_grid,
     }  # fmt: skip
+    record, few = (record_type((n, connector.input_dim), channels) for n in (connector.visual_tokens, 0))
+    needed = len(wanted) * record.itemsize
+    room = memory_room() if cache is None else disk_room(cache, {**about, "record": str(record)})
+    anew = processes.of_first(needed > room)
+    if anew and processes.first:
+        print(
+            f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB, there is room for "
+            f"{max(room, 0) / 1e9:.1f} GB {'in memory' if cache is None else 'on the disk'}: each step encodes its "
+            "pictures anew, which takes longer; --cache-features DIR keeps them where there is room",
+            file=sys.stderr,
+        )
+    record = few if anew else record
     features = find_features(
         paths,
         wanted,
         record,
-        encoded,
-        cache=None if cache is None else FeatureCache(cache, about),
+        without_pooled if anew else encoded,
+        cache=None if cache is None else FeatureCache(cache, {**about, "record": str(record)}),
         skip_bad=skip_bad,
         share=(processes.rank, processes.count),
         together=processes.together,
     )
-    features = replace(features, lost=processes.joined(features.lost))
+    features = replace(features, lost=processes.joined(features.lost), anew=encoded if anew else None)
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)
 
@@ -271,7 +289,7 @@ def examples(
         held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity
     )
     evaluated = range(0, len(held_out), -(-len(held_out) // HELD_OUT_ASKED) or 1)
-    return training, [held_out[i] for i in evaluated], found.floor
+    return training, held_out.__getitems__(evaluated), found.floor
 
 
 def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel) -> str:
@@ -306,10 +324,12 @@ def _in_parts(rows: Corpus, width: int, keys: Callable[[range, list[int]], Float
     return made
 
 
-def _features_of(seen: Seen, corpus: Corpus) -> Callable[[int], npt.NDArray[np.floating]]:
-    def features(row: int) -> npt.NDArray[np.floating]:
-        pooled = seen.features.pooled(corpus.pictures[row])  # (pictures, N, C)
-        return pooled.reshape(-1, pooled.shape[-1])
+def _features_of(seen: Seen, corpus: Corpus) -> Callable[[Sequence[int]], list[npt.NDArray[np.floating]]]:
+    def features(rows: Sequence[int]) -> list[npt.NDArray[np.floating]]:
+        pictures = [corpus.pictures[row] for row in rows]
+        pooled = seen.features.pooled([picture for each in pictures for picture in each])  # (pictures, N, C)
+        ends = np.cumsum([0, *map(len, pictures)])
+        return [pooled[start:end].reshape(-1, pooled.shape[-1]) for start, end in pairwise(ends)]
 
     return features
 

@@ -170,6 +170,11 @@ def _train(
     )  # fmt: skip
     state.check(config, but=KNOWN_LATER)
     seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
+    if seen.features.anew is not None and options.loaders:
+        raise InputError(
+            f"--loaders {options.loaders}: each step encodes its pictures anew, which they cannot; leave it out, or "
+            "give --cache-features DIR with room for the features"
+        )
     if (left := len(seen.training.used())) < LEAST_PICTURES:
         more = f"; raise --fraction {options.fraction:g}" if options.fraction < 1 else ""
         raise InputError(
