@@ -420,6 +420,14 @@ def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
     assert "note: 1 bad rows skipped" in capsys.readouterr().err
 
 
+def test_a_run_goes_through_a_file_as_often_as_its_weight_says(world: Path, towers: Path, tmp_path: Path) -> None:
+    options = {"epochs": 2, "steps": None, "memory": "none"}
+    whole = train_tiny(world, towers, tmp_path / "whole", **options)
+    half = train_tiny(world, towers, tmp_path / "half", data=[f"{world / 'train.json'}:0.5"], **options)
+    steps = [load_checkpoint(folder).config.training.steps for folder in (whole, half)]
+    assert steps == [2 * -(-rows // 8) for rows in (72, 36)]
+
+
 def test_a_weight_that_takes_no_row_of_its_file_is_refused(world: Path, towers: Path, tmp_path: Path) -> None:
     few = write(tmp_path / "few.json", rows_of(world)[:20])
     for data in ([f"{few}:0.01"], [str(world / "train.json"), f"{few}:0.01"]):

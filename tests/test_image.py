@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,15 @@ def test_exif_orientation_is_applied() -> None:
 def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     image = Image.new(mode, (8, 8)) if mode == "I;16" else noise(8, 8).convert(mode)
     assert open_image(image).mode == "RGB"
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning() -> None:
+    image, buffer = Image.new("P", (2, 2), 1), io.BytesIO()
+    image.putpalette([0, 0, 0, 9, 99, 199])
+    image.save(buffer, "PNG", transparency=bytes([255, 7]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(buffer.getvalue()).getpixel((1, 1)) == (9, 99, 199)
 
 
 def test_of_an_animation_the_first_frame_is_taken_and_transparency_is_dropped() -> None:

@@ -425,7 +425,7 @@ def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Pat
     [
         (9, 9, "--resume --micro-batch 3 "),
         (50, 25, "--resume --micro-batch 10 "),
-        (8, 1, r"in a new run use fewer --visual-tokens or --neighbours, --bf16$"),
+        (8, 1, r"in a new run use fewer --neighbours, --value-tokens, --visual-tokens or --bf16$"),
     ],
 )
 def test_fewer_rows_at_once_are_advised_where_a_step_has_them(
@@ -434,6 +434,29 @@ def test_fewer_rows_at_once_are_advised_where_a_step_has_them(
     monkeypatch.setattr("tinyalign_edge.train.model.AlignModel.hidden", out_of_memory)
     with pytest.raises(TinyAlignError, match=f"out of memory with {micro_batch} rows at once; {advice}"):
         train_tiny(world, towers, tmp_path / "c", batch_size=batch_size, micro_batch=micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, r"--resume --micro-batch 4 gives the same results in less \(in a new run: --lora RANK or --bf16\)"),
+        ({"bf16": True, "micro_batch": 1}, "in a new run use --lora RANK$"),
+        ({"lora_rank": 4}, r"--resume --micro-batch 4 goes on in less \(in a new run: --bf16\)"),
+        ({"lora_rank": 4, "bf16": True, "micro_batch": 1}, "in a new run use a smaller language model$"),
+    ],
+)
+def test_the_second_stage_is_advised_what_it_takes(
+    world: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: Any, options: dict[str, Any], advice: str
+) -> None:
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyalign_edge.train.model.AlignModel.hidden", out_of_memory)
+        with pytest.raises(TinyAlignError, match=rf"out of memory with \d rows at once; {advice}"):
+            instruct(world, checkpoints["tokens"], tmp_path / "c", **options)
+    poison(monkeypatch, at=0, of=6)
+    with pytest.raises(TinyAlignError, match="with a lower --learning-rate or --lm-learning-rate and another --out"):
+        instruct(world, checkpoints["tokens"], tmp_path / "d", **options)
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:

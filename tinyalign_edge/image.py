@@ -99,7 +99,10 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{name}: {width} x {height} pixels, more than the {MAX_PIXELS} allowed; make it smaller")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "P" and isinstance(upright.info.get("transparency"), bytes):
+        upright = upright.convert("RGBA")  # Pillow warns where it is converted at once
+    return upright.convert("RGB")
 
 
 def preprocess(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.float32]:

@@ -27,7 +27,6 @@ from tinyalign_edge.train.watcher import Watcher
 STATE_WEIGHTS = "trained.safetensors"
 WHOLE = "whole"  # a file that says that all others beside it are written
 LANGUAGE_PREFIX = "language."
-LOWER_RATE = "train anew with a lower --learning-rate and another --out, or remove this one"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -43,12 +42,14 @@ def fit(
     resume: bool,
     label: str,
     processes: Processes,
+    less: str,
     loaders: int = 0,
     before: int = 0,
 ) -> None:
     """Train what is not frozen; keeps resumable state in `state` and appends evaluations to `metrics`.
 
     Args:
+        less: what takes less memory in the steps of a new run.
         loaders: processes that make batches ready, beside each that trains.
         before: steps that came before these, in a loop of their own.
 
@@ -61,7 +62,7 @@ def fit(
         return
     with ExitStack() as stack:
         stack.enter_context(
-            out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes))
+            out_of_memory(f"with {settings.micro_batch} rows at once", _less_at_once(settings, processes, less))
         )
         stack.enter_context(told_of(loaders))
         stack.enter_context(_own_precision())
@@ -209,7 +210,8 @@ class AlignTrainer(Trainer):
         state = Path(str(self.args.output_dir))
         kept = last_whole(state) or (last_whole(state.parent) if self.before else None)
         told = "the last good state is kept, but --resume takes no other rate" if kept else "no state is kept yet"
-        return TinyAlignError(f"{what}; {told}: {LOWER_RATE}")
+        rates = "--learning-rate or --lm-learning-rate" if self.lm_learning_rate else "--learning-rate"
+        return TinyAlignError(f"{what}; {told}: train anew with a lower {rates} and another --out, or remove this one")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -261,11 +263,11 @@ def _own_precision() -> Iterator[None]:
             os.environ[PRECISION] = before
 
 
-def _less_at_once(settings: TrainSettings, processes: Processes) -> str:
+def _less_at_once(settings: TrainSettings, processes: Processes, less: str) -> str:
     share = settings.batch_size // processes.count
     smaller = max((rows for rows in range(1, settings.micro_batch // 2 + 1) if share % rows == 0), default=None)
-    other = "fewer --visual-tokens or --neighbours" + ("" if settings.bf16 else ", --bf16")
     if smaller is None:
-        return f"in a new run use {other}"
-    same = "goes on" if settings.dropout else "gives the same results"  # what is dropped depends on the passes
-    return f"--resume --micro-batch {smaller} {same} in less (in a new run: {other})"
+        return f"in a new run use {less}"
+    drops = settings.dropout or settings.lora_rank  # what is dropped depends on the passes
+    same = "goes on" if drops else "gives the same results"
+    return f"--resume --micro-batch {smaller} {same} in less (in a new run: {less})"

@@ -139,7 +139,7 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
         raise InputError(
             f"no row fits into the context of {start.prompt.config.max_context_tokens} tokens: a picture takes "
             f"{start.connector.visual_tokens}, the memory {start.memory.max_memory_tokens}, the chat template "
-            f"{start.prompt.least_tokens}; use {_smaller_parts(start)}a shorter chat template"
+            f"{start.prompt.least_tokens}; use {' or '.join([*smaller_parts(start), 'a shorter chat template'])}"
         )
     long = {}
     for i, row in enumerate(corpus):
@@ -150,16 +150,17 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
     return drop_bad(corpus, long, skip_bad=skip_bad)
 
 
-def _smaller_parts(start: Start) -> str:
-    """The options by which picture and memory take less of the context; a checkpoint has its own of both."""
+def smaller_parts(start: Start) -> list[str]:
+    """In words, what makes picture and memory fewer tokens: in one, or in none, since a checkpoint has its own of
+    both."""
     kind = start.memory.kind
     ways = [
         *("--neighbours",) * (kind not in ("none", "paper")),
         *("--value-tokens",) * (kind in WITH_TOKENS),
         *("--latents",) * (kind in (*WITH_LATENTS, "paper")),
-        *("--visual-tokens",) * (not start.whole),
+        *("--visual-tokens",) * (not start.whole and start.connector.kind != "mlp"),
     ]
-    return "" if start.fitted or not ways else f"fewer {', '.join(ways)}, or "
+    return [] if start.fitted or not ways else [f"fewer {', '.join(ways)}"]
 
 
 def fits_context(row: Row, start: Start) -> bool:

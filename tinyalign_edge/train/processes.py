@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from tinyalign_edge.errors import TinyAlignError
 
+PATIENCE = timedelta(days=1)  # with a process that works alone, as on a large memory's graph; torch's is ten minutes
 ANOTHER_STOPPED = "another process of this run has stopped; what it said is the reason"
 DIST_ERROR = getattr(torch.distributed, "DistError", ())  # a build of torch may have none
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")  # as gloo says it
@@ -23,7 +25,7 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self._state = PartialState(cpu=device == "cpu") if several else None
+        self._state = PartialState(cpu=device == "cpu", timeout=PATIENCE) if several else None
         self.rank: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
 

@@ -47,6 +47,7 @@ from tinyalign_edge.train.prepare import (
     fits_context,
     make_bank,
     see,
+    smaller_parts,
     without_long,
 )
 from tinyalign_edge.train.processes import Processes
@@ -103,6 +104,8 @@ def train(
     processes = Processes(device)
     rows_at_once(options, processes.count)
     state = RunState(out, resume=resume)
+    if resume and not state.resumed and processes.first:
+        print(f"note: {out}: no interrupted run to go on with; a new one begins", file=sys.stderr)
     sources = [parse_source(str(item)) for item in ([data] if isinstance(data, str | Path) else data)]
     less = _less_before(options, state, processes)
     with processes.one_line(), state.nothing_left(), out_of_memory("before the steps", less):
@@ -207,7 +210,8 @@ def _train(
         state.begin(config, model)
     processes.wait()
     fit_all = partial(fit, model, collate=Collate(memory, values), held_out=held_out_examples, metrics=out / METRICS,
-                      resume=resume, processes=processes, loaders=options.loaders)  # fmt: skip
+                      resume=resume, processes=processes, less=_less_in_steps(begun, options),
+                      loaders=options.loaders)  # fmt: skip
     fit_all(rows=rows, settings=settings, state=state.folder, label=label)
     if episodes is not None:
         model.freeze_all_but_copying()
@@ -237,6 +241,16 @@ def _less_before(options: TrainOptions, state: RunState, processes: Processes) -
     if not state.resumed:
         ways.append("train on fewer rows (--fraction)")
     return " or ".join(ways) or "use a machine with more memory"
+
+
+def _less_in_steps(start: Start, options: TrainOptions) -> str:
+    """What takes less memory in the steps of a new run."""
+    ways = smaller_parts(start)
+    if options.stage == "instruct" and not options.lora_rank:
+        ways.append("--lora RANK")
+    if not options.bf16:
+        ways.append("--bf16")
+    return " or ".join(ways) or "a smaller language model"
 
 
 def _start(

@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Values, pad_texts
 from tinyalign_edge.train.model import AlignModel
+from tinyalign_edge.train.processes import is_first
 
 BATCH = 64
+MANY = 20_000  # entries, from which on it is told how many are done
 
 
 def value_fingerprint(keys: str, model: AlignModel) -> str:
@@ -28,10 +31,13 @@ def encode_values(model: AlignModel, values: Values) -> npt.NDArray[np.float32]:
     """Latents (E, L, latent_dim) of every entry, from its features and token ids."""
     assert values.features is not None
     made = []
-    with torch.inference_mode():
-        for start in range(0, len(values.token_ids), BATCH):
+    count = len(values.token_ids)
+    telling = progress("Encoding entries", count, least=MANY, shown=is_first())
+    with torch.inference_mode(), telling as advance:
+        for start in range(0, count, BATCH):
             ids, mask = pad_texts(values.token_ids[start : start + BATCH])
             entries = range(start, start + len(ids))
             features = torch.from_numpy(np.asarray(values.features(entries), np.float32))
             made.append(model.latents(features, ids, mask).numpy())
+            advance(len(ids))
     return np.concatenate(made)
