@@ -149,7 +149,9 @@ def test_rows_are_the_same_episodes_for_a_seed_and_an_epoch(prompt: Prompt) -> N
     def rows(seed: int) -> Rows:
         near, similar = np.array([[0, 1]]), np.ones((1, 2), np.float32)
         features = np.zeros((1, 4), np.float32)
-        return Rows([MINE], prompt, lambda _: features, near, similar, seed=seed).playing(episodes(prompt))
+        return Rows([MINE], prompt, lambda rows: [features] * len(rows), near, similar, seed=seed).playing(
+            episodes(prompt)
+        )
 
     one, again, other = rows(0), rows(0), rows(1)
     assert one[0].texts == again[0].texts != other[0].texts

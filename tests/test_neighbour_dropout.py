@@ -41,7 +41,7 @@ def rows_of(prompt: Prompt, **options: Any) -> Rows:
     rows = [Row(f"{i}", (), (Turn("What?", "it"),), None, f"{i}") for i in range(COUNT)]
     near = np.arange(COUNT * K).reshape(COUNT, K)
     similarity = np.tile(np.array([0.9, 0.8, 0.7, 0.6], np.float32), (COUNT, 1))
-    return Rows(rows, prompt, lambda _: np.zeros((1, 2), np.float32), near, similarity, **options)
+    return Rows(rows, prompt, lambda some: [np.zeros((1, 2), np.float32)] * len(some), near, similarity, **options)
 
 
 def kept(rows: Rows) -> list[int]:
