@@ -289,12 +289,17 @@ def test_features_that_memory_has_no_room_for_at_all_are_refused(
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"memory": "tokens"}, {"memory": "latents"}, {"memory": "paper"}, {"connector": "mlp", "visual_tokens": None}],
+    [
+        {"memory": "tokens"},
+        {"memory": "latents", "bf16": True},
+        {"memory": "paper"},
+        {"connector": "mlp", "visual_tokens": None},
+    ],
 )
 def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector_reads(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, cached: bool, options: dict[str, Any]
 ) -> None:
-    from tinyalign_edge.train import prepare
+    from tinyalign_edge.train import feature_cache, features
 
     rows = rows_of(world)
     for row in rows[:4]:
@@ -306,8 +311,9 @@ def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector
     cache = tmp_path / "cache" if cached else None
     kept = train_tiny(world, towers, tmp_path / "kept", data=data, **options)
     assert "each step encodes its pictures anew" not in capfd.readouterr().err
-    key_features = 80 * prepare.record_type((0, 32), 32).itemsize
-    monkeypatch.setattr(prepare, "disk_room" if cached else "memory_room", lambda *_: key_features)
+    key_features = 80 * features.record_type((0, 32), 32).itemsize
+    monkeypatch.setattr(feature_cache.FeatureCache, "room", lambda _: key_features)
+    monkeypatch.setattr(features, "_memory_room", lambda: key_features)
     anew = train_tiny(world, towers, tmp_path / "anew", data=data, cache_features=cache, **options)
     told = capfd.readouterr().err
     assert told.count("each step encodes its pictures anew, which takes longer; --cache-features DIR") == 1
@@ -319,9 +325,11 @@ def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
     if cached:
         (folder,) = (tmp_path / "cache").iterdir()
-        assert sum(file.stat().st_size for file in folder.glob("*.features")) < key_features + 1
-    with pytest.raises(InputError, match=r"--loaders 2: each step encodes its pictures anew"):
+        assert sum(file.stat().st_size for file in folder.glob("*.features")) <= key_features
+        shutil.rmtree(cache)
+    with pytest.raises(InputError, match=r"--loaders 2: there is no room for the pictures' features"):
         train_tiny(world, towers, tmp_path / "loaders", data=data, cache_features=cache, loaders=2, **options)
+    assert "Encoding pictures" not in capfd.readouterr().err
     assert not (tmp_path / "loaders").exists()
 
 
@@ -418,6 +426,11 @@ def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
         open_corpus([Source(str(file))], world, tmp_path)
     assert len(open_corpus([Source(str(file))], world, tmp_path, skip_bad=True)) == 3
     assert "note: 1 bad rows skipped" in capsys.readouterr().err
+
+
+def test_it_is_told_where_there_is_no_run_to_resume(world: Path, towers: Path, tmp_path: Path, capfd: Any) -> None:
+    train_tiny(world, towers, tmp_path / "c", memory="none", resume=True)
+    assert f"note: {tmp_path / 'c'}: no interrupted run to go on with; a new one begins\n" in capfd.readouterr().err
 
 
 def test_a_run_goes_through_a_file_as_often_as_its_weight_says(world: Path, towers: Path, tmp_path: Path) -> None:

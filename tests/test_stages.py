@@ -357,6 +357,31 @@ def test_two_processes_train_what_one_does(
     assert not (tmp_path / "two" / "state").exists()
 
 
+LITTLE_ROOM = """
+import os
+
+from tinyalign_edge.cli import main
+from tinyalign_edge.train.feature_cache import FeatureCache
+
+FeatureCache.room = lambda self: 20_000 if os.environ["RANK"] == "0" else 1 << 40
+main()
+"""
+
+
+def test_two_processes_encode_anew_where_the_first_finds_no_room(world: Path, towers: Path, tmp_path: Path) -> None:
+    program = tmp_path / "little_room.py"
+    program.write_text(LITTLE_ROOM, "utf-8")
+    one = train_tiny(world, towers, tmp_path / "one", memory="latents")
+    ran = in_two_processes(
+        *training_command(world, towers, tmp_path / "two"), "--data", str(world / "train.json"), "--batch-size", "8",
+        "--memory", "latents", program=(str(program),),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("each step encodes its pictures anew") == 1
+    for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
+
+
 def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
     data = ("--data", str(world / "train.json"))
     ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")

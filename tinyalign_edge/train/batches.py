@@ -109,10 +109,13 @@ class Rows(Dataset[Example]):
         return len(self.picked)
 
     def __getitem__(self, position: int) -> Example:
-        return self.__getitems__([position])[0]
+        return self.batch([position])[0]
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Example]:
-        """A batch at once, as torch's loaders ask for it."""
+    def __getitems__(self, positions: Sequence[int]) -> list[Example]:  # so torch's loaders ask
+        return self.batch(positions)
+
+    def batch(self, positions: Sequence[int]) -> list[Example]:
+        """The examples at some positions, whose features are asked for at once."""
         features = self.features([int(self.picked[position]) for position in positions])
         return [self._example(*each) for each in zip(positions, features, strict=True)]
 

@@ -66,7 +66,8 @@ class PictureEncoder:
     def __call__(self, paths: Sequence[Path]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Raises InputError for a picture that cannot be read; the message names it and its row."""
         pixels = torch.from_numpy(np.concatenate([self._pixels(path) for path in paths]))
-        with torch.inference_mode():
+        kind = torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # also where a step's computing asks for it
             there = pixels.to(device=self.device, memory_format=torch.channels_last)
             grid = patch_features(self.vision, there).float().cpu()  # (B, H, W, C)
             return self.pool(grid).numpy(), self.key.regions(grid).numpy()

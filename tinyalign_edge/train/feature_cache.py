@@ -48,7 +48,8 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder = _folder(folder, about)
+        described = json.dumps(to_json(about), sort_keys=True).encode()
+        self.folder = folder / hashlib.sha256(described).hexdigest()[:32]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "about.json", about)
@@ -69,14 +70,23 @@ class FeatureCache:
             blocks.append(block)
         return Known(blocks, places)
 
+    def room(self) -> int:
+        """Bytes that may be added."""
+        return shutil.disk_usage(self.folder).free - SPARE_BYTES
+
+    def remove_if_empty(self) -> None:
+        """Leave no folder that holds no features."""
+        if not any(self.folder.glob(f"*{SUFFIX}")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def check_room(self, needed: int, pictures: int, *, told: bool) -> None:
         """Say how much is to be written, where that is to be `told`, and refuse if the disk has not the room.
 
         Raises:
             InputError: says how much is needed and how much is free.
         """
-        free = shutil.disk_usage(self.folder).free
-        if needed + SPARE_BYTES > free:
+        if needed > self.room():
+            free = shutil.disk_usage(self.folder).free
             raise InputError(
                 f"--cache-features {self.folder.parent}: the features of {pictures} pictures take "
                 f"{needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another folder or train on "
@@ -108,13 +118,6 @@ class FeatureCache:
             temporary.unlink(missing_ok=True)
 
 
-def disk_room(folder: Path, about: dict[str, Any]) -> int:
-    """Bytes that the features of a `FeatureCache` may take: what is free there, and what it takes already."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    taken = sum(shard.lstat().st_size for shard in _folder(folder, about).glob(f"*{SUFFIX}"))
-    return shutil.disk_usage(there).free + taken - SPARE_BYTES
-
-
 def content_digest(path: Path) -> bytes:
     """SHA-256 of a picture's file.
 
@@ -125,11 +128,6 @@ def content_digest(path: Path) -> bytes:
         return bytes.fromhex(file_sha256(path))
     except OSError as error:
         raise InputError(f"image {path}: cannot be read ({error.strerror})") from None
-
-
-def _folder(folder: Path, about: dict[str, Any]) -> Path:
-    described = json.dumps(to_json(about), sort_keys=True).encode()
-    return folder / hashlib.sha256(described).hexdigest()[:32]
 
 
 def _whole(path: Path, record: np.dtype[np.void]) -> bool:

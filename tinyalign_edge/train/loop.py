@@ -210,7 +210,8 @@ class AlignTrainer(Trainer):
         state = Path(str(self.args.output_dir))
         kept = last_whole(state) or (last_whole(state.parent) if self.before else None)
         told = "the last good state is kept, but --resume takes no other rate" if kept else "no state is kept yet"
-        rates = "--learning-rate or --lm-learning-rate" if self.lm_learning_rate else "--learning-rate"
+        tuned = self.lm_learning_rate and not self.before  # the copy term trains alone
+        rates = "--learning-rate or --lm-learning-rate" if tuned else "--learning-rate"
         return TinyAlignError(f"{what}; {told}: train anew with a lower {rates} and another --out, or remove this one")
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -25,8 +25,8 @@ from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
-from tinyalign_edge.train.feature_cache import FeatureCache, disk_room
-from tinyalign_edge.train.features import Features, find_features, memory_room, record_type
+from tinyalign_edge.train.feature_cache import FeatureCache
+from tinyalign_edge.train.features import Features, find_features, record_type
 from tinyalign_edge.train.keys import Float, Keys, entry_text, fused_keys, query_text, question_keys, question_words
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
@@ -39,6 +39,8 @@ from tinyalign_edge.train.towers import LanguageTower, VisionTower
 
 FITTED = 2**16  # pictures that the key's projection is taken from, where there are more
 KEYS_AT_ONCE = 2**12
+FUSED_AT_ONCE = 2**8  # of pooled features, which are larger than those of regions
+MANY = 20_000  # rows, from which on it is told how many keys are made
 HELD_OUT_ASKED = 2**10  # held-out examples that are evaluated at most: rows, or questions where each is a row
 
 
@@ -60,6 +62,7 @@ def see(
     cache: Path | None,
     skip_bad: bool,
     processes: Processes,
+    loaders: int = 0,
 ) -> Seen:
     """Encode every picture once, or find its features in the cache. Where there is no room for what the connector
     reads, each step encodes its pictures anew.
@@ -79,43 +82,46 @@ def see(
 
     careful = partial(out_of_memory, "while pictures are encoded", _smaller_pictures(start, device))
     with careful():
-        encode = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
+        encoder = PictureEncoder(vision.model, vision.image, start.model, device=device, where=where)
 
-    def encoded(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def encode(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        return encoder([paths[i] for i in pictures])
+
+    def carefully(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         with careful():
-            return encode([paths[i] for i in pictures])
+            return encode(pictures)
 
-    def without_pooled(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        pooled, regions = encoded(pictures)
-        return pooled[:, :0], regions
+    def no_room(needed: int, room: float) -> None:
+        if loaders:
+            raise InputError(
+                f"--loaders {loaders}: there is no room for the pictures' features, and loaders cannot make them anew; "
+                "leave it out, or give --cache-features DIR on a larger disk"
+            )
+        if processes.first:
+            print(
+                f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB more, there is room for "
+                f"{max(room, 0) / 1e9:.1f} GB {'in memory' if cache is None else 'on the disk'}: each step encodes its "
+                "pictures anew, which takes longer; --cache-features DIR keeps them where there is room",
+                file=sys.stderr,
+            )
 
     about = {
         "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
         "key_grid": memory.key_grid,
     }  # fmt: skip
-    record, few = (record_type((n, connector.input_dim), channels) for n in (connector.visual_tokens, 0))
-    needed = len(wanted) * record.itemsize
-    room = memory_room() if cache is None else disk_room(cache, {**about, "record": str(record)})
-    anew = processes.of_first(needed > room)
-    if anew and processes.first:
-        print(
-            f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB, there is room for "
-            f"{max(room, 0) / 1e9:.1f} GB {'in memory' if cache is None else 'on the disk'}: each step encodes its "
-            "pictures anew, which takes longer; --cache-features DIR keeps them where there is room",
-            file=sys.stderr,
-        )
-    record = few if anew else record
     features = find_features(
         paths,
         wanted,
-        record,
-        without_pooled if anew else encoded,
-        cache=None if cache is None else FeatureCache(cache, {**about, "record": str(record)}),
+        record_type((connector.visual_tokens, connector.input_dim), channels),
+        carefully,
+        cache=None if cache is None else lambda record: FeatureCache(cache, {**about, "record": str(record)}),
+        no_room=no_room,
         skip_bad=skip_bad,
         share=(processes.rank, processes.count),
         together=processes.together,
+        of_first=processes.of_first,
     )
-    features = replace(features, lost=processes.joined(features.lost), anew=encoded if anew else None)
+    features = replace(features, lost=processes.joined(features.lost), anew=features.anew and encode)
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)
 
@@ -136,10 +142,11 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
         InputError: one does not, and bad rows may not be skipped; or none can, whatever it says.
     """
     if start.room(1) < start.prompt.least_tokens:
+        fewer = f"{words}, or " if (words := fewer_tokens(start)) else ""
         raise InputError(
             f"no row fits into the context of {start.prompt.config.max_context_tokens} tokens: a picture takes "
             f"{start.connector.visual_tokens}, the memory {start.memory.max_memory_tokens}, the chat template "
-            f"{start.prompt.least_tokens}; use {' or '.join([*smaller_parts(start), 'a shorter chat template'])}"
+            f"{start.prompt.least_tokens}; use {fewer}a shorter chat template"
         )
     long = {}
     for i, row in enumerate(corpus):
@@ -150,9 +157,9 @@ def without_long(corpus: Corpus, start: Start, *, skip_bad: bool) -> Corpus:
     return drop_bad(corpus, long, skip_bad=skip_bad)
 
 
-def smaller_parts(start: Start) -> list[str]:
-    """In words, what makes picture and memory fewer tokens: in one, or in none, since a checkpoint has its own of
-    both."""
+def fewer_tokens(start: Start) -> str:
+    """The options with which picture and memory take fewer tokens; "" where there are none, as of a checkpoint, which
+    has its own of both."""
     kind = start.memory.kind
     ways = [
         *("--neighbours",) * (kind not in ("none", "paper")),
@@ -160,7 +167,9 @@ def smaller_parts(start: Start) -> list[str]:
         *("--latents",) * (kind in (*WITH_LATENTS, "paper")),
         *("--visual-tokens",) * (not start.whole and start.connector.kind != "mlp"),
     ]
-    return [] if start.fitted or not ways else [f"fewer {', '.join(ways)}"]
+    smaller = "a smaller --image-size" if not start.whole and start.connector.kind == "mlp" else ""
+    fewer = f"fewer {', '.join(ways)}" if ways else ""
+    return "" if start.fitted else " or ".join(filter(None, [fewer, smaller]))
 
 
 def fits_context(row: Row, start: Start) -> bool:
@@ -232,7 +241,8 @@ def make_keys(seen: Seen, model: AlignModel, rows: Corpus, text: Callable[[Row],
         seen_keys = keys_of_regions(model, seen.features.regions(pictures))
         return joined(seen_keys, question_keys(model, texts), model.memory_settings.question_weight)
 
-    return _in_parts(rows, model.memory_settings.key_dim, keys)
+    at_once = FUSED_AT_ONCE if model.fused_key is not None else KEYS_AT_ONCE
+    return _in_parts(rows, model.memory_settings.key_dim, keys, at_once)
 
 
 def picture_keys(seen: Seen, model: AlignModel, rows: Corpus) -> Float:
@@ -290,7 +300,7 @@ def examples(
         held_out_asked, prompt, _features_of(seen, held_out_asked), found.held_out.rows, found.held_out.similarity
     )
     evaluated = range(0, len(held_out), -(-len(held_out) // HELD_OUT_ASKED) or 1)
-    return training, held_out.__getitems__(evaluated), found.floor
+    return training, held_out.batch(evaluated), found.floor
 
 
 def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel) -> str:
@@ -316,12 +326,16 @@ def _without_lost(corpus: Corpus, features: Features) -> Corpus:
     return drop_bad(corpus, lost, skip_bad=True)
 
 
-def _in_parts(rows: Corpus, width: int, keys: Callable[[range, list[int]], Float]) -> Float:
+def _in_parts(
+    rows: Corpus, width: int, keys: Callable[[range, list[int]], Float], at_once: int = KEYS_AT_ONCE
+) -> Float:
     """Keys (R, width), made of a part of the rows and their first pictures at a time: features may not fit."""
     made = np.empty((len(rows), width), np.float32)
-    for start in range(0, len(rows), KEYS_AT_ONCE):
-        part = range(start, min(start + KEYS_AT_ONCE, len(rows)))
-        made[part.start : part.stop] = keys(part, [rows.pictures[i][0] for i in part])
+    with progress("Making keys", len(rows), least=MANY, shown=is_first()) as advance:
+        for start in range(0, len(rows), at_once):
+            part = range(start, min(start + at_once, len(rows)))
+            made[part.start : part.stop] = keys(part, [rows.pictures[i][0] for i in part])
+            advance(len(part))
     return made
 
 

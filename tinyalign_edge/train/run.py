@@ -42,12 +42,12 @@ from tinyalign_edge.train.out_of_memory import out_of_memory
 from tinyalign_edge.train.picture_files import FOLDER
 from tinyalign_edge.train.prepare import (
     examples,
+    fewer_tokens,
     fingerprint,
     fit_keys,
     fits_context,
     make_bank,
     see,
-    smaller_parts,
     without_long,
 )
 from tinyalign_edge.train.processes import Processes
@@ -172,12 +172,8 @@ def _train(
         connector, memory, settings, whole=begun.whole,
     )  # fmt: skip
     state.check(config, but=KNOWN_LATER)
-    seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes)
-    if seen.features.anew is not None and options.loaders:
-        raise InputError(
-            f"--loaders {options.loaders}: each step encodes its pictures anew, which they cannot; leave it out, or "
-            "give --cache-features DIR with room for the features"
-        )
+    seen = see(training, held_out, begun, device=device, cache=cache, skip_bad=options.skip_bad, processes=processes,
+               loaders=options.loaders)  # fmt: skip
     if (left := len(seen.training.used())) < LEAST_PICTURES:
         more = f"; raise --fraction {options.fraction:g}" if options.fraction < 1 else ""
         raise InputError(
@@ -245,12 +241,12 @@ def _less_before(options: TrainOptions, state: RunState, processes: Processes) -
 
 def _less_in_steps(start: Start, options: TrainOptions) -> str:
     """What takes less memory in the steps of a new run."""
-    ways = smaller_parts(start)
-    if options.stage == "instruct" and not options.lora_rank:
-        ways.append("--lora RANK")
-    if not options.bf16:
-        ways.append("--bf16")
-    return " or ".join(ways) or "a smaller language model"
+    ways = [
+        fewer_tokens(start),
+        "--lora RANK" if options.stage == "instruct" and not options.lora_rank else "",
+        "" if options.bf16 else "--bf16",
+    ]
+    return " or ".join(filter(None, ways)) or "a smaller language model"
 
 
 def _start(
