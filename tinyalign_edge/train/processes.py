@@ -14,9 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from tinyalign_edge.errors import TinyAlignError
 
-PATIENCE = timedelta(
-    days=1
-)  # with one that works alone, as on a large memory's graph; torch has less of it: NCCL's ten minutes
+PATIENCE = timedelta(days=1)  # with one that works alone, as on a large memory's graph; torch's with NCCL: ten minutes
 ANOTHER_STOPPED = "another process of this run has stopped; what it said is the reason"
 DIST_ERROR = getattr(torch.distributed, "DistError", ())  # a build of torch may have none
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer")  # as gloo says it
