@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,14 @@ def test_training_lowers_the_held_out_loss(world: Path, towers: Path, tmp_path: 
 def test_processes_that_make_batches_ready_change_nothing(
     world: Path, towers: Path, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    get_row, pids = Rows.__getitem__, tmp_path / "pids"
+    make_batch, pids = Rows.batch, tmp_path / "pids"
 
-    def noted(self: Rows, position: int) -> Example:
+    def noted(self: Rows, positions: Sequence[int]) -> list[Example]:
         with pids.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return get_row(self, position)
+        return make_batch(self, positions)
 
-    monkeypatch.setattr(Rows, "__getitem__", noted)
+    monkeypatch.setattr(Rows, "batch", noted)
     options: dict[str, Any] = {"memory": memory, "steps": 24, "cache_features": tmp_path / "features"}  # three epochs
     folders, makers = [], []
     for loaders in (0, 2):
@@ -99,16 +99,16 @@ def test_processes_that_make_batches_ready_change_nothing(
 
 @pytest.fixture
 def in_loaders(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """Has something happen before a row is made, in the processes that make batches ready alone."""
-    get_row = Rows.__getitem__
+    """Has something happen before a batch's rows are made, in the processes that make batches ready alone."""
+    make_batch = Rows.batch
 
     def patch(happen: Callable[[], None]) -> None:
-        def made(self: Rows, position: int) -> Example:
+        def made(self: Rows, positions: Sequence[int]) -> list[Example]:
             if torch.utils.data.get_worker_info():
                 happen()
-            return get_row(self, position)
+            return make_batch(self, positions)
 
-        monkeypatch.setattr(Rows, "__getitem__", made)
+        monkeypatch.setattr(Rows, "batch", made)
 
     return patch
 
