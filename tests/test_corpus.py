@@ -263,7 +263,7 @@ def test_a_cache_that_the_disk_has_no_room_for_at_all_is_refused(
     from tinyalign_edge.train import feature_cache
 
     monkeypatch.setattr(feature_cache, "SPARE_BYTES", 1 << 60)
-    with pytest.raises(InputError, match=r"the features of 80 pictures take .* the disk has .* free"):
+    with pytest.raises(InputError, match=r"the features of 80 pictures take .* the disk has room for 0\.00 GB"):
         train_tiny(world, towers, tmp_path / "c", cache_features=tmp_path / "cache")
     assert not (tmp_path / "c").exists()
 
@@ -426,6 +426,19 @@ def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
         open_corpus([Source(str(file))], world, tmp_path)
     assert len(open_corpus([Source(str(file))], world, tmp_path, skip_bad=True)) == 3
     assert "note: 1 bad rows skipped" in capsys.readouterr().err
+
+
+def test_it_is_told_how_far_long_work_before_and_after_the_steps_is(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    from tinyalign_edge.train import neighbours, prepare, values
+
+    for module in (neighbours, prepare, values):
+        monkeypatch.setattr(module, "MANY", 72)
+    train_tiny(world, towers, tmp_path / "c", memory="latents", steps=1)
+    told = capfd.readouterr().err
+    for work in ("Making keys", "Looking up neighbours", "Encoding entries"):
+        assert f"{work}: 72 of 72, done" in told
 
 
 def test_it_is_told_where_there_is_no_run_to_resume(world: Path, towers: Path, tmp_path: Path, capfd: Any) -> None:

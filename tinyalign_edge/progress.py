@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Task
 
+MANY = 20_000  # rows: what takes little for each shows no bar for fewer
 EVERY_S = 10.0  # between two lines of a log
 SPEED_OVER_S = 600.0  # the time left is told by the speed of so long a time: steps may take minutes
 

@@ -6,6 +6,7 @@ to float32, so that equal keys have equal similarities wherever they lie, and ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,19 @@ def quantize_keys(keys: Float) -> tuple[npt.NDArray[np.int8], Float]:
     return np.round(keys / scales[:, None]).astype(np.int8), scales
 
 
-def nearest(keys: npt.NDArray[np.int8], scales: Float, queries: Float, k: int, *, floor: float = -1.0) -> Neighbours:
+def nearest(
+    keys: npt.NDArray[np.int8],
+    scales: Float,
+    queries: Float,
+    k: int,
+    *,
+    floor: float = -1.0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Neighbours:
     """The `k` rows of `keys` (E, key_dim) most similar to each of `queries` (Q, key_dim), at or above `floor`.
+
+    Args:
+        advance: called with the number of queries that were looked up, again and again.
 
     Raises:
         InputError: a query is zero or not finite.
@@ -56,6 +68,7 @@ def nearest(keys: npt.NDArray[np.int8], scales: Float, queries: Float, k: int, *
         scores = _scores(keys, scales, units[start : start + batch])  # (q, E)
         for i, own in enumerate(scores, start):
             fill(found, i, *rank(keys, scales, _promising(own, k, keys.shape[1]), units[i], k, floor))
+        advance(len(scores))
     return found
 
 

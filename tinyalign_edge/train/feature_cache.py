@@ -85,12 +85,12 @@ class FeatureCache:
         Raises:
             InputError: says how much is needed and how much is free.
         """
-        if needed > self.room():
-            free = shutil.disk_usage(self.folder).free
+        room = self.room()
+        if needed > room:
             raise InputError(
                 f"--cache-features {self.folder.parent}: the features of {pictures} pictures take "
-                f"{needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; choose another folder or train on "
-                "fewer rows (--fraction)"
+                f"{needed / 1e9:.2f} GB, the disk has room for {max(room, 0) / 1e9:.2f} GB; choose another folder "
+                "or train on fewer rows (--fraction)"
             )
         if pictures and told:
             size = f"{needed / 1e9:.3f} GB"

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tinyalign_edge.memory.search import Neighbours, nearest, no_neighbours, quantize_keys
-from tinyalign_edge.progress import progress
+from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
+from tinyalign_edge.progress import MANY, progress
 from tinyalign_edge.train.keys import Keys
 from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import MemorySettings
 
 EXTRA = 16  # looked up beyond k, to have k left when the example's own entries are dropped
 FLOOR_PERCENTILE = 1.0
-AT_ONCE = 1024  # queries
-MANY = 20_000  # queries, from which on it is told how far the search is
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySe
     if settings.kind == "none":
         return Retrieved(_none(len(keys.queries)), _none(len(keys.held_out)), -1.0)
     quantised, scales = quantize_keys(keys.entries)
-    found = _look_up(quantised, scales, keys.queries, settings.k + EXTRA)
+    with progress("Looking up neighbours", len(keys.queries), least=MANY, shown=is_first()) as advance:
+        found = nearest(quantised, scales, keys.queries, settings.k + EXTRA, advance=advance)
     table = _table(pictures)
     same = _share_a_picture(table[keys.own], table, found.rows)
     alike = found.similarity if keys.pictures is None else _picture_similarity(keys.pictures, keys.own, found.rows)
@@ -51,20 +50,6 @@ def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySe
     floor = float(np.percentile(best, FLOOR_PERCENTILE)) if len(best) else -1.0
     training = _keep_first(training, (training.rows >= 0) & (training.similarity >= floor), settings.k)
     return Retrieved(training, nearest(quantised, scales, keys.held_out, settings.k, floor=floor), floor)
-
-
-def _look_up(
-    keys: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], k: int
-) -> Neighbours:
-    """What `nearest` finds, and how far it is where that takes long."""
-    found = no_neighbours(len(queries), k)
-    with progress("Looking up neighbours", len(queries), least=MANY, shown=is_first()) as advance:
-        for start in range(0, len(queries), AT_ONCE):
-            near = nearest(keys, scales, queries[start : start + AT_ONCE], k)
-            part = slice(start, start + len(near.rows))
-            found.rows[part], found.similarity[part] = near.rows, near.similarity
-            advance(len(near.rows))
-    return found
 
 
 def of_others(

@@ -20,7 +20,7 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Neighbours
 from tinyalign_edge.memory.side_by_side import joined
-from tinyalign_edge.progress import progress
+from tinyalign_edge.progress import MANY, progress
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
@@ -40,7 +40,6 @@ from tinyalign_edge.train.towers import LanguageTower, VisionTower
 FITTED = 2**16  # pictures that the key's projection is taken from, where there are more
 KEYS_AT_ONCE = 2**12
 FUSED_AT_ONCE = 2**8  # of pooled features, which are larger than those of regions
-MANY = 20_000  # rows, from which on it is told how many keys are made
 HELD_OUT_ASKED = 2**10  # held-out examples that are evaluated at most: rows, or questions where each is a row
 
 
@@ -98,10 +97,11 @@ def see(
                 "leave it out, or give --cache-features DIR on a larger disk"
             )
         if processes.first:
+            there = "of memory" if cache is None else "more on the disk"
             print(
-                f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB more, there is room for "
-                f"{max(room, 0) / 1e9:.1f} GB {'in memory' if cache is None else 'on the disk'}: each step encodes its "
-                "pictures anew, which takes longer; --cache-features DIR keeps them where there is room",
+                f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB {there}, there is room for "
+                f"{max(room, 0) / 1e9:.1f}: each step encodes its pictures anew, which takes longer; --cache-features "
+                "DIR keeps them where there is room",
                 file=sys.stderr,
             )
 
@@ -121,6 +121,7 @@ def see(
         together=processes.together,
         of_first=processes.of_first,
     )
+    # out of memory in a step, the step's own advice helps
     features = replace(features, lost=processes.joined(features.lost), anew=features.anew and encode)
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)

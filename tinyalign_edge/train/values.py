@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinyalign_edge.progress import progress
+from tinyalign_edge.progress import MANY, progress
 from tinyalign_edge.train.batches import Values, pad_texts
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.processes import is_first
 
 BATCH = 64
-MANY = 20_000  # entries, from which on it is told how many are done
 
 
 def value_fingerprint(keys: str, model: AlignModel) -> str:
