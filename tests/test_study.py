@@ -92,6 +92,8 @@ def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_setting
     }.items():
         assert made[f"latents-{name}"] == replace(made["latents"], **changes)  # type: ignore[arg-type]
         assert f"latents-{name}" in (*plan.ABLATIONS, *plan.TRIED_ONCE)
+    for arm in ("baseline", "memory"):
+        assert made[f"{arm}-dropout{plan.WHOLE}"] == replace(made[arm], dropout=plan.DROPOUT)
     assert (made["memory"].fraction, made["memory"].seed, made["paper"].batch_size) == (0.4, 1, 96)
 
 

@@ -110,6 +110,7 @@ ALONE = 0.25  # share of the rows without memory
 DROPOUT = 0.5  # of what the connector reads
 DECAY = 0.01  # of the weights: the trainer's own
 EPISODES = 0.2  # share of the rows: twice the trainer's own
+WHOLE, AS_STUDIED = "-whole", ", with the study's settings"  # end names and titles of trials that have these
 FEW = 40  # per cent of the training pictures, with which the memory is to reach the baseline's score with all
 HIGHER = 3e-2  # than the rates among which one is chosen: the trial that tells whether their edge is the best
 PLAIN: dict[str, Any] = {"learning_rate": RATES[-1], "dropout": 0.0, **COPYING}
@@ -136,6 +137,10 @@ TRIALS = {
        for arm in ("baseline", "memory")},
     **{f"baseline-x{times:g}": Arm(f"{ARMS['baseline'].title}, longer", BASELINE, steps=times)
        for times in (1.5, 3)},
+    f"memory{WHOLE}": replace(MAIN_ARMS["memory"], title=f"{MAIN_ARMS['memory'].title}{AS_STUDIED}"),
+    **{f"{arm}-dropout{WHOLE}": Arm(f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector{AS_STUDIED}",
+                                    {**ARMS[arm].changes, "dropout": DROPOUT}, whole=True)
+       for arm in ("baseline", "memory")},
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
@@ -232,7 +237,8 @@ def trial_runs(name: str) -> list[Run]:
     if name == TAUGHT:
         whole += ["memory-question", "baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
-        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout"]
+        whole += [f"baseline-dropout{WHOLE}"]
+        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout", f"memory{WHOLE}", f"memory-dropout{WHOLE}"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
 
