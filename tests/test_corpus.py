@@ -17,6 +17,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from tests.towers import save_lm, train_tiny  # noqa: E402
+from tinyalign_edge import progress as progress_module  # noqa: E402
 from tinyalign_edge.bench.trained import loss_curve  # noqa: E402
 from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError, MissingExtraError  # noqa: E402
@@ -269,21 +270,37 @@ def test_a_cache_that_the_disk_has_no_room_for_at_all_is_refused(
 
 
 def test_features_that_memory_has_no_room_for_at_all_are_refused(
-    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
     from tinyalign_edge.train import features
 
     record = features.record_type((1024, 1024), 1024)
     refusal = r"the features of 1000000000 pictures take 2101\d{3}\.\d GB, this machine has \d+\.\d GB of memory; "
-    with pytest.raises(InputError, match=refusal + r"give --cache-features DIR or train on fewer rows"):
-        features.find_features(
-            [], range(10**9), record, lambda _: pytest.fail("it is refused before the long work"), cache=None
+    with pytest.raises(InputError, match=refusal + "ask less"):
+        features.features_in_memory(
+            10**9, range(10**9), record, lambda _: pytest.fail("it is refused before the long work"), less="ask less"
         )
     monkeypatch.setattr(features, "SHARE_OF_MEMORY", 0.0)
-    with pytest.raises(InputError, match=r"the features of 80 pictures take .*--cache-features DIR"):
+    with pytest.raises(InputError, match=r"the features of 80 pictures take .*; give --cache-features DIR or train on"):
         train_tiny(world, towers, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+    assert "each step encodes its pictures anew" not in capfd.readouterr().err  # not what happens then
     train_tiny(world, towers, tmp_path / "c", steps=1, memory="none", cache_features=tmp_path / "cache")
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: Any) -> None:
+    from tinyalign_edge.train import features
+
+    without = features._memory()
+    limits = tmp_path / "v2", tmp_path / "v1", tmp_path / "absent"
+    monkeypatch.setattr(features, "CONTAINER_LIMITS", limits)
+    limits[0].write_text("max\n", "utf-8")
+    limits[1].write_text("9223372036854771712\n", "utf-8")  # as without one
+    assert features._memory() >= without > 2e9
+    for limit in limits[:2]:
+        limit.write_text("2000000000\n", "utf-8")
+        assert features._memory() == 2e9
+        limit.unlink()
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -313,7 +330,7 @@ def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector
     assert "each step encodes its pictures anew" not in capfd.readouterr().err
     key_features = 80 * features.record_type((0, 32), 32).itemsize
     monkeypatch.setattr(feature_cache.FeatureCache, "room", lambda _: key_features)
-    monkeypatch.setattr(features, "_memory_room", lambda: key_features)
+    monkeypatch.setattr(features, "_memory", lambda: 1 + int(key_features / features.SHARE_OF_MEMORY))
     anew = train_tiny(world, towers, tmp_path / "anew", data=data, cache_features=cache, **options)
     told = capfd.readouterr().err
     assert told.count("each step encodes its pictures anew, which takes longer; --cache-features DIR") == 1
@@ -331,6 +348,46 @@ def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector
         train_tiny(world, towers, tmp_path / "loaders", data=data, cache_features=cache, loaders=2, **options)
     assert "Encoding pictures" not in capfd.readouterr().err
     assert not (tmp_path / "loaders").exists()
+    assert not cache or not list(cache.iterdir())
+
+
+def test_a_run_whose_pictures_are_encoded_anew_is_resumed_with_room_and_without(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tinyalign_edge.train import features, run
+
+    folder, cut = tmp_path / "pictures", tmp_path / "cut"
+    shutil.copytree(world / "images", folder / "images")
+    rows = rows_of(world)
+    data = write(tmp_path / "rows.json", rows)
+    options: dict[str, Any] = {"memory": "latents", "key": "fused", "data": data}
+    whole = train_tiny(folder, towers, tmp_path / "whole", **options)
+    memory = features._memory
+    key_features = 80 * features.record_type((0, 32), 32).itemsize
+    monkeypatch.setattr(features, "_memory", lambda: 1 + int(key_features / features.SHARE_OF_MEMORY))
+    fit = run.fit
+
+    def lose_a_picture(*given: Any, **settings: Any) -> None:
+        (folder / rows[0]["image"]).rename(tmp_path / "gone.png")
+        fit(*given, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", lose_a_picture)
+        told = rf"{re.escape(rows[0]['image'])}.*; it was there before: put it back and go on with --resume$"
+        with pytest.raises(InputError, match=told):
+            train_tiny(folder, towers, cut, **options)
+    (tmp_path / "gone.png").rename(folder / rows[0]["image"])
+    begun = cut / "state" / "run.json"
+    settings = json.loads(begun.read_text("utf-8"))
+    floor = settings["memory"]["floor"] + 1e-6  # as another machine may have computed it
+    begun.write_text(json.dumps({**settings, "memory": {**settings["memory"], "floor": floor}}), "utf-8")
+    shutil.copytree(cut, tmp_path / "other")
+    for out in (cut, tmp_path / "other"):
+        train_tiny(folder, towers, out, resume=True, **options)
+        assert load_checkpoint(out).config.memory.floor == floor
+        for name, expected in weights(whole).items():
+            np.testing.assert_allclose(weights(out)[name], expected, rtol=1e-3, atol=1e-4)
+        monkeypatch.setattr(features, "_memory", memory)
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -431,10 +488,7 @@ def test_a_row_that_cannot_be_written_or_opened_is_named_or_counted(
 def test_it_is_told_how_far_long_work_before_and_after_the_steps_is(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
-    from tinyalign_edge.train import neighbours, prepare, values
-
-    for module in (neighbours, prepare, values):
-        monkeypatch.setattr(module, "MANY", 72)
+    monkeypatch.setattr(progress_module, "BRIEF_S", 0.0)
     train_tiny(world, towers, tmp_path / "c", memory="latents", steps=1)
     told = capfd.readouterr().err
     for work in ("Making keys", "Looking up neighbours", "Encoding entries"):

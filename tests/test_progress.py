@@ -48,10 +48,23 @@ def test_work_that_is_not_shown_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress_module, "EVERY_S", 0.0)
-    for hidden in (progress("few", 3, least=4), progress("of another process", 3, shown=False)):
+    for hidden in (progress("few", 3, brief=True), progress("of another process", 3, shown=False)):
         with hidden as advance:
             advance()
     assert capsys.readouterr().err == ""
+
+
+def test_work_that_was_not_brief_after_all_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "EVERY_S", 0.0)
+    with progress("few, and slow", 3, brief=True) as advance:
+        advance()
+        monkeypatch.setattr(progress_module, "BRIEF_S", 0.0)
+        advance()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("few, and slow: 2 of 3, after ")
+    assert last.startswith("few, and slow: 2 of 3, done after ")
 
 
 @pytest.mark.parametrize(("columns", "label"), [(80, "Training mem"), (120, "Training memory without dropout")])

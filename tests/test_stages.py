@@ -382,6 +382,49 @@ def test_two_processes_encode_anew_where_the_first_finds_no_room(world: Path, to
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
 
 
+ANOTHER_RUN = """
+import os
+
+from tinyalign_edge.cli import main
+from tinyalign_edge.train.feature_cache import FeatureCache, Known
+
+seen, known = [], FeatureCache.known
+
+
+def looked(self, record):
+    seen.append(1)
+    return Known([], {}) if os.environ["RANK"] == "0" and len(seen) == 1 else known(self, record)
+
+
+FeatureCache.known = looked
+main()
+"""
+
+
+def test_two_processes_divide_what_the_first_finds_missing_while_another_run_fills_the_cache(
+    world: Path, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyalign_edge.train import feature_cache
+
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "SHARD_BYTES", 1)
+        one = train_tiny(world, towers, tmp_path / "one", memory="none", cache_features=cache)
+    shards = sorted(cache.rglob("*.features"))
+    for shard in shards[1:]:
+        shard.unlink()
+    program = tmp_path / "another_run.py"
+    program.write_text(ANOTHER_RUN, "utf-8")
+    ran = in_two_processes(
+        *training_command(world, towers, tmp_path / "two"), "--data", str(world / "train.json"), "--batch-size", "8",
+        "--memory", "none", "--cache-features", str(cache), program=(str(program),),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "skipped" not in ran.stderr
+    for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
+
+
 def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
     data = ("--data", str(world / "train.json"))
     ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")

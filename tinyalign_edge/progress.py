@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Task
 
-MANY = 20_000  # rows: what takes little for each shows no bar for fewer
+BRIEF_S = 3.0  # work that may be brief shows nothing until it has taken so long
 EVERY_S = 10.0  # between two lines of a log
 SPEED_OVER_S = 600.0  # the time left is told by the speed of so long a time: steps may take minutes
 
 
 @contextmanager
-def progress(label: str, total: int | None, *, least: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
+def progress(
+    label: str, total: int | None, *, brief: bool = False, shown: bool = True
+) -> Iterator[Callable[..., None]]:
     """Show how far some work is; the block calls `advance(steps=1, note=None, total=None)`.
 
     A terminal shows a bar; a log gets a line every `EVERY_S` seconds and one at the end.
     The note is a short figure such as a loss; `total` may be given with the first step when it is not known before.
-    Work of fewer than `least` steps is done before a bar could be read, and shows none, nor does work not `shown`.
+    Work that may be `brief` shows nothing unless it takes longer than `BRIEF_S`, nor does work not `shown` at all.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -30,10 +32,19 @@ def progress(label: str, total: int | None, *, least: int = 0, shown: bool = Tru
 
     console = Console(stderr=True)
     on_terminal = console.is_jupyter or (console.is_interactive and console.file.isatty())
-    shown = shown and (total is None or total >= least)
     bars = Progress(Row(console), console=console, refresh_per_second=4, speed_estimate_period=SPEED_OVER_S)
     number = bars.add_task(label, total=total, note="")
-    log = _Log(bars.tasks[0], console.file) if shown and not on_terminal else None
+    task = bars.tasks[0]
+    log = None if on_terminal else _Log(task, console.file)
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        if begun or not shown or (brief and (task.elapsed or 0.0) < BRIEF_S):
+            return
+        begun = True
+        if on_terminal:
+            bars.start()
 
     def advance(steps: int = 1, note: str | None = None, total: int | None = None) -> None:
         if total is not None:
@@ -41,12 +52,17 @@ def progress(label: str, total: int | None, *, least: int = 0, shown: bool = Tru
         if note is not None:
             bars.update(number, note=note)
         bars.update(number, advance=steps)
-        if log:
+        begin()
+        if begun and log:
             log.advance()
 
-    with bars if shown and on_terminal else nullcontext():
+    begin()
+    try:
         yield advance
-    if log:
+    finally:
+        if begun and on_terminal:
+            bars.stop()
+    if begun and log:
         log.end()
 
 

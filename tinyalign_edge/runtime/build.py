@@ -21,7 +21,7 @@ from tinyalign_edge.memory.publish import publish
 from tinyalign_edge.memory.shards import Counts, Job, Shards
 from tinyalign_edge.memory.shown import build_due_graph
 from tinyalign_edge.memory.target import check_target
-from tinyalign_edge.progress import MANY, progress
+from tinyalign_edge.progress import progress
 from tinyalign_edge.runtime.budget import BudgetPoint, check_budget, fit
 from tinyalign_edge.runtime.entries import EntryMaker, NewEntry, side_by_side
 from tinyalign_edge.runtime.launch import Part, part_of_environment, threads
@@ -152,7 +152,7 @@ def checked_rows(data: Path, images: Path, *, skip_bad: bool) -> RowFile:
     if not len(file):
         raise InputError(f"{data}: holds no rows")
     if not skip_bad:
-        with progress("Checking rows", len(file), least=MANY) as advance:
+        with progress("Checking rows", len(file), brief=True) as advance:
             for number in range(len(file)):
                 read_row(file, number, images)
                 advance()

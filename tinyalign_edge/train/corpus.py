@@ -15,7 +15,7 @@ from tinyalign_edge.data import Row, check_images, parse_row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.files import file_sha256
 from tinyalign_edge.jsonrows import RowFile
-from tinyalign_edge.progress import MANY, progress
+from tinyalign_edge.progress import progress
 from tinyalign_edge.train.hub_rows import HubRows, is_hub_id
 from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import DataRef
@@ -157,7 +157,7 @@ def open_corpus(sources: Iterable[Source], images: Path | None, kept: Path, *, s
     which, items, pictures, bad = [], [], [], []
     names: dict[tuple[Path, str], int] = {}
     homes: list[int] = []
-    with progress("Reading rows", sum(map(len, files)), least=MANY, shown=is_first()) as advance:
+    with progress("Reading rows", sum(map(len, files)), brief=True, shown=is_first()) as advance:
         for number, (source, file) in enumerate(zip(sources, files, strict=True)):
             for item in range(len(file)):
                 try:

@@ -1,4 +1,4 @@
-"""One pass of the frozen encoder over all pictures: pooled features for training, region features for the keys."""
+"""The frozen encoder on pictures: pooled features for the connector, region features for the keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinyalign_edge.bundle import ImageConfig
 from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.image import open_image, preprocess
-from tinyalign_edge.train.features import find_features, record_type
+from tinyalign_edge.train.features import features_in_memory, record_type
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.towers import patch_features
 
@@ -43,7 +43,9 @@ def encode_rows(
     encode = PictureEncoder(vision, image, model, device=device, where=first.__getitem__)
     record = record_type((model.pool.shape[1], model.pool.shape[2]), len(model.key.mean), "<f4")
     numbers = range(len(paths))
-    features = find_features(paths, numbers, record, lambda some: encode([paths[i] for i in some]), cache=None)
+    features = features_in_memory(
+        len(paths), numbers, record, lambda some: encode([paths[i] for i in some]), less="ask about fewer at once"
+    )
     place = dict(zip(paths, numbers, strict=True))
     order = [place[row.path] for row in rows]
     return Encoded(features.pooled(order), features.regions(order))

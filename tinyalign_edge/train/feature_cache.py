@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,12 @@ class FeatureCache:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         described = json.dumps(to_json(about), sort_keys=True).encode()
-        self.folder = folder / hashlib.sha256(described).hexdigest()[:32]
+        self.folder, self.about = folder / hashlib.sha256(described).hexdigest()[:32], about
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "about.json", about)
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise InputError(f"--cache-features {folder}: cannot be written ({error.strerror})") from None
+            raise self._unusable(error) from None
 
     def known(self, record: np.dtype[np.void]) -> Known:
         """Open every whole shard; others are deleted, so that their pictures are encoded again."""
@@ -72,29 +73,19 @@ class FeatureCache:
 
     def room(self) -> int:
         """Bytes that may be added."""
-        return shutil.disk_usage(self.folder).free - SPARE_BYTES
+        return shutil.disk_usage(self.folder.parent).free - SPARE_BYTES
 
-    def remove_if_empty(self) -> None:
-        """Leave no folder that holds no features."""
-        if not any(self.folder.glob(f"*{SUFFIX}")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def check_room(self, needed: int, pictures: int, *, told: bool) -> None:
-        """Say how much is to be written, where that is to be `told`, and refuse if the disk has not the room.
+    def check_room(self, needed: int, room: int, pictures: int, less: str) -> None:
+        """Refuse to write more than there is room for.
 
         Raises:
             InputError: says how much is needed and how much is free.
         """
-        room = self.room()
         if needed > room:
             raise InputError(
-                f"--cache-features {self.folder.parent}: the features of {pictures} pictures take "
-                f"{needed / 1e9:.2f} GB, the disk has room for {max(room, 0) / 1e9:.2f} GB; choose another folder "
-                "or train on fewer rows (--fraction)"
+                f"{self.folder.parent}: the features of {pictures} pictures take {needed / 1e9:.2f} GB, the disk has "
+                f"room for {max(room, 0) / 1e9:.2f} GB; {less}"
             )
-        if pictures and told:
-            size = f"{needed / 1e9:.3f} GB"
-            print(f"note: caching the features of {pictures} pictures, {size}, in {self.folder}", file=sys.stderr)
 
     def parts(self, pictures: Sequence[int], record: np.dtype[np.void]) -> Iterator[Sequence[int]]:
         """The pictures of one shard after another."""
@@ -108,14 +99,20 @@ class FeatureCache:
             InputError: it cannot be written.
         """
         data = block.tobytes()
-        temporary = self.folder / f".{os.getpid()}.part"
+        temporary, about = self.folder / f".{os.getpid()}.part", self.folder / "about.json"
         try:
+            self.folder.mkdir(exist_ok=True)
+            if not about.exists():
+                write_json(about, self.about)
             temporary.write_bytes(data)
             temporary.replace(self.folder / (hashlib.sha256(data).hexdigest() + SUFFIX))
         except OSError as error:
-            raise InputError(f"--cache-features {self.folder}: cannot be written ({error.strerror})") from None
+            raise self._unusable(error) from None
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _unusable(self, error: OSError) -> InputError:
+        return InputError(f"{self.folder.parent}: cannot be written ({error.strerror})")
 
 
 def content_digest(path: Path) -> bytes:

@@ -7,8 +7,8 @@ the pooled ones, these are made anew whenever they are asked for.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ import numpy.typing as npt
 
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.progress import progress
-from tinyalign_edge.train.feature_cache import FeatureCache, Known, content_digest
+from tinyalign_edge.train.feature_cache import FeatureCache, content_digest
+from tinyalign_edge.train.processes import Processes
 
 Floats = npt.NDArray[np.floating[Any]]
 Records = npt.NDArray[np.void]  # of `record_type`
 Encoder = Callable[[Sequence[int]], tuple[Floats, npt.NDArray[np.float32]]]  # pictures by number: pooled, regions
+NoRoom = Callable[[int, float], None]  # is told the bytes that are needed, and those that are free
 
 BATCH = 8  # pictures; fits the processor's caches, larger batches are slower
 SHARE_OF_MEMORY = 0.6  # that features may take
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 
 
 def record_type(pooled: tuple[int, int], regions: int, kind: str = "<f2") -> np.dtype[np.void]:
@@ -40,9 +43,10 @@ class Features:
     """Records of pictures, in blocks.
 
     Attributes:
-        blocks: in memory, or mapped from files.
+        blocks: in memory, or mapped from files; without what is made `anew`.
         places: of every picture, its block and its record in it: (P, 2); (-1, -1) for a picture that is not there.
-        lost: why a picture is not there, of those that this process was to read.
+        record: the type of a picture's features.
+        lost: why a picture is not there.
         anew: encodes pictures whose pooled features are not in the records, up to `BATCH` of them; None: they are.
     """
 
@@ -56,18 +60,16 @@ class Features:
         return bool(self.places[picture, 0] >= 0)
 
     def pooled(self, pictures: Sequence[int]) -> Floats:
-        """(P, N, C) of the pictures with these numbers; of none, (0, N, C), or (0, 0, C) where they are made anew."""
-        if self.anew is None or not pictures:
+        """(P, N, C) of the pictures with these numbers."""
+        if self.anew is None:
             return self._take("pooled", pictures)
         places: dict[int, list[int]] = {}
         for place, picture in enumerate(pictures):
             places.setdefault(picture, []).append(place)
-        each, out = list(places), np.empty(0, self.record["pooled"].base)
+        each, out = list(places), self._empty("pooled", len(pictures))
         for start in range(0, len(each), BATCH):
             some = each[start : start + BATCH]
             made, _ = self.anew(some)
-            if not start:
-                out = np.empty((len(pictures), *made.shape[1:]), out.dtype)
             for picture, pooled in zip(some, made, strict=True):
                 out[places[picture]] = pooled
         return out
@@ -77,92 +79,130 @@ class Features:
         return self._take("regions", pictures)
 
     def _take(self, name: str, pictures: Sequence[int]) -> npt.NDArray[Any]:
-        kind = self.record[name]
-        out = np.empty((len(pictures), *kind.shape), kind.base)
+        out = self._empty(name, len(pictures))
         for i, picture in enumerate(pictures):
             block, record = self.places[picture]
             out[i] = self.blocks[block][name][record]
         return out
 
+    def _empty(self, name: str, pictures: int) -> npt.NDArray[Any]:
+        kind = self.record[name]
+        return np.empty((pictures, *kind.shape), kind.base)
 
-def find_features(
-    paths: Sequence[Path],
+
+def features_in_memory(
+    pictures: int,
     wanted: Sequence[int],
     record: np.dtype[np.void],
     encode: Encoder,
     *,
-    cache: Callable[[np.dtype[np.void]], FeatureCache] | None,
-    no_room: Callable[[int, float], None] | None = None,
+    less: str,
+    no_room: NoRoom | None = None,
     skip_bad: bool = False,
-    share: tuple[int, int] = (0, 1),
-    together: Callable[[], AbstractContextManager[None]] = nullcontext,
-    of_first: Callable[[bool], bool] = bool,
 ) -> Features:
-    """The features of the pictures with the numbers `wanted`; those that the cache lacks are encoded.
+    """Encode the pictures with the numbers `wanted`, of so many.
+
+    Args:
+        encode: up to `BATCH` pictures, by number, to their pooled and region features.
+        less: how a message says what takes less room.
+        no_room: called, before anything is encoded, where there is no room for the pooled features: they are made anew
+            whenever they are asked for. None: that is an error.
+        skip_bad: leave out pictures that cannot be read, instead of raising.
+
+    Raises:
+        InputError: a picture cannot be read, or there is no room.
+    """
+    needed, room = len(wanted) * record.itemsize, SHARE_OF_MEMORY * _memory()
+    anew = no_room is not None and needed > room
+    stored = _without_pooled(record) if anew else record
+    if (least := len(wanted) * stored.itemsize) > room:
+        raise InputError(
+            f"the features of {len(wanted)} pictures take {least / 1e9:.1f} GB, this machine has {_memory() / 1e9:.1f} "
+            f"GB of memory; {less}"
+        )
+    if no_room and anew:
+        no_room(needed, room)
+    lost: dict[int, str] = {}
+    block = np.zeros(len(wanted), stored)
+    good = _encode(block, wanted, encode, lost if skip_bad else None)
+    places = np.full((pictures, 2), -1, np.int64)
+    places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
+    return Features([block], places, record, lost, encode if anew else None)
+
+
+def features_in_cache(
+    paths: Sequence[Path],
+    wanted: Sequence[int],
+    record: np.dtype[np.void],
+    encode: Encoder,
+    cache: Callable[[np.dtype[np.void]], FeatureCache],
+    processes: Processes,
+    *,
+    less: str,
+    no_room: NoRoom | None = None,
+    skip_bad: bool = False,
+) -> Features:
+    """Encode those of the pictures with the numbers `wanted` that the cache lacks: each process a part of them.
+
+    What is missing and what there is room for is what the first process finds: another run may fill the same cache, or
+    the disk, meanwhile.
 
     Args:
         paths: of all pictures, by number.
-        encode: up to `BATCH` pictures, by number, to their pooled and region features.
-        cache: of records of a type; None: they are kept in memory.
-        no_room: called, before anything is encoded, where there is no room for the pooled features, with the bytes that
-            they take and those that are free: they are made anew whenever they are asked for. None: that is an error.
-        skip_bad: leave out pictures that cannot be read, instead of raising.
-        share: number of this process and how many there are: each encodes a part, and they meet in the cache;
-            the first alone says how far it is.
-        together: a block at whose end all processes meet.
-        of_first: what the first process decides, in all of them.
+        cache: of records of a type.
+        encode, less, no_room, skip_bad: as of `features_in_memory`.
 
     Raises:
-        InputError: a picture cannot be read, or the features do not fit into memory or on the disk.
+        InputError: a picture cannot be read, there is no room, or somebody has emptied the cache.
     """
-    first = share[0] == 0
-    places = np.full((len(paths), 2), -1, np.int64)
-    lost: dict[int, str] = {}
-    anew: Encoder | None = None
-    if cache is None:
-        needed = len(wanted) * record.itemsize
-        if no_room and needed > _memory_room():
-            no_room(needed, _memory_room())
-            record, anew = _without_pooled(record), encode
-        _check_memory(len(wanted) * record.itemsize, len(wanted))
-        block = np.zeros(len(wanted), record)
-        good = _encode(block, wanted, encode, lost if skip_bad else None, shown=first)
-        places[np.asarray(wanted, np.int64)[good]] = [(0, i) for i in np.flatnonzero(good)] or (-1, -1)
-        return Features([block], places, record, lost, anew)
+    first, together = processes.first, processes.together
+    stored, kept = record, cache(record)
     with together():
         digests = _digests(paths, wanted, shown=first)
-        unique = {digest: i for i, digest in reversed(digests.items())}  # pictures of the same content share a record
-        kept, known, missing = _look_into(cache, record, unique)
-        needed, room = len(missing) * record.itemsize, kept.room()
-    if no_room and of_first(needed > room):
-        no_room(needed, room)
-        if first:
-            kept.remove_if_empty()
-        record, anew = _without_pooled(record), encode
+        known = kept.known(record)
+    unique = {digest: i for i, digest in reversed(digests.items())}  # pictures of the same content share a record
+
+    def missing() -> list[int]:
+        lacked: list[int] = processes.of_first([i for digest, i in unique.items() if digest not in known.places])
+        return lacked
+
+    to_encode = missing()
+    needed, room = processes.of_first((len(to_encode) * record.itemsize, kept.room()))
+    if anew := no_room is not None and needed > room:
+        stored = _without_pooled(record)
+        kept = cache(stored)
         with together():
-            kept, known, missing = _look_into(cache, record, unique)
+            known = kept.known(stored)
+        to_encode = missing()
     with together():
-        kept.check_room(len(missing) * record.itemsize, len(missing), told=first)
+        kept.check_room(len(to_encode) * stored.itemsize, room, len(to_encode), less)
+        if no_room and anew:
+            no_room(needed, room)
+        if first and to_encode:
+            size = f"{len(to_encode) * stored.itemsize / 1e9:.3f} GB"
+            print(f"note: caching the features of {len(to_encode)} pictures, {size}, in {kept.folder}", file=sys.stderr)
+    lost: dict[int, str] = {}
     with together():
-        for part in kept.parts(missing[share[0] :: share[1]], record):
-            block = np.zeros(len(part), record)
+        for part in kept.parts(to_encode[processes.rank :: processes.count], stored):
+            block = np.zeros(len(part), stored)
             block["digest"] = [np.frombuffer(digests[i], np.uint8) for i in part]
             good = _encode(block, part, encode, lost if skip_bad else None, shown=first)
             if good.any():
                 kept.write(block[good])
-    known = kept.known(record) if missing else known
+    reasons = {digests[i]: why for i, why in processes.joined(lost).items()}
+    with together():
+        if not known.places.keys() >= unique.keys() - reasons.keys():
+            known = kept.known(stored)
+        if gone := unique.keys() - known.places.keys() - reasons.keys():
+            raise InputError(
+                f"{kept.folder}: the features of {len(gone)} pictures have been taken away from there, such as "
+                f"{paths[unique[min(gone)]]}; let nothing else remove them, and start again"
+            )
+    places = np.full((len(paths), 2), -1, np.int64)
     for i, digest in digests.items():
         places[i] = known.places.get(digest, (-1, -1))
-    return Features(known.blocks, places, record, lost, anew)
-
-
-def _look_into(
-    cache: Callable[[np.dtype[np.void]], FeatureCache], record: np.dtype[np.void], unique: dict[bytes, int]
-) -> tuple[FeatureCache, Known, list[int]]:
-    """The cache of such records, what it holds, and the pictures whose digests it lacks."""
-    kept = cache(record)
-    known = kept.known(record)
-    return kept, known, [i for digest, i in unique.items() if digest not in known.places]
+    lost = {i: reasons[digest] for i, digest in digests.items() if digest in reasons}
+    return Features(known.blocks, places, record, lost, encode if anew else None)
 
 
 def _without_pooled(record: np.dtype[np.void]) -> np.dtype[np.void]:
@@ -180,7 +220,7 @@ def _digests(paths: Sequence[Path], wanted: Sequence[int], *, shown: bool) -> di
 
 
 def _encode(
-    block: Records, pictures: Sequence[int], encode: Encoder, lost: dict[int, str] | None, *, shown: bool
+    block: Records, pictures: Sequence[int], encode: Encoder, lost: dict[int, str] | None, *, shown: bool = True
 ) -> npt.NDArray[np.bool_]:
     """Fill the records of `pictures`; true for those that could be read. Why others could not is put into `lost`, or
     raised where that is None."""
@@ -209,18 +249,7 @@ def _fill(block: Records, part: range, pictures: Sequence[int], encode: Encoder)
     block["pooled"][place] = pooled[:, : block["pooled"].shape[1]]
 
 
-def _memory_room() -> float:
-    return SHARE_OF_MEMORY * _memory()
-
-
 def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _check_memory(needed: int, pictures: int) -> None:
-    if needed > _memory_room():
-        memory = f"{_memory() / 1e9:.1f} GB of memory"
-        raise InputError(
-            f"the features of {pictures} pictures take {needed / 1e9:.1f} GB, this machine has {memory}; give "
-            "--cache-features DIR or train on fewer rows (--fraction)"
-        )
+    """Bytes that this process may have: the machine's, or fewer where a container has a limit."""
+    limits = [text for file in CONTAINER_LIMITS if file.is_file() and (text := file.read_text().strip()).isdigit()]
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *map(int, limits))

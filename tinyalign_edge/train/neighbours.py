@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyalign_edge.memory.search import Neighbours, nearest, quantize_keys
-from tinyalign_edge.progress import MANY, progress
+from tinyalign_edge.progress import progress
 from tinyalign_edge.train.keys import Keys
 from tinyalign_edge.train.processes import is_first
 from tinyalign_edge.train.settings import MemorySettings
@@ -39,7 +39,7 @@ def retrieve(pictures: Sequence[tuple[int, ...]], keys: Keys, settings: MemorySe
     if settings.kind == "none":
         return Retrieved(_none(len(keys.queries)), _none(len(keys.held_out)), -1.0)
     quantised, scales = quantize_keys(keys.entries)
-    with progress("Looking up neighbours", len(keys.queries), least=MANY, shown=is_first()) as advance:
+    with progress("Looking up neighbours", len(keys.queries), brief=True, shown=is_first()) as advance:
         found = nearest(quantised, scales, keys.queries, settings.k + EXTRA, advance=advance)
     table = _table(pictures)
     same = _share_a_picture(table[keys.own], table, found.rows)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,13 @@ from tinyalign_edge.data import Row
 from tinyalign_edge.errors import InputError
 from tinyalign_edge.memory import Neighbours
 from tinyalign_edge.memory.side_by_side import joined
-from tinyalign_edge.progress import MANY, progress
+from tinyalign_edge.progress import progress
 from tinyalign_edge.prompt import Prompt
 from tinyalign_edge.train.batches import Example, Rows, Values, longest_tokens
 from tinyalign_edge.train.corpus import Corpus, drop_bad
 from tinyalign_edge.train.encode import PictureEncoder
 from tinyalign_edge.train.feature_cache import FeatureCache
-from tinyalign_edge.train.features import Features, find_features, record_type
+from tinyalign_edge.train.features import Features, features_in_cache, features_in_memory, record_type
 from tinyalign_edge.train.keys import Float, Keys, entry_text, fused_keys, query_text, question_keys, question_words
 from tinyalign_edge.train.keys import picture_keys as keys_of_regions
 from tinyalign_edge.train.model import AlignModel
@@ -90,6 +91,12 @@ def see(
         with careful():
             return encode(pictures)
 
+    def in_a_step(pictures: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        try:
+            return encode(pictures)  # out of memory, the step's own advice helps
+        except InputError as error:
+            raise InputError(f"{error}; it was there before: put it back and go on with --resume") from error
+
     def no_room(needed: int, room: float) -> None:
         if loaders:
             raise InputError(
@@ -105,26 +112,30 @@ def see(
                 file=sys.stderr,
             )
 
-    about = {
-        "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
-        "key_grid": memory.key_grid,
-    }  # fmt: skip
-    features = find_features(
-        paths,
-        wanted,
-        record_type((connector.visual_tokens, connector.input_dim), channels),
-        carefully,
-        cache=None if cache is None else lambda record: FeatureCache(cache, {**about, "record": str(record)}),
-        no_room=no_room,
-        skip_bad=skip_bad,
-        share=(processes.rank, processes.count),
-        together=processes.together,
-        of_first=processes.of_first,
-    )
-    # out of memory in a step, the step's own advice helps
-    features = replace(features, lost=processes.joined(features.lost), anew=features.anew and encode)
+    record = record_type((connector.visual_tokens, connector.input_dim), channels)
+    fewer = "train on fewer rows (--fraction)"
+    if cache is None:
+        less = f"give --cache-features DIR or {fewer}"
+        features = features_in_memory(
+            len(paths), wanted, record, carefully, less=less, no_room=no_room, skip_bad=skip_bad
+        )
+    else:
+        about = {
+            "encoder": vision.ref.sha256, "image": vision.image, "connector": replace(connector, width=0),
+            "key_grid": memory.key_grid,
+        }  # fmt: skip
+        caches = partial(_cache_of, cache, about)
+        less = f"choose another folder (--cache-features DIR) or {fewer}"
+        features = features_in_cache(
+            paths, wanted, record, carefully, caches, processes, less=less, no_room=no_room, skip_bad=skip_bad
+        )
+    features = replace(features, anew=features.anew and in_a_step)
     parts = [_without_lost(corpus, features) for corpus in (training, held_out)]
     return Seen(parts[0], parts[1], features)
+
+
+def _cache_of(folder: Path, about: dict[str, Any], record: np.dtype[np.void]) -> FeatureCache:
+    return FeatureCache(folder, {**about, "record": str(record)})
 
 
 def _smaller_pictures(start: Start, device: str) -> str:
@@ -319,7 +330,7 @@ def fingerprint(vision: VisionTower, language: LanguageTower, model: AlignModel)
 
 def _without_lost(corpus: Corpus, features: Features) -> Corpus:
     lost = {
-        i: f"{corpus[i].where}: {features.lost.get(picture, f'image {corpus.path(picture)} cannot be read')}"
+        i: f"{corpus[i].where}: {features.lost[picture]}"
         for i, pictures in enumerate(corpus.pictures)
         for picture in pictures
         if picture not in features
@@ -332,7 +343,7 @@ def _in_parts(
 ) -> Float:
     """Keys (R, width), made of a part of the rows and their first pictures at a time: features may not fit."""
     made = np.empty((len(rows), width), np.float32)
-    with progress("Making keys", len(rows), least=MANY, shown=is_first()) as advance:
+    with progress("Making keys", len(rows), brief=True, shown=is_first()) as advance:
         for start in range(0, len(rows), at_once):
             part = range(start, min(start + at_once, len(rows)))
             made[part.start : part.stop] = keys(part, [rows.pictures[i][0] for i in part])

@@ -95,7 +95,7 @@ def train(
         out: the checkpoint folder; new, or an interrupted run's with `resume`.
 
     Raises:
-        InputError: wrong input; nothing was written.
+        InputError: wrong input; nothing was written, unless it is a picture that is gone when a step encodes it anew.
         TinyAlignError: training failed; what was reached can be resumed.
     """
     options = options or TrainOptions()
@@ -203,7 +203,7 @@ def _train(
     settings = replace(settings, steps=steps, copying_steps=copying_steps(steps) if episodes else 0)
     config = replace(config, memory=memory, training=settings)
     if processes.first:
-        state.begin(config, model)
+        config = state.begin(config, model)
     processes.wait()
     fit_all = partial(fit, model, collate=Collate(memory, values), held_out=held_out_examples, metrics=out / METRICS,
                       resume=resume, processes=processes, less=_less_in_steps(begun, options),

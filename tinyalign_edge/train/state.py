@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +25,7 @@ RUN = "run.json"
 KEY = "key.safetensors"
 FEATURES = "features"
 FREE = ("training.micro_batch", "training.device")  # settings that may change when a run is resumed
+ROUNDED = {"memory.floor": 1e-3}  # what another machine or thread count computes a little otherwise, and how much
 
 
 class RunState:
@@ -116,35 +120,42 @@ class RunState:
         """
         if not self.resumed:
             return
-        run = self.folder / RUN
-        try:
-            interrupted = from_json(CheckpointConfig, read_json(run), str(run))
-        except BundleError as error:
-            raise BundleError(f"{error}; the interrupted run cannot go on: train anew with another --out") from None
-        before, now = to_json(interrupted), to_json(config)
+        before, now = to_json(self._interrupted()), to_json(config)
         changed = sorted(
-            f"{part}.{key}"
+            name
             for part in now
             for key in (now[part] if isinstance(now[part], dict) else {})
-            if before[part][key] != now[part][key] and f"{part}.{key}" not in (*FREE, *but)
+            if (name := f"{part}.{key}") not in (*FREE, *but) and not _same(name, before[part][key], now[part][key])
         )
         if changed:
             raise InputError(f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same")
 
-    def begin(self, config: CheckpointConfig, model: AlignModel) -> None:
-        """Record the settings and keys of the run, or `check` them."""
+    def begin(self, config: CheckpointConfig, model: AlignModel) -> CheckpointConfig:
+        """Record the settings and keys of the run, or `check` them; what it goes on with is the interrupted one's."""
         self.check(config)
         if self.resumed:
-            return
+            return replace(config, memory=replace(config.memory, floor=self._interrupted().memory.floor))
         run = self.folder / RUN
         run.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.key_state(), self.folder / KEY)
         write_json(run.with_suffix(".part"), config)
         run.with_suffix(".part").replace(run)
+        return config
+
+    def _interrupted(self) -> CheckpointConfig:
+        run = self.folder / RUN
+        try:
+            return from_json(CheckpointConfig, read_json(run), str(run))
+        except BundleError as error:
+            raise BundleError(f"{error}; the interrupted run cannot go on: train anew with another --out") from None
 
     def clear(self) -> None:
         """Remove the state of a run that is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    return math.isclose(before, now, abs_tol=ROUNDED[name]) if name in ROUNDED else before == now
 
 
 def _unusable(out: Path, error: OSError) -> InputError:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinyalign_edge.progress import MANY, progress
+from tinyalign_edge.progress import progress
 from tinyalign_edge.train.batches import Values, pad_texts
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.processes import is_first
@@ -31,7 +31,7 @@ def encode_values(model: AlignModel, values: Values) -> npt.NDArray[np.float32]:
     assert values.features is not None
     made = []
     count = len(values.token_ids)
-    telling = progress("Encoding entries", count, least=MANY, shown=is_first())
+    telling = progress("Encoding entries", count, brief=True, shown=is_first())
     with torch.inference_mode(), telling as advance:
         for start in range(0, count, BATCH):
             ids, mask = pad_texts(values.token_ids[start : start + BATCH])
