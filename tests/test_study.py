@@ -93,7 +93,7 @@ def test_every_arm_is_a_training_that_can_be_had_and_both_arms_share_the_setting
         assert made[f"latents-{name}"] == replace(made["latents"], **changes)  # type: ignore[arg-type]
         assert f"latents-{name}" in (*plan.ABLATIONS, *plan.TRIED_ONCE)
     for arm in ("baseline", "memory"):
-        assert made[f"{arm}-dropout{plan.WHOLE}"] == replace(made[arm], dropout=plan.DROPOUT)
+        assert made[f"{arm}{plan.DROPPED}"] == replace(made[arm], dropout=plan.DROPOUT)
     assert (made["memory"].fraction, made["memory"].seed, made["paper"].batch_size) == (0.4, 1, 96)
 
 
@@ -129,7 +129,7 @@ def test_caltechs_memory_is_told_the_question_and_compared_with_the_key_of_the_p
     assert plan.ARMS["baseline-apart"].text == "apart"
     assert made["question"] == replace(made["memory"], steps=800, eval_every=25)
     names = {part.name for part in plan.plan()}
-    assert "caltech.baseline-apart.100.0.scores" in names
+    assert {"caltech.baseline-apart.100.0.scores", f"caltech.memory{plan.DROPPED}.40.2.scores"} <= names
     for seed in plan.SEEDS:
         wanted = {"memory-picture.100", "memory-picture.40", "shuffled-picture.100"}
         assert {f"caltech.{run}.{seed}.scores" for run in wanted} < names

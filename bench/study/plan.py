@@ -58,6 +58,8 @@ MAIN_ARMS = {
                     whole=True),
 }  # fmt: skip
 SHORT = "-short"  # ends the names of their runs with `SHORT_SETTINGS`, beside which the other arms are read
+DROPOUT = 0.5  # of what the connector reads
+DROPPED = "-dropout-whole"  # ends the names of the runs of both arms that have it beside all settings of the study
 BY_PICTURE = "-picture"  # ends the names of the runs of memory and shuffled memory with the key of the picture alone
 ARMS = {
     **MAIN_ARMS,
@@ -68,6 +70,14 @@ ARMS = {
         )
         for name, arm in MAIN_ARMS.items()
         if name != "baseline"
+    },
+    **{
+        f"{name}{DROPPED}": replace(
+            MAIN_ARMS[name],
+            title=f"{MAIN_ARMS[name].title}, {DROPOUT:.0%} dropout before the connector, with the study's settings",
+            changes={**MAIN_ARMS[name].changes, "dropout": DROPOUT},
+        )
+        for name in ("baseline", "memory")
     },
     "baseline-apart": Arm("no memory, a row for each question", BASELINE, text="apart", whole=True),
     "shuffled-no-copy": Arm(
@@ -107,10 +117,9 @@ ARMS = {
 RATES = (1e-3, 3e-3, 1e-2)
 JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of the steps before memory is read
 ALONE = 0.25  # share of the rows without memory
-DROPOUT = 0.5  # of what the connector reads
 DECAY = 0.01  # of the weights: the trainer's own
 EPISODES = 0.2  # share of the rows: twice the trainer's own
-WHOLE, AS_STUDIED = "-whole", ", with the study's settings"  # end names and titles of trials that have these
+AS_STUDIED = "-whole"  # ends the name of the trial that is the main arm with the tuning seed
 FEW = 40  # per cent of the training pictures, with which the memory is to reach the baseline's score with all
 HIGHER = 3e-2  # than the rates among which one is chosen: the trial that tells whether their edge is the best
 PLAIN: dict[str, Any] = {"learning_rate": RATES[-1], "dropout": 0.0, **COPYING}
@@ -137,10 +146,7 @@ TRIALS = {
        for arm in ("baseline", "memory")},
     **{f"baseline-x{times:g}": Arm(f"{ARMS['baseline'].title}, longer", BASELINE, steps=times)
        for times in (1.5, 3)},
-    f"memory{WHOLE}": replace(MAIN_ARMS["memory"], title=f"{MAIN_ARMS['memory'].title}{AS_STUDIED}"),
-    **{f"{arm}-dropout{WHOLE}": Arm(f"{ARMS[arm].title}, {DROPOUT:.0%} dropout before the connector{AS_STUDIED}",
-                                    {**ARMS[arm].changes, "dropout": DROPOUT}, whole=True)
-       for arm in ("baseline", "memory")},
+    f"memory{AS_STUDIED}": replace(ARMS["memory"], title=f"{ARMS['memory'].title}, with the study's settings"),
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
@@ -237,8 +243,8 @@ def trial_runs(name: str) -> list[Run]:
     if name == TAUGHT:
         whole += ["memory-question", "baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
-        whole += [f"baseline-dropout{WHOLE}"]
-        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout", f"memory{WHOLE}", f"memory-dropout{WHOLE}"]
+        whole += [f"baseline{DROPPED}"]
+        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout", f"memory{AS_STUDIED}", f"memory{DROPPED}"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
 
@@ -267,6 +273,9 @@ def _ordered() -> Iterator[Part]:
         for seed in SEEDS:
             yield from (Part(Run(name, short(name, arm), seed=seed), "scores") for arm in MAIN_ARMS)
             yield from (Part(Run(name, short(name, arm), FEW, seed), "scores") for arm in ("baseline", "memory"))
+        for seed in SEEDS:
+            yield Part(Run(name, f"memory{DROPPED}", FEW, seed), "scores")
+            yield Part(Run(name, f"baseline{DROPPED}", seed=seed), "scores")
     yield from (Part(Run(TAUGHT, short(TAUGHT, "memory"), seed=seed), "teach") for seed in SEEDS)
     yield from (Part(Run("easy_vqa", "copying", share, seed), "scores") for share in (100, FEW) for seed in SEEDS)
     yield from (Part(Run(TAUGHT, arm, seed=seed), "scores") for arm in NOTHING_TOLD for seed in SEEDS)

@@ -10,6 +10,7 @@ from typing import Any
 from tinyalign_edge.bench.study.plan import (
     BY_PICTURE,
     DATASETS,
+    DROPPED,
     FEW,
     NOTHING_TOLD,
     SHARES,
@@ -32,6 +33,7 @@ BESIDE = {  # arms of the data set with `SHORT_SETTINGS` that have the main ones
     "baseline_apart": "baseline-apart",
     "memory": "memory",
     "memory_by_picture": f"memory{BY_PICTURE}",
+    **{f"{arm}_dropout": f"{arm}{DROPPED}" for arm in COMPARED},
     "shuffled_memory": "shuffled",
     "shuffled_by_picture": f"shuffled{BY_PICTURE}",
 }

@@ -15,6 +15,7 @@ from tinyalign_edge.bench.study.plan import (
     BANK_SHARES,
     BY_PICTURE,
     DATASETS,
+    DROPOUT,
     FEW,
     MAIN,
     SEEDS,
@@ -54,6 +55,8 @@ INFORMATION = {
 TITLES = {
     "baseline": "no memory", "baseline_apart": "no memory, a row for each question (seed 0)", "memory": "memory",
     "memory_by_picture": "memory, key of the picture alone", "shuffled_memory": "shuffled memory",
+    "baseline_dropout": f"no memory, {DROPOUT:.0%} dropout before the connector",
+    "memory_dropout": f"memory, {DROPOUT:.0%} dropout before the connector",
     "shuffled_by_picture": "shuffled memory, key of the picture alone",
     "shuffled_no_copy": "shuffled memory that cannot be copied",
     "same_text": "memory that always says the same words, not copied",
