@@ -129,7 +129,7 @@ def test_caltechs_memory_is_told_the_question_and_compared_with_the_key_of_the_p
     assert plan.ARMS["baseline-apart"].text == "apart"
     assert made["question"] == replace(made["memory"], steps=800, eval_every=25)
     names = {part.name for part in plan.plan()}
-    assert {"caltech.baseline-apart.100.0.scores", f"caltech.memory{plan.DROPPED}.40.2.scores"} <= names
+    assert {"caltech.baseline-apart.100.0.scores", f"caltech.memory{plan.DROPPED}.100.2.scores"} <= names
     for seed in plan.SEEDS:
         wanted = {"memory-picture.100", "memory-picture.40", "shuffled-picture.100"}
         assert {f"caltech.{run}.{seed}.scores" for run in wanted} < names

@@ -119,7 +119,6 @@ JOINS = {"caltech": (0.0625, 0.125), "easy_vqa": (0.125, 0.375)}  # shares of th
 ALONE = 0.25  # share of the rows without memory
 DECAY = 0.01  # of the weights: the trainer's own
 EPISODES = 0.2  # share of the rows: twice the trainer's own
-AS_STUDIED = "-whole"  # ends the name of the trial that is the main arm with the tuning seed
 FEW = 40  # per cent of the training pictures, with which the memory is to reach the baseline's score with all
 HIGHER = 3e-2  # than the rates among which one is chosen: the trial that tells whether their edge is the best
 PLAIN: dict[str, Any] = {"learning_rate": RATES[-1], "dropout": 0.0, **COPYING}
@@ -146,7 +145,6 @@ TRIALS = {
        for arm in ("baseline", "memory")},
     **{f"baseline-x{times:g}": Arm(f"{ARMS['baseline'].title}, longer", BASELINE, steps=times)
        for times in (1.5, 3)},
-    f"memory{AS_STUDIED}": replace(ARMS["memory"], title=f"{ARMS['memory'].title}, with the study's settings"),
 }  # fmt: skip
 ABLATIONS = (
     "latents", "hybrid", "copying", "no-copy", "picture", "question", "fused", "random", "k-1", "k-2", "k-8", "k-16",
@@ -244,7 +242,7 @@ def trial_runs(name: str) -> list[Run]:
         whole += ["memory-question", "baseline-dropout", "baseline-x1.5", "baseline-x3", "memory-long"]
         whole += [f"baseline-decay-{DECAY:g}", f"memory-decay-{DECAY:g}", f"memory-episodes-{EPISODES:g}"]
         whole += [f"baseline{DROPPED}"]
-        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout", f"memory{AS_STUDIED}", f"memory{DROPPED}"]
+        few = [f"memory-from-{JOINS[name][-1]:g}", "memory-dropout", f"memory{DROPPED}"]
     return [Run(name, arm, share, TUNING_SEED) for share, arms in ((100, whole), (FEW, few)) for arm in arms]
 
 
@@ -274,8 +272,7 @@ def _ordered() -> Iterator[Part]:
             yield from (Part(Run(name, short(name, arm), seed=seed), "scores") for arm in MAIN_ARMS)
             yield from (Part(Run(name, short(name, arm), FEW, seed), "scores") for arm in ("baseline", "memory"))
         for seed in SEEDS:
-            yield Part(Run(name, f"memory{DROPPED}", FEW, seed), "scores")
-            yield Part(Run(name, f"baseline{DROPPED}", seed=seed), "scores")
+            yield from (Part(Run(name, f"{arm}{DROPPED}", seed=seed), "scores") for arm in ("baseline", "memory"))
     yield from (Part(Run(TAUGHT, short(TAUGHT, "memory"), seed=seed), "teach") for seed in SEEDS)
     yield from (Part(Run("easy_vqa", "copying", share, seed), "scores") for share in (100, FEW) for seed in SEEDS)
     yield from (Part(Run(TAUGHT, arm, seed=seed), "scores") for arm in NOTHING_TOLD for seed in SEEDS)
