@@ -25,6 +25,7 @@ from tinyalign_edge.prompt import DEFAULT_CHAT_TEMPLATE, load_tokenizer  # noqa:
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
 from tinyalign_edge.train.corpus import Source, open_corpus, parse_source, split  # noqa: E402
+from tinyalign_edge.train.loop import last_whole  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -215,7 +216,7 @@ def test_a_tokenizer_without_a_pad_token_is_enough(world: Path, towers: Path, tm
 def test_features_from_the_cache_train_the_same_weights(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train import prepare
+    from tinyalign_edge.train import feature_cache, prepare
 
     fresh = weights(train_tiny(world, towers, tmp_path / "fresh", memory="latents"))
     cache = tmp_path / "cache"
@@ -232,6 +233,9 @@ def test_features_from_the_cache_train_the_same_weights(
 
     monkeypatch.setattr(prepare, "PictureEncoder", Counting)
     again = weights(train_tiny(world, towers, tmp_path / "again", memory="latents", cache_features=cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "SPARE_BYTES", 1 << 60)  # a full disk
+        train_tiny(world, towers, tmp_path / "full", memory="latents", cache_features=cache, loaders=1)
     assert not encoded
     assert all(torch.equal(fresh[name], first[name]) and torch.equal(fresh[name], again[name]) for name in fresh)
     for number, damage in enumerate((kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1]), b"")):
@@ -294,7 +298,9 @@ def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monke
     without = features._memory()
     limits = tmp_path / "v2", tmp_path / "v1", tmp_path / "absent"
     monkeypatch.setattr(features, "CONTAINER_LIMITS", limits)
+    assert features._memory() >= without
     limits[0].write_text("max\n", "utf-8")
+    assert features._memory() >= without
     limits[1].write_text("9223372036854771712\n", "utf-8")  # as without one
     assert features._memory() >= without > 2e9
     for limit in limits[:2]:
@@ -354,33 +360,39 @@ def test_pictures_are_encoded_anew_where_there_is_no_room_for_what_the_connector
 def test_a_run_whose_pictures_are_encoded_anew_is_resumed_with_room_and_without(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train import features, run
+    from tinyalign_edge.train import features, watcher
 
-    folder, cut = tmp_path / "pictures", tmp_path / "cut"
+    folder, cut, gone = tmp_path / "pictures", tmp_path / "cut", tmp_path / "gone"
     shutil.copytree(world / "images", folder / "images")
-    rows = rows_of(world)
-    data = write(tmp_path / "rows.json", rows)
-    options: dict[str, Any] = {"memory": "latents", "key": "fused", "data": data}
+    options: dict[str, Any] = {"memory": "latents", "key": "fused", "data": world / "train.json", "steps": 6}
     whole = train_tiny(folder, towers, tmp_path / "whole", **options)
-    memory = features._memory
     key_features = 80 * features.record_type((0, 32), 32).itemsize
+    memory = features._memory
     monkeypatch.setattr(features, "_memory", lambda: 1 + int(key_features / features.SHARE_OF_MEMORY))
-    fit = run.fit
+    on_step_end = watcher.Watcher.on_step_end
 
-    def lose_a_picture(*given: Any, **settings: Any) -> None:
-        (folder / rows[0]["image"]).rename(tmp_path / "gone.png")
-        fit(*given, **settings)
+    def lose_the_pictures(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if state.global_step == 3:
+            (folder / "images").rename(gone)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "fit", lose_a_picture)
-        told = rf"{re.escape(rows[0]['image'])}.*; it was there before: put it back and go on with --resume$"
-        with pytest.raises(InputError, match=told):
+        patch.setattr(watcher.Watcher, "on_step_end", lose_the_pictures)
+        with pytest.raises(InputError, match=r"\.png.*; it was there .* start again, with --resume$"):
             train_tiny(folder, towers, cut, **options)
-    (tmp_path / "gone.png").rename(folder / rows[0]["image"])
+    gone.rename(folder / "images")
+    assert last_whole(cut / "state") is not None
     begun = cut / "state" / "run.json"
     settings = json.loads(begun.read_text("utf-8"))
-    floor = settings["memory"]["floor"] + 1e-6  # as another machine may have computed it
-    begun.write_text(json.dumps({**settings, "memory": {**settings["memory"], "floor": floor}}), "utf-8")
+
+    def write_floor(floor: float) -> float:
+        begun.write_text(json.dumps({**settings, "memory": {**settings["memory"], "floor": floor}}), "utf-8")
+        return floor
+
+    write_floor(settings["memory"]["floor"] + 0.01)
+    with pytest.raises(InputError, match=r"had other settings \(memory\.floor\)"):
+        train_tiny(folder, towers, cut, resume=True, **options)
+    floor = write_floor(settings["memory"]["floor"] + 1e-6)  # as another machine may have computed it
     shutil.copytree(cut, tmp_path / "other")
     for out in (cut, tmp_path / "other"):
         train_tiny(folder, towers, out, resume=True, **options)

@@ -425,6 +425,16 @@ def test_two_processes_divide_what_the_first_finds_missing_while_another_run_fil
         assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
 
 
+def test_two_processes_say_once_that_the_cache_cannot_be_written(world: Path, towers: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = in_two_processes(
+        *training_command(world, towers, tmp_path / "two"), "--data", str(world / "train.json"), "--batch-size", "8",
+        "--cache-features", str(tmp_path / "file" / "cache"),
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert ran.stderr.count("cannot be written (Not a directory); choose another folder (--cache-features DIR)") == 1
+
+
 def test_two_processes_divide_a_step_among_them(world: Path, towers: Path, tmp_path: Path) -> None:
     data = ("--data", str(world / "train.json"))
     ran = in_two_processes(*training_command(world, towers, tmp_path / "two"), *data, "--batch-size", "9")

@@ -73,7 +73,7 @@ class FeatureCache:
 
     def room(self) -> int:
         """Bytes that may be added."""
-        return shutil.disk_usage(self.folder.parent).free - SPARE_BYTES
+        return max(0, shutil.disk_usage(self.folder.parent).free - SPARE_BYTES)
 
     def check_room(self, needed: int, room: int, pictures: int, less: str) -> None:
         """Refuse to write more than there is room for.
@@ -84,7 +84,7 @@ class FeatureCache:
         if needed > room:
             raise InputError(
                 f"{self.folder.parent}: the features of {pictures} pictures take {needed / 1e9:.2f} GB, the disk has "
-                f"room for {max(room, 0) / 1e9:.2f} GB; {less}"
+                f"room for {room / 1e9:.2f} GB; {less}"
             )
 
     def parts(self, pictures: Sequence[int], record: np.dtype[np.void]) -> Iterator[Sequence[int]]:
@@ -112,7 +112,8 @@ class FeatureCache:
             temporary.unlink(missing_ok=True)
 
     def _unusable(self, error: OSError) -> InputError:
-        return InputError(f"{self.folder.parent}: cannot be written ({error.strerror})")
+        where = f"{self.folder.parent}: cannot be written ({error.strerror})"
+        return InputError(f"{where}; choose another folder (--cache-features DIR)")
 
 
 def content_digest(path: Path) -> bytes:

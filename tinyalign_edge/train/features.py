@@ -139,7 +139,7 @@ def features_in_cache(
     processes: Processes,
     *,
     less: str,
-    no_room: NoRoom | None = None,
+    no_room: NoRoom,
     skip_bad: bool = False,
 ) -> Features:
     """Encode those of the pictures with the numbers `wanted` that the cache lacks: each process a part of them.
@@ -156,8 +156,9 @@ def features_in_cache(
         InputError: a picture cannot be read, there is no room, or somebody has emptied the cache.
     """
     first, together = processes.first, processes.together
-    stored, kept = record, cache(record)
+    stored = record
     with together():
+        kept = cache(record)
         digests = _digests(paths, wanted, shown=first)
         known = kept.known(record)
     unique = {digest: i for i, digest in reversed(digests.items())}  # pictures of the same content share a record
@@ -168,15 +169,15 @@ def features_in_cache(
 
     to_encode = missing()
     needed, room = processes.of_first((len(to_encode) * record.itemsize, kept.room()))
-    if anew := no_room is not None and needed > room:
+    if anew := needed > room:
         stored = _without_pooled(record)
-        kept = cache(stored)
         with together():
+            kept = cache(stored)
             known = kept.known(stored)
         to_encode = missing()
     with together():
         kept.check_room(len(to_encode) * stored.itemsize, room, len(to_encode), less)
-        if no_room and anew:
+        if anew:
             no_room(needed, room)
         if first and to_encode:
             size = f"{len(to_encode) * stored.itemsize / 1e9:.3f} GB"
@@ -252,4 +253,4 @@ def _fill(block: Records, part: range, pictures: Sequence[int], encode: Encoder)
 def _memory() -> int:
     """Bytes that this process may have: the machine's, or fewer where a container has a limit."""
     limits = [text for file in CONTAINER_LIMITS if file.is_file() and (text := file.read_text().strip()).isdigit()]
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *map(int, limits))
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *map(int, limits)])

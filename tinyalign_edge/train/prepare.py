@@ -95,7 +95,7 @@ def see(
         try:
             return encode(pictures)  # out of memory, the step's own advice helps
         except InputError as error:
-            raise InputError(f"{error}; it was there before: put it back and go on with --resume") from error
+            raise InputError(f"{error}; it was there before: put it back and start again, with --resume") from error
 
     def no_room(needed: int, room: float) -> None:
         if loaders:
@@ -107,7 +107,7 @@ def see(
             there = "of memory" if cache is None else "more on the disk"
             print(
                 f"note: the features of {len(wanted)} pictures take {needed / 1e9:.1f} GB {there}, there is room for "
-                f"{max(room, 0) / 1e9:.1f}: each step encodes its pictures anew, which takes longer; --cache-features "
+                f"{room / 1e9:.1f}: each step encodes its pictures anew, which takes longer; --cache-features "
                 "DIR keeps them where there is room",
                 file=sys.stderr,
             )

@@ -131,7 +131,7 @@ class RunState:
             raise InputError(f"{self.out}: the interrupted run had other settings ({', '.join(changed)}); use the same")
 
     def begin(self, config: CheckpointConfig, model: AlignModel) -> CheckpointConfig:
-        """Record the settings and keys of the run, or `check` them; what it goes on with is the interrupted one's."""
+        """Record the settings and keys of the run, or `check` them; the checkpoint keeps the interrupted one's."""
         self.check(config)
         if self.resumed:
             return replace(config, memory=replace(config.memory, floor=self._interrupted().memory.floor))
