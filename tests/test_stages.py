@@ -28,6 +28,7 @@ from tinyalign_edge.data import read_rows  # noqa: E402
 from tinyalign_edge.errors import InputError, MissingExtraError, TinyAlignError  # noqa: E402
 from tinyalign_edge.train.answer import TorchAnswerer  # noqa: E402
 from tinyalign_edge.train.checkpoint import load_checkpoint  # noqa: E402
+from tinyalign_edge.train.loop import last_whole, load_trained  # noqa: E402
 from tinyalign_edge.train.options import TrainOptions  # noqa: E402
 from tinyalign_edge.train.processes import ANOTHER_STOPPED, Processes  # noqa: E402
 from tinyalign_edge.train.run import _less_before, train  # noqa: E402
@@ -461,8 +462,6 @@ main()
 def test_a_loss_that_is_not_finite_in_one_of_two_processes_stops_both_in_a_line_each(
     world: Path, towers: Path, tmp_path: Path
 ) -> None:
-    from tinyalign_edge.train.loop import last_whole
-
     program = tmp_path / "poisoned.py"
     program.write_text(POISONED_IN_ONE, "utf-8")
     out = tmp_path / "two"
@@ -475,6 +474,45 @@ def test_a_loss_that_is_not_finite_in_one_of_two_processes_stops_both_in_a_line_
     assert ran.stderr.count(f"error: {ANOTHER_STOPPED}\n") <= 1  # the launcher may end that process first
     assert "RuntimeError" not in ran.stderr
     assert last_whole(out / "state") == out / "state" / "checkpoint-2"
+
+
+KILLED = """
+import os
+import signal
+
+from tinyalign_edge.cli import main
+from tinyalign_edge.train.watcher import Watcher
+
+on_step_end = Watcher.on_step_end
+
+
+def killed(self, args, state, control, **rest):
+    on_step_end(self, args, state, control, **rest)
+    if state.global_step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Watcher.on_step_end = killed
+main()
+"""
+
+
+def test_two_processes_of_which_one_was_killed_resume_to_the_same_curve_and_weights(
+    world: Path, towers: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED, "utf-8")
+    data = ("--data", str(world / "train.json"), "--batch-size", "8")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert in_two_processes(*training_command(world, towers, whole), *data).returncode == 0
+    ran = in_two_processes(*training_command(world, towers, cut), *data, program=(str(program),))
+    assert ran.returncode != 0
+    assert last_whole(cut / "state") is not None
+    ran = in_two_processes(*training_command(world, towers, cut), *data, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert loss_curve(cut) == loss_curve(whole)
+    expected, found = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_out_of_memory_ends_with_advice(world: Path, towers: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -630,7 +668,6 @@ def poison(monkeypatch: Any, *, at: int, of: int) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     world: Path, towers: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tinyalign_edge.train.loop import last_whole, load_trained
 
     advice = "a lower --learning-rate and another --out, or remove this one"
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from tinyalign_edge.errors import TinyAlignError
 from tinyalign_edge.progress import progress
@@ -221,6 +222,14 @@ class AlignTrainer(Trainer):
     def _rotate_checkpoints(self, *args: Any, **options: Any) -> None:
         (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
         super()._rotate_checkpoints(*args, **options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read by way of the processor: transformers reads straight to each process's device, and torch knows none of
+        the name "cpu:0"."""
+        parts: dict[str, Any] = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        if checkpoint is not None:
+            for name, part in parts.items():
+                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self._own(), Path(resume_from_checkpoint))
