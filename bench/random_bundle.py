@@ -60,8 +60,8 @@ def random_bundle(encoder: str, language: str, out: Path, *, visual_tokens: int)
     source = checkpoint_source(random_checkpoint(encoder, language, out, visual_tokens=visual_tokens), None)
     folder = out / "bundle"
     folder.mkdir()
-    parts = Components(source, source.encoder(), park(source.language, out / "weights"))
-    manifest = write_bundle(parts, folder, plans=ExportOptions().plans, target="vnni", name=out.name)
+    parts, options = Components(source, source.encoder(), park(source.language, out / "weights")), ExportOptions()
+    manifest = write_bundle(parts, folder, plans=options.plans, target=options.target, name=out.name)
     with Model(folder, manifest) as model:
         probe_file = write_probe(folder, make_probe(model))
     return Bundle(folder, seal(replace(manifest, probe_file=probe_file), folder))

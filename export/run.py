@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from tinyalign_edge.export.families import read_architecture
 from tinyalign_edge.export.gate import Gate, concerned
 from tinyalign_edge.export.language import check_language, park
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan, Plans
+from tinyalign_edge.export.processor import own_target
 from tinyalign_edge.export.source import Source, checkpoint_source, sample_questions
 from tinyalign_edge.export.tune import SAMPLES, Tuner, calibration_samples
 from tinyalign_edge.export.vlm import vlm_source
@@ -29,7 +30,7 @@ from tinyalign_edge.train.vlm import is_whole_model
 from tinyalign_edge.train.vlm_prompt import read_template
 
 FP32 = Plans(*[Plan("fp32")] * 3)
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of what the gate allows, given to each component until the whole passes
+SHARES = tuple(0.5**halvings for halvings in range(8))  # of what the gate allows, to each component until all pass
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ExportOptions:
     Attributes:
         precision: of all components, before anything is given back; with "fp32", `lm_bits` and `target` have no effect.
         lm_bits: of the language model's weights; 4 keeps activations and the rest as with 8 weight-only bits.
-        target: the processors whose int8 products must be exact.
+        target: the processors whose int8 products must be exact; without, those like this one.
         kv: of the cache of keys and values.
         allow_degraded: write a bundle that fails the gate, and mark it.
         calibration, images: rows to find the formats on, instead of the checkpoint's own; a whole model, which has no
@@ -49,7 +50,7 @@ class ExportOptions:
 
     precision: Literal["int8", "fp32"] = "int8"
     lm_bits: Literal[4, 8] = 8
-    target: Target = "vnni"
+    target: Target = field(default_factory=own_target)
     kv: CachePrecision = "fp32"
     allow_degraded: bool = False
     calibration: Path | None = None

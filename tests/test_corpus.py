@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tracemalloc
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_rows_are_read_from_several_files_by_number(world: Path, tmp_path: Path)
     assert [row.id for row in corpus] == [row.id for row in whole]
     assert corpus[-1].turns == whole[-1].turns
     assert corpus[30].where == f"{files[1]} row 1 (id {whole[30].id})"
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_rows_are_not_held_in_memory(name: str, world: Path, tmp_path: Path) -> None:
+    rows = rows_of(world)
+    long = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "long " * 20_000}]
+    data = write(tmp_path / name, [{**rows[i % len(rows)], "id": str(i), "conversations": long} for i in range(300)])
+    tracemalloc.start(1)
+    corpus = open_corpus([Source(str(data))], world, tmp_path)
+    assert sum(len(row.turns[0].answer) for row in corpus) > 29_000_000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < data.stat().st_size / 5
 
 
 def test_an_epoch_goes_through_each_file_as_often_as_its_weight_says(world: Path, tmp_path: Path) -> None:

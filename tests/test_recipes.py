@@ -161,6 +161,21 @@ def test_the_command_line_goes_before_the_recipe(world: Path, towers: Path, tmp_
     assert (training.steps, training.batch_size, training.learning_rate) == (2, 4, 1e-4)
 
 
+def test_a_recipe_names_data_and_the_folder_of_its_pictures(world: Path, towers: Path, tmp_path: Path) -> None:
+    data = [f"{world / 'train.json'}:0.5", str(world / "test.json")]
+    recipe = write(
+        tmp_path / "r.toml", f"data = {json.dumps(data)}\nimages = {json.dumps(str(world))}\nvisual_tokens = 4"
+    )
+    given: dict[str, Any] = {"vision": str(towers / "vit"), "lm": str(towers / "lm")}
+    run_command(command(world, tmp_path / "its", recipe, "align", **given | {"data": (), "images": None}))
+    used = load_checkpoint(tmp_path / "its").config.training.data
+    assert [(ref.path, ref.weight) for ref in used] == [(str(world / "train.json"), 0.5), (str(world / "test.json"), 1)]
+    other = tmp_path / "other.json"
+    other.write_bytes((world / "test.json").read_bytes())
+    run_command(command(world, tmp_path / "ours", recipe, "align", **given | {"data": (str(other),)}))
+    assert [ref.path for ref in load_checkpoint(tmp_path / "ours").config.training.data] == [str(other)]
+
+
 def test_what_stage_one_made_is_not_chosen_in_stage_two(
     world: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

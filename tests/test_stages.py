@@ -358,6 +358,24 @@ def test_two_processes_train_what_one_does(
     assert not (tmp_path / "two" / "state").exists()
 
 
+def test_two_processes_train_adapters_as_one_does(world: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first, data = checkpoints["tokens"], world / "train.json"
+    adapters: dict[str, Any] = {"lora_rank": 4, "lm_learning_rate": 1e-3, "steps": 4}
+    one = instruct(world, first, tmp_path / "one", **adapters)
+    ran = in_two_processes(
+        "train", "--stage", "instruct", "--from", str(first), "--data", str(data), "--images", str(world),
+        "--out", str(tmp_path / "two"), "--lora", "4", "--lm-learning-rate", "1e-3", "--steps", "4",
+        "--batch-size", "8", "--eval-every", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-2)
+    begun, tuned = load_checkpoint(first), load_checkpoint(tmp_path / "two")
+    assert tuned.config.language.sha256 != begun.config.language.sha256
+    assert tuned.language.model.state_dict().keys() == begun.language.model.state_dict().keys()  # merged
+
+
 LITTLE_ROOM = """
 import os
 

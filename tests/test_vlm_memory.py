@@ -77,6 +77,26 @@ def test_a_whole_model_is_given_a_memory_that_can_be_taught_and_forgotten(
         np.testing.assert_array_equal(again, reminded)
 
 
+@pytest.mark.parametrize("kind", ["llava-siglip", "smolvlm"])
+def test_a_whole_model_with_a_memory_is_exported_to_int8_and_taught(
+    kind: str, vlms: Path, world: Path, tmp_path: Path
+) -> None:
+    folder = remember(world, vlms / kind, tmp_path / "c", memory=MEMORIES[kind])
+    manifest = export(folder, tmp_path / "b", ExportOptions())
+    assert manifest.gate is not None
+    assert manifest.gate.passed
+    assert manifest.vision.precision == "int8"
+    assert manifest.decoder.precision == "int8"
+    picture = sorted((world / "images").glob("test-*.png"))[0]
+    with ta.load(tmp_path / "b") as model:
+        assert model.memory is not None
+        before, _ = model.answer_logits(model.encode(picture), QUESTION, "red")
+        entry = model.memory.add(picture, "a large red cat.")
+        assert model.encode(picture).memories[0].id == entry.id
+        after, _ = model.answer_logits(model.encode(picture), QUESTION, "red")
+        assert np.abs(after - before).max() > 0
+
+
 def held_out(checkpoint: Path) -> list[float]:
     lines = (checkpoint / "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line)["held_out_loss"] for line in lines]

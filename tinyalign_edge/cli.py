@@ -157,7 +157,9 @@ def export(
     precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
     lm_bits: Annotated[str, typer.Option(help="Of the language model's weights in int8: 8 or 4.")] = "8",
     kv: Annotated[str, typer.Option(help="The cache of keys and values: fp32 or int8.")] = "fp32",
-    target: Annotated[str, typer.Option(help="Processors: vnni, arm64, avx2 or portable.")] = "vnni",
+    target: Annotated[
+        str, typer.Option(help="Processors: auto (like this one), vnni, arm64, avx2, portable.")
+    ] = "auto",
     calibration: Annotated[Path | None, typer.Option(help="Rows to find the formats on (default: training's).")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder that their image paths start from.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of a whole model's own.")] = None,
@@ -170,11 +172,12 @@ def export(
     from tinyalign_edge.export.run import export as run
     from tinyalign_edge.report import print_gate
 
+    processors = _one_of("--target", target, "auto", "portable", "vnni", "avx2", "arm64")
     options = ExportOptions(
         precision=_one_of("--precision", precision, "int8", "fp32"),
         lm_bits=4 if _one_of("--lm-bits", lm_bits, "8", "4") == "4" else 8,
         kv=_one_of("--kv", kv, "fp32", "int8"),
-        target=_one_of("--target", target, "portable", "vnni", "avx2", "arm64"),
+        **({} if processors == "auto" else {"target": processors}),
         calibration=calibration,
         images=images,
         chat_template=chat_template,
