@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from tinyalign_edge.bundle import Format, Target
 from tinyalign_edge.export.graph import PAGE_BYTES, DataFile, Graph
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan
+from tinyalign_edge.export.processor import own_target
 from tinyalign_edge.export.product import lookup, product, quantize_blocks, quantize_rows
 
 Floats = NDArray[np.float32]
-INT8 = Plan("int8")
+MAX_LEVEL = MAX_LEVELS[own_target()]  # which this processor multiplies exactly
+INT8 = Plan("int8", max_level=MAX_LEVEL)
 
 
 def normal(*shape: int) -> Floats:
@@ -58,7 +60,7 @@ def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
     for graph, name in ((find, "find.onnx"), (head, "head.onnx")):
         graph.save(tmp_path / name, data=data)
     assert (tmp_path / "shared.data").stat().st_size == table.size
-    levels, scales = quantize_rows(table)
+    levels, scales = quantize_rows(table, MAX_LEVEL)
     rows = ort.InferenceSession(tmp_path / "find.onnx").run(None, {"ids": np.array([[7, 99]])})[0]
     assert np.array_equal(rows[0], (levels * scales[:, None])[[7, 99]])
     products = ort.InferenceSession(tmp_path / "head.onnx").run(None, {"x": table[:3]})[0]
@@ -71,7 +73,8 @@ def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", [False, True])
 def test_a_product_is_that_of_numpy(kind: Format, bound: float, level: bool, tmp_path: Path) -> None:
     x, rows, bias = normal(5, 64), normal(32, 64)[::-1], normal(32)
-    assert worst(run_product(tmp_path, x, rows, bias, level=level, plan=Plan(kind)), x @ rows.T + bias) < bound
+    found = run_product(tmp_path, x, rows, bias, level=level, plan=Plan(kind, max_level=MAX_LEVEL))
+    assert worst(found, x @ rows.T + bias) < bound
 
 
 def test_levelling_keeps_a_large_row_from_spoiling_the_others(tmp_path: Path) -> None:
@@ -111,6 +114,19 @@ def test_a_target_without_vnni_is_kept_from_saturating(target: Target, exact: bo
     assert np.array_equal(saturating_product(x, levels), wanted) == exact
 
 
+def test_the_default_target_is_one_that_this_processor_multiplies_exactly(tmp_path: Path) -> None:
+    pairs = np.array([[MAX_LEVEL, MAX_LEVEL], [-MAX_LEVEL, -MAX_LEVEL], [MAX_LEVEL, -MAX_LEVEL]], np.int8)
+    w = np.tile(pairs, 48).T  # (96, 3)
+    graph = Graph("product")
+    x = graph.input("x", np.uint8, (5, 96))
+    graph.op("MatMulInteger", x, graph.constant("w", w), output="y")
+    graph.output("y", np.int32, (5, 3))
+    graph.save(tmp_path / "product.onnx")
+    bytes_ = np.full((5, 96), 255, np.uint8) - np.arange(5, dtype=np.uint8)[:, None]
+    (y,) = ort.InferenceSession(tmp_path / "product.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": bytes_})
+    assert np.array_equal(y, bytes_.astype(np.int64) @ w.astype(np.int64))
+
+
 def test_seven_bits_give_up_half_of_a_levels_precision_and_no_more() -> None:
     rows = normal(64, 256)
     errors = []
@@ -135,7 +151,7 @@ def test_blocks_of_four_and_eight_bits_hold_the_rows_to_half_a_step() -> None:
 @pytest.mark.parametrize("kind", ["int8", "int8_weight", "int4_weight"])
 @pytest.mark.parametrize("width", [64, 40])
 def test_a_lookup_finds_what_a_product_multiplies_with(kind: Format, width: int, tmp_path: Path) -> None:
-    table, graph, plan = normal(50, width), Graph("both"), Plan(kind)
+    table, graph, plan = normal(50, width), Graph("both"), Plan(kind, max_level=MAX_LEVEL)
     graph.input("ids", np.int64, ("B", "T"))
     graph.input("x", np.float32, ("T", width))
     lookup(graph, "ids", table, name="table", plan=plan, output="rows")
