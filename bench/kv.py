@@ -27,7 +27,7 @@ from tinyalign_edge.errors import GateError
 from tinyalign_edge.export.cache_scales import cache_scales
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import read_architecture
-from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.runtime.decoder import Cache, Decoder
 
 COMMAND = "python -m tinyalign_edge.bench.kv"
@@ -76,7 +76,7 @@ def write_decoders(model: str, folder: Path, *, threads: int) -> dict[CachePreci
     scales: Floats | None = None
     for kv in CACHES:
         (folder / kv).mkdir()
-        block = export_decoder(arch, weights, folder / kv, plan=Plan("int8"), scales=scales)
+        block = export_decoder(arch, weights, folder / kv, plan=own_plan("int8"), scales=scales)
         decoders[kv] = Decoder(folder / kv, block, threads=threads)
         if kv == "fp32":
             ids = rng.integers(3, arch.vocab_size, (CALIBRATION_TEXTS, CALIBRATION_TOKENS))

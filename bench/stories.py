@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tinyalign_edge.bench.record import record, shared
 from tinyalign_edge.bundle import Format
 from tinyalign_edge.export.decoder import export_decoder
-from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -45,7 +45,7 @@ def main() -> None:
 def greedy(model: Any, ids: list[int], precision: Format) -> list[int]:
     """`TOKENS` greedy tokens of the exported decoder."""
     with tempfile.TemporaryDirectory() as folder:
-        block = export_decoder(model.config, StateDict(model), Path(folder), plan=Plan(precision))
+        block = export_decoder(model.config, StateDict(model), Path(folder), plan=own_plan(precision))
         decoder = Decoder(Path(folder), block)
         cache = decoder.new_cache(len(ids) + TOKENS)
         out = [int(decoder.forward(cache, decoder.embed(ids)).argmax())]

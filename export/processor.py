@@ -1,17 +1,18 @@
-"""For which target a bundle is written where none is named: the one that this processor multiplies exactly."""
+"""Which int8 weights this processor multiplies exactly: those of the target that bundles have by default."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from tinyalign_edge.bundle import Target
+from tinyalign_edge.bundle import Format, Target
 from tinyalign_edge.export.graph import Graph
-from tinyalign_edge.export.plan import INT8_MAX
+from tinyalign_edge.export.plan import INT8_MAX, MAX_LEVELS, Plan
 
 ROWS, COLUMNS = 8, 64
 
@@ -28,3 +29,8 @@ def own_target() -> Target:
         session = ort.InferenceSession(Path(folder) / "product.onnx", providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {x: np.full((1, COLUMNS), 255, np.uint8)})
     return "vnni" if (y == 255 * INT8_MAX * COLUMNS).all() else "avx2"
+
+
+def own_plan(base: Format, given_back: Mapping[str, Format] | None = None) -> Plan:
+    """The plan of a component in `base`, but for what is given back, for `own_target`."""
+    return Plan(base, given_back or {}, max_level=MAX_LEVELS[own_target()])

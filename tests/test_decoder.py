@@ -20,6 +20,7 @@ from tinyalign_edge.errors import BundleError, InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import product_names, read_architecture
 from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
 
@@ -35,7 +36,7 @@ def llama(**changes: Any) -> PreTrainedModel:
 def export(
     model: PreTrainedModel, folder: Path, base: Format = "fp32", given_back: dict[str, Format] | None = None
 ) -> Decoder:
-    block = export_decoder(model.config, StateDict(model), folder, plan=Plan(base, given_back or {}))
+    block = export_decoder(model.config, StateDict(model), folder, plan=own_plan(base, given_back))
     return Decoder(folder, block, threads=1)
 
 

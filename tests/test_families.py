@@ -22,6 +22,7 @@ from tinyalign_edge.errors import InputError, UnsupportedError
 from tinyalign_edge.export.decoder import export_decoder
 from tinyalign_edge.export.families import FAMILIES, read_architecture
 from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.search import MAX_GROWTH
 from tinyalign_edge.export.weights import StateDict
 from tinyalign_edge.runtime.decoder import Decoder
@@ -30,7 +31,7 @@ IDS = random_ids(64)
 
 
 def export(arch: Any, weights: Any, folder: Path, precision: Precision = "fp32") -> Decoder:
-    return Decoder(folder, export_decoder(arch, weights, folder, plan=Plan(precision)), threads=1)
+    return Decoder(folder, export_decoder(arch, weights, folder, plan=own_plan(precision)), threads=1)
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from tinyalign_edge.bundle import Format, Target
 from tinyalign_edge.export.graph import PAGE_BYTES, DataFile, Graph
-from tinyalign_edge.export.plan import MAX_LEVELS, Plan
-from tinyalign_edge.export.processor import own_target
+from tinyalign_edge.export.plan import MAX_LEVELS
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.product import lookup, product, quantize_blocks, quantize_rows
 
 Floats = NDArray[np.float32]
-MAX_LEVEL = MAX_LEVELS[own_target()]  # which this processor multiplies exactly
-INT8 = Plan("int8", max_level=MAX_LEVEL)
+INT8 = own_plan("int8")
+MAX_LEVEL = INT8.max_level
 
 
 def normal(*shape: int) -> Floats:
@@ -73,7 +73,7 @@ def test_two_graphs_read_one_table_of_one_data_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", [False, True])
 def test_a_product_is_that_of_numpy(kind: Format, bound: float, level: bool, tmp_path: Path) -> None:
     x, rows, bias = normal(5, 64), normal(32, 64)[::-1], normal(32)
-    found = run_product(tmp_path, x, rows, bias, level=level, plan=Plan(kind, max_level=MAX_LEVEL))
+    found = run_product(tmp_path, x, rows, bias, level=level, plan=own_plan(kind))
     assert worst(found, x @ rows.T + bias) < bound
 
 
@@ -151,7 +151,7 @@ def test_blocks_of_four_and_eight_bits_hold_the_rows_to_half_a_step() -> None:
 @pytest.mark.parametrize("kind", ["int8", "int8_weight", "int4_weight"])
 @pytest.mark.parametrize("width", [64, 40])
 def test_a_lookup_finds_what_a_product_multiplies_with(kind: Format, width: int, tmp_path: Path) -> None:
-    table, graph, plan = normal(50, width), Graph("both"), Plan(kind, max_level=MAX_LEVEL)
+    table, graph, plan = normal(50, width), Graph("both"), own_plan(kind)
     graph.input("ids", np.int64, ("B", "T"))
     graph.input("x", np.float32, ("T", width))
     lookup(graph, "ids", table, name="table", plan=plan, output="rows")

@@ -19,6 +19,7 @@ from tinyalign_edge.bundle import Precision
 from tinyalign_edge.errors import UnsupportedError
 from tinyalign_edge.export.language import check_language, export_language
 from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.run import ExportOptions, export
 from tinyalign_edge.runtime.decoder import Decoder
 from tinyalign_edge.runtime.model import load
@@ -27,7 +28,7 @@ IDS = random_ids(64)
 
 
 def decoder(name: str, folder: Path, precision: Precision = "fp32") -> Decoder:
-    return Decoder(folder, export_language(build(TRACED[name]), folder, plan=Plan(precision)), threads=1)
+    return Decoder(folder, export_language(build(TRACED[name]), folder, plan=own_plan(precision)), threads=1)
 
 
 def stored_types(folder: Path) -> set[int]:

@@ -23,10 +23,10 @@ def prepare(source: Path, folder: Path, precision: str) -> None:
     from safetensors.numpy import load_file
 
     from tinyalign_edge.export.decoder import export_decoder
-    from tinyalign_edge.export.plan import Plan
+    from tinyalign_edge.export.processor import own_plan
 
     weights = load_file(source / "model.safetensors")
-    block = export_decoder(read_json(source / "config.json"), weights, folder, plan=Plan(FORMATS[precision]))
+    block = export_decoder(read_json(source / "config.json"), weights, folder, plan=own_plan(FORMATS[precision]))
     write_json(folder / BLOCK, block)
 
 

@@ -24,14 +24,14 @@ def prepare(source: Path, folder: Path, precision: str) -> None:
     import torch
 
     from tinyalign_edge.export.encoder import encoder_graph
-    from tinyalign_edge.export.plan import Plan
+    from tinyalign_edge.export.processor import own_plan
     from tinyalign_edge.export.quantize import quantize_graph
     from tinyalign_edge.train.towers import patch_features
 
     torch.manual_seed(0)
     checkpoint = _checkpoint(source)
     graph = encoder_graph(checkpoint)
-    graph = quantize_graph(graph, Plan("int8" if precision == "int8" else "fp32"))
+    graph = quantize_graph(graph, own_plan("int8" if precision == "int8" else "fp32"))
     (folder / FILE).write_bytes(graph.SerializeToString())
     size = checkpoint.config.image
     with torch.inference_mode():
