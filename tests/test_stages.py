@@ -370,7 +370,7 @@ def test_two_processes_train_adapters_as_one_does(world: Path, checkpoints: dict
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     for ours, theirs in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
-        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-2)
+        assert theirs["held_out_loss"] == pytest.approx(ours["held_out_loss"], rel=1e-3)
     begun, tuned = load_checkpoint(first), load_checkpoint(tmp_path / "two")
     assert tuned.config.language.sha256 != begun.config.language.sha256
     assert tuned.language.model.state_dict().keys() == begun.language.model.state_dict().keys()  # merged

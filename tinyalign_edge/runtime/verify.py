@@ -39,7 +39,7 @@ def verify(path: Path, *, expect_sha256: str | None = None) -> Verified:
         entries = len(model.memory) if model.memory else 0
         manifest = model.manifest
     if not probe.passed:
-        safe = "on a processor like this one" if manifest.target == "portable" else "with '--target portable'"
+        safe = "on a processor like this one" if manifest.target in ("portable", "avx2") else "with '--target portable'"
         raise GateError(
             f"{path}: this machine does not compute what the exporter saw ({probe}, must be {MIN_COSINE}); the bundle "
             f"was made for the target {manifest.target!r}: export it again {safe}"
