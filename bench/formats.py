@@ -2,7 +2,7 @@
 
     python -m tinyalign_edge.bench.formats
 
-Writes `bench/results/formats.json`.
+Writes `bench/results/formats.json`. Refuses processors whose products of bytes saturate.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tinyalign_edge.bench.record import record
 from tinyalign_edge.export.graph import Graph
 from tinyalign_edge.export.matrices import Floats
 from tinyalign_edge.export.plan import MAX_LEVELS, Plan
+from tinyalign_edge.export.processor import own_target
 from tinyalign_edge.export.product import product
 from tinyalign_edge.runtime.sessions import open_session
 
@@ -30,6 +31,8 @@ PLANS = {
 
 def main() -> None:
     """Measure and record."""
+    if own_target() != "vnni":
+        raise SystemExit("products of bytes saturate on this processor; measure on one with VNNI, or an ARM")
     rng = np.random.default_rng(0)
     rows, x = (rng.standard_normal((n, SIDE), np.float32) for n in (SIDE, TOKENS))
     scale = np.ones(SIDE, np.float32)

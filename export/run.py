@@ -30,7 +30,7 @@ from tinyalign_edge.train.vlm import is_whole_model
 from tinyalign_edge.train.vlm_prompt import read_template
 
 FP32 = Plans(*[Plan("fp32")] * 3)
-SHARES = tuple(0.5**halvings for halvings in range(8))  # of what the gate allows, to each component until all pass
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of what the gate allows, given to each component until the whole passes
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,11 @@ def test_a_target_without_vnni_is_kept_from_saturating(target: Target, exact: bo
     assert np.array_equal(saturating_product(x, levels), wanted) == exact
 
 
-def test_the_default_target_is_one_that_this_processor_multiplies_exactly(tmp_path: Path) -> None:
-    pairs = np.array([[MAX_LEVEL, MAX_LEVEL], [-MAX_LEVEL, -MAX_LEVEL], [MAX_LEVEL, -MAX_LEVEL]], np.int8)
-    w = np.tile(pairs, 48).T  # (96, 3)
+@pytest.mark.parametrize("level", [63, 127])
+def test_the_default_target_has_the_largest_weights_that_this_processor_multiplies_exactly(
+    level: int, tmp_path: Path
+) -> None:
+    w = np.tile(np.array([[level, level], [-level, -level], [level, -level]], np.int8), 48).T  # (96, 3)
     graph = Graph("product")
     x = graph.input("x", np.uint8, (5, 96))
     graph.op("MatMulInteger", x, graph.constant("w", w), output="y")
@@ -124,7 +126,7 @@ def test_the_default_target_is_one_that_this_processor_multiplies_exactly(tmp_pa
     graph.save(tmp_path / "product.onnx")
     bytes_ = np.full((5, 96), 255, np.uint8) - np.arange(5, dtype=np.uint8)[:, None]
     (y,) = ort.InferenceSession(tmp_path / "product.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": bytes_})
-    assert np.array_equal(y, bytes_.astype(np.int64) @ w.astype(np.int64))
+    assert np.array_equal(y, bytes_.astype(np.int64) @ w.astype(np.int64)) == (level <= MAX_LEVEL)
 
 
 def test_seven_bits_give_up_half_of_a_levels_precision_and_no_more() -> None:

@@ -168,6 +168,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a bundle, proved against torch on held-out samples."""
+    from tinyalign_edge.export.processor import own_target
     from tinyalign_edge.export.run import ExportOptions
     from tinyalign_edge.export.run import export as run
     from tinyalign_edge.report import print_gate
@@ -177,7 +178,7 @@ def export(
         precision=_one_of("--precision", precision, "int8", "fp32"),
         lm_bits=4 if _one_of("--lm-bits", lm_bits, "8", "4") == "4" else 8,
         kv=_one_of("--kv", kv, "fp32", "int8"),
-        **({} if processors == "auto" else {"target": processors}),
+        target=own_target() if processors == "auto" else processors,
         calibration=calibration,
         images=images,
         chat_template=chat_template,

@@ -134,6 +134,7 @@ def print_gate(manifest: Manifest) -> None:
     if gate is None:
         return
     rows = [
+        ("target", manifest.target),
         ("questions", f"{gate.answers} ({gate.tokens} tokens)"),
         ("fp32 logits", f"within {gate.fp32_max_logit_error:.1e} of torch"),
         ("mean KL", f"{gate.mean_kl:.5f} nats (language model alone {gate.decoder_mean_kl:.5f})"),

@@ -20,7 +20,7 @@ from tinyalign_edge.bench.models.tiny_encoders import ENCODERS, save_encoder
 from tinyalign_edge.export.distances import row_cosines
 from tinyalign_edge.export.encoder import trace_encoder
 from tinyalign_edge.export.fuse import fused_attentions
-from tinyalign_edge.export.plan import Plan
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.quantize import quantize_graph
 from tinyalign_edge.train.model import AlignModel
 from tinyalign_edge.train.settings import ConnectorSettings, MemorySettings
@@ -59,7 +59,7 @@ def compare(name: str, folder: Path, *, side: int | None = None) -> EncoderRow:
     pictures = np.random.default_rng(0).standard_normal(size, np.float32)
     expected = _torch_outputs(tower, model, pictures)
     graph = trace_encoder(tower, model)
-    fp32, int8 = onnx_outputs(graph, pictures), onnx_outputs(quantize_graph(graph, Plan("int8")), pictures)
+    fp32, int8 = onnx_outputs(graph, pictures), onnx_outputs(quantize_graph(graph, own_plan("int8")), pictures)
     return EncoderRow(
         encoder=name,
         features=ENCODERS[name].features,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tinyalign_edge.export.gate import MAX_KL, failure
 from tinyalign_edge.export.language import export_language
 from tinyalign_edge.export.matrices import find_matrices
 from tinyalign_edge.export.plan import Plan, matrix_bytes
+from tinyalign_edge.export.processor import own_plan
 from tinyalign_edge.export.run import SHARES
 from tinyalign_edge.export.search import search
 from tinyalign_edge.export.sensitivity import decoder_feed, relative_errors
@@ -92,7 +93,8 @@ def _tune(model: PreTrainedModel, text: Text, scratch: Path) -> Tuned:
         return sorted(errors, key=lambda name: -errors[name])
 
     remembered = _remember(loss)
-    bases = [Plan("int8"), Plan("int8", smooth=True)] if factors else [Plan("int8")]
+    plain = own_plan("int8")
+    bases = [plain, replace(plain, smooth=True)] if factors else [plain]
     for share in SHARES:
         limit, base = share * MAX_KL, min(bases, key=remembered)
         plan = base if remembered(base) <= limit else search(base, ranking(base), matrices, remembered, limit)
@@ -101,10 +103,10 @@ def _tune(model: PreTrainedModel, text: Text, scratch: Path) -> Tuned:
             break
     sizes = [
         sum(matrix_bytes(m.rows, m.columns, kind.format(name)) for name, m in matrices.items())
-        for kind in (Plan("int8"), plan)
+        for kind in (plain, plan)
     ]
     return Tuned(
-        plain=_figures(model, written(Plan("int8")), held_out),
+        plain=_figures(model, written(plain), held_out),
         found=found,
         smoothed=plan.smooth,
         matrices=len(matrices),
